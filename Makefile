@@ -1,0 +1,34 @@
+# One command for everything, here and in CI. `demo`, `test`, `lint` and `bench` set up .venv when it is
+# missing or older than what it was made from.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(RUN) examples/digits/demo.py
+
+# pytest runs last and nothing is printed after it: its summary closes the output.
+test: lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/.installed
+	$(RUN) -m benchmarks
+
+# hatchling first and no build isolation: an isolated build would fetch it unpinned, past constraints.txt.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt hatchling
+	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[http,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

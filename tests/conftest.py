@@ -1,0 +1,28 @@
+"""What every test of ours stands on: reproducible properties, and no import of what is broken on purpose."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# No deadline per example: machines that run this share their cores. In CI every run tries the same examples, so that a
+# red build is about the change that it tests; locally they vary.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Collect test files alone: looking for docstring examples would import handlers made to crash."""
+    if collection_path.suffix == ".py" and not collection_path.name.startswith("test_"):
+        return True
+    return None
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,79 @@
+"""Servers on real sockets for the tests of the HTTP side."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import requests
+from attrs import define
+
+from tests.http.fakes import FakeManager, info_of
+from torchmgmt.http import serve
+
+
+@define
+class Client:
+    """Calls one server; nothing is kept open between calls."""
+
+    url: str
+
+    def __call__(self, method: str, path: str, **more: Any) -> requests.Response:
+        more.setdefault("timeout", 30)
+        return requests.request(method, self.url + path, **more)
+
+    def get(self, path: str, **more: Any) -> requests.Response:
+        return self("GET", path, **more)
+
+    def post(self, path: str, **more: Any) -> requests.Response:
+        return self("POST", path, **more)
+
+    def put(self, path: str, **more: Any) -> requests.Response:
+        return self("PUT", path, **more)
+
+    def delete(self, path: str, **more: Any) -> requests.Response:
+        return self("DELETE", path, **more)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    def raw(self, sent: bytes) -> bytes:
+        """Everything that comes back for these bytes until the server closes the connection."""
+        with socket.create_connection(self.address, timeout=30) as connection:
+            connection.sendall(sent)
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+        return received
+
+
+def parse_raw(answer: bytes) -> tuple[int, dict[str, str], Any]:
+    """(code, headers with lower-case names, JSON body) of a raw answer."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    return int(first.split()[1]), headers, json.loads(body)
+
+
+@pytest.fixture
+def manager() -> FakeManager:
+    return FakeManager(info_of("noop", workers=1), info_of("other"))
+
+
+@pytest.fixture
+def client(manager: FakeManager) -> Iterator[Client]:
+    with serve(manager) as server:
+        yield Client(server.url)
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., Client]]:
+    """Serve managers of the test's own making."""
+    with contextlib.ExitStack() as stack:
+        yield lambda manager, **more: Client(stack.enter_context(serve(manager, **more)).url)

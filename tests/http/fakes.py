@@ -1,0 +1,96 @@
+"""A manager without workers: what the HTTP side calls, each call noted, each answer or error chosen by the test."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime, timezone
+from typing import Any
+
+from torchmgmt.errors import ModelNotFound, ModelVersionNotFound
+from torchmgmt.lifecycle import VersionState, WorkerState
+from torchmgmt.records import ModelInfo, ModelKey, ModelSpec, Scale, WorkerInfo
+from torchmgmt.settings import Settings
+
+
+def info_of(
+    name: str, version: str = "1.0", *, workers: int = 0, state: VersionState | None = None
+) -> ModelInfo:
+    ready = VersionState.READY if workers else VersionState.REGISTERED
+    began = datetime(2026, 11, 22, 23, 55, 48, 901000, tzinfo=timezone.utc)
+    return ModelInfo(
+        spec=ModelSpec(key=ModelKey(name, version), model_dir="/x", handler="h", url=f"{name}.mar"),
+        state=state or ready,
+        is_default=True,
+        scale=Scale(workers, workers),
+        workers=[
+            WorkerInfo(id=str(9000 + n), state=WorkerState.READY, start_time=began, pid=1 + n)
+            for n in range(workers)
+        ],
+        queue_capacity=100,
+    )
+
+
+class FakeModel:
+    def __init__(self, info: ModelInfo) -> None:
+        self.name, self.version, self.state = info.name, info.version, info.state
+        self._info = info
+
+    def describe(self) -> ModelInfo:
+        return self._info
+
+
+class FakeManager:
+    """Notes calls in ``calls``; raises ``error`` if set; waits for ``gate`` while registering."""
+
+    def __init__(self, *infos: ModelInfo, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings(enable_model_api=True)
+        self.infos = list(infos)
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.error: Exception | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+
+    def _note(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self.calls.append((name, args, kwargs))
+        if self.error is not None:
+            raise self.error
+
+    def register(self, url: str, **kwargs: Any) -> FakeModel:
+        self._note("register", url, **kwargs)
+        self.entered.release()
+        assert self.gate.wait(30)
+        workers = kwargs["initial_workers"]
+        workers = kwargs["default_workers"] if workers is None else workers
+        return FakeModel(info_of(kwargs["model_name"] or "noop", workers=workers))
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        self._note("models")
+        return tuple(sorted(self.infos, key=lambda info: info.name))
+
+    def versions(self, name: str) -> tuple[ModelInfo, ...]:
+        found = tuple(info for info in self.infos if info.name == name)
+        if not found:
+            raise ModelNotFound(name)
+        return found
+
+    def describe(
+        self, name: str, version: str | None = None, *, customized: bool = False
+    ) -> ModelInfo:
+        self._note("describe", name, version, customized=customized)
+        for info in self.versions(name):
+            if version in {None, info.version}:
+                return info
+        raise ModelVersionNotFound(name, str(version))
+
+    def scale(self, name: str, min_worker: int, max_worker: int, **kwargs: Any) -> ModelInfo:
+        self._note("scale", name, min_worker, max_worker, **kwargs)
+        return self.describe(name, kwargs["version"])
+
+    def set_default(self, name: str, version: str) -> None:
+        self._note("set_default", name, version)
+        self.describe(name, version)
+
+    def unregister(self, name: str, version: str | None = None) -> None:
+        self._note("unregister", name, version)
+        self.describe(name, version)

@@ -1,0 +1,71 @@
+"""torchmgmt manages PyTorch models at run time: register, load, scale, describe, upgrade, unregister.
+
+>>> from torchmgmt import ModelManager
+>>> with ModelManager() as manager:
+...     print(manager.models())
+()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchmgmt.backends.process import ProcessBackend as ProcessBackend
+    from torchmgmt.batcher import Batch as Batch
+    from torchmgmt.batcher import Batcher as Batcher
+    from torchmgmt.launcher import register_model as register_model
+    from torchmgmt.launcher import register_model_with_params as register_model_with_params
+    from torchmgmt.manager import Model as Model
+    from torchmgmt.manager import ModelManager as ModelManager
+    from torchmgmt.pool import WorkerPool as WorkerPool
+    from torchmgmt.records import CloseReport as CloseReport
+    from torchmgmt.records import ModelInfo as ModelInfo
+    from torchmgmt.records import ModelKey as ModelKey
+    from torchmgmt.records import ModelSpec as ModelSpec
+    from torchmgmt.records import WorkerInfo as WorkerInfo
+    from torchmgmt.settings import Settings as Settings
+
+    __version__: str
+
+_HOMES = {
+    "Batch": "batcher",
+    "Batcher": "batcher",
+    "CloseReport": "records",
+    "Model": "manager",
+    "ModelInfo": "records",
+    "ModelKey": "records",
+    "ModelManager": "manager",
+    "ModelSpec": "records",
+    "ProcessBackend": "backends.process",
+    "Settings": "settings",
+    "WorkerInfo": "records",
+    "WorkerPool": "pool",
+    "register_model": "launcher",
+    "register_model_with_params": "launcher",
+}
+"""Where each public name lives. Loaded when first asked for: requests alone, which the launcher needs, costs 150 ms, and
+a worker process has no use for the manager."""
+
+__all__ = [  # noqa: PLE0604, RUF022
+    *sorted(_HOMES),
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("torchmgmt")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,253 @@
+"""The embedding process's side of the torch-only process: starts it, asks it for workers, hears of their ends.
+
+The embedding process neither imports torch nor forks: it starts one interpreter that does (``worker/forkserver.py``),
+and asks that one to fork whatever is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Protocol
+
+from attrs import define
+
+from torchmgmt.backends.output import Output
+from torchmgmt.channel import Frame, FrameReader, FrameSender, Kind
+from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.errors import ManagerClosed
+
+__all__ = ["ForkListener", "ForkServer"]
+
+log = logging.getLogger(__name__)
+
+_MODULE = "torchmgmt.worker.forkserver"
+# The path is set before anything is imported, so that a file in the working directory cannot stand in for a module.
+_BOOTSTRAP = f"import sys; sys.path[:] = sys.argv[3].split('\\n'); from {_MODULE} import main; main()"
+# One thread while the process may still be forked: a child of a process that ran a multi-threaded operation hangs in its
+# own first one, and importing numpy starts a pool unless told not to. NVML only looks at the GPUs; CUDA must never be
+# initialised before a fork.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+_CLOSE_TIMEOUT_S = 5.0
+
+
+class ForkListener(Protocol):
+    """Whom the torch-only process's side tells of one child. Called on the dispatcher's thread."""
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None before ``forked``."""
+
+    def forked(self, pid: int, pidfd: int | None) -> None:
+        """The child runs. The descriptor is the listener's from now on; None where the system has none."""
+
+    def fork_failed(self, reason: str, last_lines: list[str]) -> None:
+        """There is no child and there will be none."""
+
+    def process_exited(self, exitcode: int | None) -> None:
+        """The child is gone; None if its status is not known."""
+
+    def orphaned(self) -> None:
+        """The torch-only process is gone, the child perhaps not: nobody will report its end."""
+
+
+@define(eq=False)
+class _Server:
+    """One torch-only process that runs."""
+
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+    sender: FrameSender
+    reader: FrameReader
+    output: Output
+    listeners: dict[int, ForkListener]
+
+
+class ForkServer:
+    """Starts the torch-only process when first needed, and again if it died. Thread-safe; only :meth:`close` blocks."""
+
+    def __init__(self, dispatcher: Dispatcher, output_dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._output_dispatcher = output_dispatcher
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._server: _Server | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the torch-only process; None while there is none."""
+        with self._lock:
+            return self._server.process.pid if self._server else None
+
+    def warm(self) -> None:
+        """Start the torch-only process if it does not run. Returns at once; torch is imported over there."""
+        with self._lock:
+            self._ensure_running_locked()
+
+    def fork(self, job: object, fds: tuple[int, int], listener: ForkListener) -> None:
+        """Fork a child that runs ``job``; the two descriptors (its channel, its output) are its own and are closed here.
+
+        Raises:
+            ManagerClosed: it was closed.
+            OSError: the torch-only process could not be started.
+        """
+        try:
+            with self._lock:
+                server = self._ensure_running_locked()
+                number = next(self._numbers)
+                server.listeners[number] = listener
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        server.sender.send(Frame(Kind.FORK, (number, job)), fds)
+
+    def kill(self, reason: str) -> None:
+        """Kill the torch-only process: it does not answer. Its children live on; the next fork starts another."""
+        with self._lock:
+            server = self._server
+        if server is not None:
+            log.error("Killing the torch-only process %d: %s", server.process.pid, reason)
+            server.process.kill()
+
+    def close(self) -> None:
+        """End the torch-only process and, with it, every child that is left. Blocks until it is gone; idempotent."""
+        with self._lock:
+            self._closed = True
+            server, self._server = self._server, None
+        if server is not None:
+            self._dispatcher.unwatch(server.sock, server.sock.close)
+            with contextlib.suppress(OSError):
+                server.sock.shutdown(socket.SHUT_RDWR)
+            _reap(server.process)
+            server.sender.close()
+            server.output.close()
+
+    def _ensure_running_locked(self) -> _Server:
+        if self._closed:
+            raise ManagerClosed("The backend")
+        if self._server is None:
+            self._server = self._start()
+        return self._server
+
+    def _start(self) -> _Server:
+        ours, theirs = socket.socketpair()
+        output_reader, output_writer = os.pipe()
+        with theirs, contextlib.ExitStack() as stack:
+            stack.callback(os.close, output_writer)
+            try:
+                process = _popen(theirs, output_writer)
+            except BaseException:
+                ours.close()
+                os.close(output_reader)
+                raise
+        ours.setblocking(False)
+        sender = FrameSender(ours, lambda on: self._dispatcher.watch_writable(ours, sender.flush if on else None))
+        server = _Server(
+            process=process,
+            sock=ours,
+            sender=sender,
+            reader=FrameReader(max_fds=16),
+            output=Output(output_reader, self._output_dispatcher, log),
+            listeners={},
+        )
+        sender.send(Frame(Kind.HELLO, _environment_to_restore()))
+        self._dispatcher.watch(ours, lambda: self._on_readable(server))
+        return server
+
+    # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
+
+    def _on_readable(self, server: _Server) -> None:
+        try:
+            frames = server.reader.read(server.sock)
+        except BlockingIOError:
+            return
+        except OSError:
+            frames = None
+        if frames is None:
+            self._on_death(server)
+            return
+        for frame in frames:
+            self._on_frame(server, frame)
+
+    def _on_frame(self, server: _Server, frame: Frame) -> None:
+        if frame.kind is Kind.FORKED:
+            number, pid, has_pidfd = frame.head
+            server.listeners[number].forked(pid, server.reader.fds.pop(0) if has_pidfd else None)
+        elif frame.kind is Kind.NOT_FORKED:
+            number, reason = frame.head
+            server.listeners.pop(number).fork_failed(reason, server.output.last_lines())
+        elif frame.kind is Kind.EXITED:
+            number, exitcode = frame.head
+            server.listeners.pop(number).process_exited(exitcode)
+
+    def _on_death(self, server: _Server) -> None:
+        with self._lock:
+            if self._server is not server:
+                return  # it was closed on purpose
+            self._server = None
+        self._dispatcher.unwatch(server.sock, server.sock.close)
+        server.sender.close()
+        exitcode = _reap(server.process)
+        reason = f"the torch-only process {server.process.pid} ended with exit code {exitcode}"
+        log.error("%s; the next worker starts another", reason)
+        last_lines = server.output.last_lines()
+        listeners, server.listeners = server.listeners, {}
+        for listener in listeners.values():
+            if listener.pid is None:
+                listener.fork_failed(reason, last_lines)
+            else:
+                listener.orphaned()
+
+
+def _popen(control: socket.socket, output_fd: int) -> subprocess.Popen[bytes]:
+    if not sys.executable:
+        raise OSError("sys.executable is empty, so no interpreter is known that could load a model")
+    pidfd = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
+    passed = [control.fileno()] if pidfd is None else [control.fileno(), pidfd]
+    path = [entry or os.getcwd() for entry in sys.path]
+    fds = [str(control.fileno()), str(-1 if pidfd is None else pidfd)]
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", _BOOTSTRAP, *fds, "\n".join(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=output_fd,
+            stderr=output_fd,
+            pass_fds=passed,
+            env={**os.environ, **_ENVIRONMENT},
+            # Ctrl-C in a terminal goes to a whole session; running batches are to be finished by us, not killed by it.
+            start_new_session=True,
+        )
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _environment_to_restore() -> Mapping[str, str | None]:
+    """Return what the variables that the torch-only process was given are to be again in the workers."""
+    return {name: os.environ.get(name) for name in _ENVIRONMENT}
+
+
+def _reap(process: subprocess.Popen[bytes]) -> int:
+    """Wait until the process is gone; make sure that it goes."""
+    try:
+        return process.wait(_CLOSE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+

@@ -1,0 +1,92 @@
+"""What a process of ours prints: read through one pipe, forwarded to logging line by line, the last lines kept."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import threading
+from collections import deque
+
+from torchmgmt.dispatcher import Dispatcher
+
+__all__ = ["Output"]
+
+_READ_SIZE = 1 << 16
+_LONGEST_LINE = 4096
+_LINES_KEPT = 50
+# A line may begin with <N>, the priority of syslog(3) as in sd-daemon(3): that is how a worker's logging marks its lines.
+_PRIORITY = re.compile(r"<([0-7])>")
+_LEVELS = {
+    **dict.fromkeys("012", logging.CRITICAL),
+    "3": logging.ERROR,
+    "4": logging.WARNING,
+    **dict.fromkeys("56", logging.INFO),
+    "7": logging.DEBUG,
+}
+
+
+class Output:
+    """The reading end of one process's stdout and stderr. Thread-safe; nothing blocks.
+
+    Args:
+        fd: a pipe's reading end; it is owned from now on and closed when the last writer closed its end.
+        dispatcher: reads it. Not the one that carries answers: somebody's slow log handler must not delay those.
+        log: gets each line, as INFO unless the line begins with a syslog priority such as ``<4>``.
+    """
+
+    def __init__(self, fd: int, dispatcher: Dispatcher, log: logging.Logger | logging.LoggerAdapter[logging.Logger]):
+        os.set_blocking(fd, False)
+        self._pipe = io.FileIO(fd, "r")
+        self._dispatcher = dispatcher
+        self._log = log
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._rest = b""
+        dispatcher.watch(self._pipe, self._on_readable)
+
+    def last_lines(self) -> list[str]:
+        """Return the last lines, those included that were printed but not read yet."""
+        # Bounded by what a pipe holds, so a process that prints without end cannot keep us here.
+        self._log_lines(self._read())
+        with self._lock:
+            return [*self._lines, *([_text(self._rest)] if self._rest else [])]
+
+    def close(self) -> None:
+        """Stop reading. Idempotent."""
+        self._dispatcher.unwatch(self._pipe, self._pipe.close)
+
+    def _on_readable(self) -> None:
+        self._log_lines(self._read())
+
+    def _read(self) -> list[bytes]:
+        """Read once; return the lines that are whole now."""
+        with self._lock:
+            if self._pipe.closed:
+                return []
+            data = self._pipe.read(_READ_SIZE)
+            if data is None:  # nothing is there now
+                return []
+            if not data:
+                lines, self._rest = ([self._rest] if self._rest else []), b""
+                self._dispatcher.unwatch(self._pipe, self._pipe.close)
+            else:
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                if len(self._rest) > _LONGEST_LINE:
+                    lines, self._rest = [*lines, self._rest], b""
+            self._lines.extend(_PRIORITY.sub("", _text(line), count=1) for line in lines[-_LINES_KEPT:])
+        return lines
+
+    def _log_lines(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = _text(line)
+            mark = _PRIORITY.match(text)
+            level = _LEVELS[mark[1]] if mark else logging.INFO
+            if self._log.isEnabledFor(level):
+                self._log.log(level, "%s", text[mark.end() :] if mark else text)
+
+
+def _text(line: bytes) -> str:
+    return line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r")

@@ -1,0 +1,399 @@
+"""Batcher: the bounded queue of one model version, which cuts what waits in it into batches.
+
+Two ways to use one. Around a plain function it runs batches on a thread of its own. Without a function it is the queue
+that a WorkerPool takes batches from: it says ``on_ready`` when there may be one, and the pool calls :meth:`Batcher.take`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, Generic, TypeVar
+
+from attrs import define, field, frozen
+
+from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError, WrongNumberOfAnswers
+from torchmgmt.records import check_number
+
+__all__ = ["Batch", "Batcher"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Clock = Callable[[], float]
+
+_MANY_DEADLINES = 256
+"""Above this number, deadlines of requests that have ended are swept out before more are noted."""
+
+
+@define(eq=False)
+class _Waiting(Generic[T, R]):
+    """One accepted item and the future that will hold its answer."""
+
+    item: T
+    future: Future[R]
+    since: float
+    deadline: float | None = None
+
+
+@frozen(order=True)
+class _Deadline:
+    """When a request is over. It must not keep a settled request and its answer alive, hence the weak reference."""
+
+    when: float
+    number: int
+    future: weakref.ref[Future[Any]] = field(order=False)
+    timeout_s: float = field(order=False)
+
+    def is_moot(self) -> bool:
+        future = self.future()
+        return future is None or future.done()
+
+
+@frozen(eq=False)
+class Batch(Generic[T, R]):
+    """Items that are run together. Exactly one of :meth:`finish` and :meth:`fail` is to be called, once, on any thread."""
+
+    _entries: Sequence[_Waiting[T, R]]
+
+    @property
+    def items(self) -> list[T]:
+        """The items in the order in which they were submitted."""
+        return [entry.item for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def finish(self, outcomes: Sequence[R | BaseException]) -> None:
+        """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
+
+        A wrong number of outcomes fails all of them with an error that names both numbers: nobody could tell whose
+        answer is whose.
+        """
+        if len(outcomes) != len(self._entries):
+            self.fail(WrongNumberOfAnswers(len(self._entries), len(outcomes)))
+            return
+        for entry, outcome in zip(self._entries, outcomes, strict=True):
+            _settle(entry.future, outcome)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer every item with ``error``."""
+        for entry in self._entries:
+            _settle(entry.future, error)
+
+
+class Batcher(Generic[T, R]):
+    """A bounded queue that cuts batches of at most ``batch_size`` items, waiting at most ``max_batch_delay`` ms for them.
+
+    >>> with Batcher(lambda items: [item * 2 for item in items], batch_size=8, max_batch_delay=5) as batcher:
+    ...     answers = [batcher.submit(number) for number in (1, 2, 3)]
+    ...     [answer.result(timeout=10) for answer in answers]
+    [2, 4, 6]
+
+    Items leave in the order in which they came. Thread-safe throughout; no method blocks but :meth:`close`.
+
+    Args:
+        function: takes a list of items and returns as many answers, in order; an answer that is an exception fails its
+            item alone. It runs on one daemon thread, started by the first item. None: somebody else takes the batches.
+        batch_size: the most items in a batch, at least 1.
+        max_batch_delay: the longest that an item waits for others to join its batch, in ms, at least 0.
+        capacity: the most items that may wait, at least 1; one more is refused with QueueFull.
+        name: what errors call this queue.
+        clock: a monotonic clock in seconds.
+        on_ready: called, with no lock held, when :meth:`take` may have a batch. Only without ``function``.
+        call_at: ``call_at(when, callback)`` runs a callback at a time of ``clock``. Only without ``function``.
+
+    Raises:
+        InvalidArgument: one of the numbers is out of its range.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[list[T]], Sequence[R | BaseException]] | None = None,
+        *,
+        batch_size: int = 1,
+        max_batch_delay: int = 100,
+        capacity: int = 100,
+        name: str = "this Batcher",
+        clock: Clock = time.monotonic,
+        on_ready: Callable[[], object] | None = None,
+        call_at: Callable[[float, Callable[[], object]], object] | None = None,
+    ) -> None:
+        check_number("batch_size", batch_size, minimum=1)
+        check_number("max_batch_delay", max_batch_delay, minimum=0, unit="milliseconds")
+        check_number("capacity", capacity, minimum=1)
+        if function is None and (on_ready is None or call_at is None):
+            raise InvalidArgument("function", function, "callable, unless on_ready and call_at are both given")
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.name = name
+        self._delay_s = max_batch_delay / 1000
+        self.clock = clock
+        runner = None if function is None else _Runner(self, function)
+        self._runner = runner
+        self._on_ready: Callable[[], object] = runner.wake if runner else on_ready  # type: ignore[assignment]
+        self._call_at: Callable[[float, Callable[[], object]], object] = runner.call_at if runner else call_at  # type: ignore[assignment]
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        # guarded by _lock
+        self._queue: deque[_Waiting[T, R]] = deque()
+        self._deadlines: list[_Deadline] = []
+        self._compact_at = _MANY_DEADLINES
+        self._armed_for: float | None = None
+        self._closed: TorchmgmtError | None = None
+        self._draining = False
+
+    def __repr__(self) -> str:
+        return f"<Batcher of {self.name}: {len(self)} of {self.capacity} waiting, batch_size={self.batch_size}>"
+
+    def __len__(self) -> int:
+        """The number of items that wait."""
+        with self._lock:
+            return sum(not entry.future.done() for entry in self._queue)
+
+    def __enter__(self) -> Batcher[T, R]:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def submit(self, item: T, *, timeout: float | None = None, future: Future[R] | None = None) -> Future[R]:
+        """Queue ``item`` and return the future of its answer. Does not block; any thread.
+
+        Args:
+            item: what the function gets in its list.
+            timeout: seconds, at least 0. An item without an answer by then fails with DeadlineExceeded and, if it was
+                not started, never runs. None: no limit.
+            future: a pending future to use instead of a new one. ``Future.cancel`` takes a waiting item back.
+
+        Raises:
+            QueueFull: ``capacity`` items wait already.
+            ManagerClosed: it was closed.
+            InvalidArgument: ``timeout`` is not a number of seconds.
+        """
+        if timeout is not None:
+            check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+        now = self.clock()
+        entry = _Waiting(item, Future() if future is None else future, now)
+        with self._lock:
+            self._check_room_locked()
+            self._queue.append(entry)
+            if timeout is not None:
+                entry.deadline = now + timeout
+                self._note_deadline_locked(entry.deadline, timeout, entry.future)
+            ready = self._is_ready_locked(now)
+            wake_at = self._wake_time_locked(now)
+        self._arm(wake_at)
+        if ready:
+            self._on_ready()
+        return entry.future
+
+    def take(self) -> Batch[T, R] | None:
+        """Cut the next batch if one is due: full, or its oldest item has waited long enough, or the queue drains.
+
+        Cancelled and expired items are left out. Does not block; any thread.
+        """
+        now = self.clock()
+        entries: list[_Waiting[T, R]] = []
+        with self._lock:
+            expired = self._claim_expired_locked(now)
+            if self._is_ready_locked(now):
+                while self._queue and len(entries) < self.batch_size:
+                    entry = self._queue.popleft()
+                    if _claim(entry):
+                        entries.append(entry)
+            wake_at = self._wake_time_locked(now)
+        self._arm(wake_at)
+        self._expire(expired)
+        return Batch(entries) if entries else None
+
+    def drain(self, error: TorchmgmtError | None = None) -> None:
+        """Refuse new items with ``error`` from now on, and make what waits due at once. Does not block; idempotent."""
+        with self._lock:
+            self._closed = self._closed or error or ManagerClosed(self.name)
+            self._draining = True
+        self._on_ready()
+
+    def fail_waiting(self, error: BaseException) -> int:
+        """Answer all that waits with ``error``; return how many that were. Does not block; any thread."""
+        with self._lock:
+            waiting = list(self._queue)
+            self._queue.clear()
+        return sum(_settle(entry.future, error) for entry in waiting)
+
+    def close(self, timeout: float | None = 30) -> int:
+        """Refuse new items, run what waits for at most ``timeout`` seconds, fail the rest; return how many failed.
+
+        Blocks until that is done, when there is a function to run them; idempotent.
+        """
+        self.drain()
+        if self._runner is not None:
+            self._runner.join(timeout)
+        return self.fail_waiting(ManagerClosed(self.name))
+
+    def next_due(self) -> float | None:
+        """Return when something is to be done next, as a time of ``clock``; None if nothing waits."""
+        with self._lock:
+            return self._next_due_locked()
+
+    def tick(self) -> None:
+        """Do what is due by now: fail items past their deadline, announce a batch that is due. For ``call_at``."""
+        now = self.clock()
+        with self._lock:
+            self._armed_for = None
+            expired = self._claim_expired_locked(now)
+            ready = self._is_ready_locked(now)
+            wake_at = self._wake_time_locked(now)
+        self._expire(expired)
+        self._arm(wake_at)
+        if ready:
+            self._on_ready()
+
+    def _check_room_locked(self) -> None:
+        if self._closed is not None:
+            raise self._closed
+        if len(self._queue) >= self.capacity:
+            # What was cancelled while it waited takes no place.
+            self._queue = deque(entry for entry in self._queue if not entry.future.done())
+        if len(self._queue) >= self.capacity:
+            raise QueueFull(self.name, self.capacity, max(1.0, self._delay_s))
+
+    def _is_ready_locked(self, now: float) -> bool:
+        queue = self._queue
+        if not queue:
+            return False
+        return self._draining or len(queue) >= self.batch_size or now >= queue[0].since + self._delay_s
+
+    def _next_due_locked(self, *, unless_by: float = -math.inf) -> float | None:
+        """Return the next deadline or the time to cut, the latter only if it comes after ``unless_by``."""
+        times = [self._deadlines[0].when] if self._deadlines else []
+        if self._queue:
+            cut = self._queue[0].since + self._delay_s
+            if cut > unless_by and len(self._queue) < self.batch_size:
+                times.append(cut)
+        return min(times, default=None)
+
+    def _wake_time_locked(self, now: float) -> float | None:
+        """Return when a timer is needed that is not set yet, and note it as set.
+
+        A batch that is due already needs none: it was announced, or whoever takes batches comes back for it.
+        """
+        due = self._next_due_locked(unless_by=now)
+        if due is None or (self._armed_for is not None and self._armed_for <= due):
+            return None
+        self._armed_for = due
+        return due
+
+    def _note_deadline_locked(self, when: float, timeout_s: float, future: Future[R]) -> None:
+        if len(self._deadlines) >= self._compact_at:
+            self._deadlines = [deadline for deadline in self._deadlines if not deadline.is_moot()]
+            heapq.heapify(self._deadlines)
+            self._compact_at = max(_MANY_DEADLINES, 2 * len(self._deadlines))
+        heapq.heappush(self._deadlines, _Deadline(when, next(self._numbers), weakref.ref(future), timeout_s))
+
+    def _claim_expired_locked(self, now: float) -> list[tuple[Future[R], float]]:
+        """Take the requests whose time is over out of everybody's reach; the caller fails them without the lock."""
+        expired = []
+        while self._deadlines and (self._deadlines[0].when <= now or self._deadlines[0].is_moot()):
+            deadline = heapq.heappop(self._deadlines)
+            future = deadline.future()
+            if future is not None and not future.done() and (future.running() or future.set_running_or_notify_cancel()):
+                expired.append((future, deadline.timeout_s))
+        return expired
+
+    def _arm(self, wake_at: float | None) -> None:
+        if wake_at is not None:
+            self._call_at(wake_at, self.tick)
+
+    def _expire(self, expired: Sequence[tuple[Future[R], float]]) -> None:
+        for future, timeout_s in expired:
+            _settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s))
+
+
+class _Runner(Generic[T, R]):
+    """The thread that runs a Batcher's own function."""
+
+    def __init__(self, batcher: Batcher[T, R], function: Callable[[list[T]], Sequence[R | BaseException]]) -> None:
+        self._batcher = batcher
+        self._function = function
+        self._condition = threading.Condition()
+        # guarded by _condition
+        self._thread: threading.Thread | None = None
+        self._awake = False
+        self._ending = False
+
+    def wake(self) -> None:
+        """Look for a batch, starting the thread if there is none."""
+        with self._condition:
+            self._awake = True
+            if self._thread is None and not self._ending:
+                self._thread = threading.Thread(target=self._run, name="torchmgmt-batcher", daemon=True)
+                self._thread.start()
+            self._condition.notify()
+
+    def call_at(self, _when: float, _callback: Callable[[], object]) -> None:
+        """Look at the time again; the thread asks the batcher itself when something is due."""
+        self.wake()
+
+    def join(self, timeout: float | None) -> None:
+        """End the thread when nothing waits any more; block for at most ``timeout`` seconds."""
+        with self._condition:
+            self._ending = True
+            thread = self._thread
+            self._condition.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            batch = self._batcher.take()
+            if batch is not None:
+                self._run_batch(batch)
+            elif not self._wait():
+                return
+
+    def _wait(self) -> bool:
+        """Wait until something may be due; False when the thread is to end."""
+        due = self._batcher.next_due()
+        with self._condition:
+            if self._ending:
+                return False
+            if not self._awake:
+                self._condition.wait(None if due is None else max(0.0, due - self._batcher.clock()))
+            self._awake = False
+        self._batcher.tick()
+        return True
+
+    def _run_batch(self, batch: Batch[T, R]) -> None:
+        try:
+            outcomes = self._function(batch.items)
+            batch.finish(list(outcomes))
+        except BaseException as error:  # whatever it is, it belongs to those who wait
+            batch.fail(error)
+
+
+def _claim(entry: _Waiting[Any, Any]) -> bool:
+    """Mark the entry as running; False if it was cancelled, or failed because its deadline has passed."""
+    future = entry.future
+    if entry.deadline is not None and not future.cancelled() and (future.running() or future.done()):
+        return False
+    return future.set_running_or_notify_cancel()
+
+
+def _settle(future: Future[Any], outcome: object) -> bool:
+    """Give ``future`` its one outcome; False if it has one (it was cancelled, or its deadline has passed)."""
+    try:
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except InvalidStateError:
+        return False
+    return True

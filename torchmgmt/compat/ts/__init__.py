@@ -1,0 +1,1 @@
+"""What ``import ts`` finds inside a worker."""

@@ -1,0 +1,224 @@
+"""The one thread that waits for everything: readable sockets, ended processes, timers.
+
+Whatever number of models a manager holds, one dispatcher serves them all; a model version without workers has nothing
+registered here and so costs no thread and no descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from attrs import define, field
+
+from torchmgmt.errors import ManagerClosed
+
+__all__ = ["Dispatcher", "HasFileno", "Timer"]
+
+log = logging.getLogger(__name__)
+
+Callback = Callable[[], object]
+
+
+class HasFileno(Protocol):
+    """Anything that the operating system can wait for."""
+
+    def fileno(self) -> int:
+        """Return the file descriptor."""
+
+
+@define(order=True, eq=True)
+class Timer:
+    """A callback that is due at a time of the monotonic clock, unless cancelled before."""
+
+    when: float
+    number: int
+    callback: Callback | None = field(order=False, eq=False)
+
+    def cancel(self) -> None:
+        """Make sure that the callback does not run, unless it runs already. Any thread; does not block."""
+        self.callback = None
+
+
+class Dispatcher:
+    """Runs callbacks on one daemon thread: when a descriptor is readable or writable, when a time has come, or soon.
+
+    Every public method may be called from any thread and does not block, except :meth:`close`. The thread is started by
+    the first call that needs it. What a callback raises is logged; the others go on.
+    """
+
+    def __init__(self, name: str = "torchmgmt-dispatcher", clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._name = name
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._soon: deque[Callback] = deque()
+        self._timers: list[Timer] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._wake_fds: tuple[int, int] | None = None
+        # belongs to the dispatcher's thread
+        self._selector: selectors.BaseSelector | None = None
+
+    def call_soon(self, callback: Callback) -> None:
+        """Run ``callback`` on the dispatcher's thread.
+
+        Raises:
+            ManagerClosed: it was closed.
+        """
+        with self._lock:
+            self._ensure_running_locked()
+            self._soon.append(callback)
+            self._wake_locked()
+
+    def call_at(self, when: float, callback: Callback) -> Timer:
+        """Run ``callback`` when the clock shows ``when`` (seconds of ``clock``, by default monotonic) or later.
+
+        Raises:
+            ManagerClosed: it was closed.
+        """
+        timer = Timer(when, next(self._numbers), callback)
+        with self._lock:
+            self._ensure_running_locked()
+            heapq.heappush(self._timers, timer)
+            if self._timers[0] is timer:
+                self._wake_locked()
+        return timer
+
+    def watch(self, source: HasFileno, on_readable: Callback) -> None:
+        """Call ``on_readable`` whenever ``source`` is readable, until :meth:`unwatch`."""
+        self.call_soon(lambda: self._set_event(source, selectors.EVENT_READ, on_readable))
+
+    def watch_writable(self, source: HasFileno, on_writable: Callback | None) -> None:
+        """Call ``on_writable`` whenever ``source`` can be written to; None ends that. ``source`` must be watched."""
+        self.call_soon(lambda: self._set_event(source, selectors.EVENT_WRITE, on_writable))
+
+    def unwatch(self, source: HasFileno, then: Callback | None = None) -> None:
+        """Forget ``source``, then call ``then`` on the dispatcher's thread: the place to close it without a race."""
+        self.call_soon(lambda: self._unwatch(source, then))
+
+    def on_thread(self) -> bool:
+        """Return whether the caller runs on the dispatcher's thread."""
+        return threading.current_thread() is self._thread
+
+    def close(self) -> None:
+        """Stop after the callbacks that are due already. Blocks until the thread ended, unless called on it. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            thread = self._thread
+            if thread is not None:
+                self._wake_locked()
+        if thread is not None and not self.on_thread():
+            thread.join()
+
+    def _ensure_running_locked(self) -> None:
+        if self._closed:
+            raise ManagerClosed("The dispatcher")
+        if self._thread is None:
+            self._wake_fds = os.pipe()
+            for fd in self._wake_fds:
+                os.set_blocking(fd, False)
+            self._thread = threading.Thread(target=self._run, args=self._wake_fds, name=self._name, daemon=True)
+            self._thread.start()
+
+    def _wake_locked(self) -> None:
+        if self._wake_fds is not None and not self.on_thread():
+            # When the pipe is full, so many wake-ups are waiting that one more says nothing.
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._wake_fds[1], b"\0")
+
+    # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
+
+    def _run(self, wake_fd: int, wake_writer_fd: int) -> None:
+        with selectors.DefaultSelector() as selector:
+            self._selector = selector
+            selector.register(wake_fd, selectors.EVENT_READ)
+            while not self._closed:
+                for key, events in selector.select(self._timeout()):
+                    if key.data is None:
+                        self._drain_wake_ups(wake_fd)
+                    else:
+                        self._serve(key, events)
+                self._run_due()
+            self._run_due()
+        with self._lock:
+            self._wake_fds = None
+            os.close(wake_fd)
+            os.close(wake_writer_fd)
+
+    def _timeout(self) -> float | None:
+        with self._lock:
+            if self._soon:
+                return 0
+            while self._timers and self._timers[0].callback is None:
+                heapq.heappop(self._timers)
+            return max(0.0, self._timers[0].when - self.clock()) if self._timers else None
+
+    def _run_due(self) -> None:
+        now = self.clock()
+        due: list[Callback] = []
+        with self._lock:
+            due += self._soon
+            self._soon.clear()
+            while self._timers and self._timers[0].when <= now:
+                callback = heapq.heappop(self._timers).callback
+                if callback is not None:
+                    due.append(callback)
+        for callback in due:
+            self._call(callback)
+
+    def _serve(self, key: selectors.SelectorKey, events: int) -> None:
+        for event in (selectors.EVENT_READ, selectors.EVENT_WRITE):
+            callback = key.data.get(event)
+            if events & event and callback is not None:
+                self._call(callback)
+
+    def _call(self, callback: Callback) -> None:
+        try:
+            callback()
+        except Exception:
+            log.exception("A callback of %s failed", self._name)
+
+    def _drain_wake_ups(self, fd: int) -> None:
+        # Its byte may have been read together with an earlier one.
+        with contextlib.suppress(BlockingIOError):
+            os.read(fd, 4096)
+
+    def _set_event(self, source: HasFileno, event: int, callback: Callback | None) -> None:
+        selector = self._selector
+        if selector is None or not _is_open(source):
+            return
+        known = selector.get_map().get(source)
+        callbacks = dict(known.data) if known else {}
+        callbacks[event] = callback
+        mask = sum(bit for bit, wanted in callbacks.items() if wanted is not None)
+        if known:
+            selector.modify(source, mask, callbacks)
+        else:
+            selector.register(source, mask, callbacks)
+
+    def _unwatch(self, source: HasFileno, then: Callback | None) -> None:
+        if self._selector is not None and _is_open(source) and source in self._selector.get_map():
+            self._selector.unregister(source)
+        if then is not None:
+            self._call(then)
+
+
+def _is_open(source: HasFileno) -> bool:
+    """Whether ``source`` still has a descriptor; a closed socket says -1, a closed file raises."""
+    try:
+        return source.fileno() >= 0
+    except ValueError:
+        return False

@@ -1,0 +1,82 @@
+"""What a ModelManager tells whoever listens: frozen records, one class for each kind of event.
+
+A listener is any callable that takes one event. It is called after the fact, on the thread that caused it, with no lock
+of torchmgmt held; so it may call the manager, but should be quick. What it raises is logged and goes no further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from attrs import frozen
+
+from torchmgmt.lifecycle import VersionState
+from torchmgmt.records import ModelKey, WorkerExit
+
+__all__ = [
+    "DefaultVersionSet",
+    "Event",
+    "Listener",
+    "ModelRegistered",
+    "ModelUnregistered",
+    "VersionStateChanged",
+    "WorkerReady",
+    "WorkerStopped",
+]
+
+
+@frozen
+class ModelRegistered:
+    """The version can be routed to from now on."""
+
+    key: ModelKey
+
+
+@frozen
+class ModelUnregistered:
+    """The version is being withdrawn: it takes no request from now on."""
+
+    key: ModelKey
+
+
+@frozen
+class DefaultVersionSet:
+    """Requests that name no version go to this one from now on."""
+
+    key: ModelKey
+
+
+@frozen
+class VersionStateChanged:
+    """The version went from one state to another."""
+
+    key: ModelKey
+    before: VersionState
+    after: VersionState
+
+
+@frozen
+class WorkerReady:
+    """A worker loaded the model and may be handed batches; ``seconds`` is how long that took since it was spawned."""
+
+    key: ModelKey
+    worker_id: str
+    pid: int
+    seconds: float
+
+
+@frozen
+class WorkerStopped:
+    """A worker's process is gone; ``expected`` is whether it was told to go."""
+
+    key: ModelKey
+    worker_id: str
+    exit: WorkerExit
+    expected: bool
+
+
+Event: TypeAlias = (
+    ModelRegistered | ModelUnregistered | DefaultVersionSet | VersionStateChanged | WorkerReady | WorkerStopped
+)
+Listener: TypeAlias = Callable[[Event], None]

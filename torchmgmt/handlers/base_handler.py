@@ -1,0 +1,155 @@
+"""BaseHandler: loads a model by what its archive holds, and runs it in three steps that a subclass may override.
+
+Its methods and attributes are those of TorchServe's ``ts.torch_handler.base_handler.BaseHandler``, which most handlers
+in the field build on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["BaseHandler"]
+
+log = logging.getLogger(__name__)
+
+
+class BaseHandler:
+    """Loads a TorchScript file, or a state dict together with the file that defines its model.
+
+    A subclass overrides any of :meth:`preprocess`, :meth:`inference` and :meth:`postprocess`; after :meth:`initialize`
+    it finds ``model``, ``device``, ``map_location``, ``manifest``, ``context``, ``model_yaml_config`` and ``mapping``
+    (the contents of ``index_to_name.json``, if the archive has one).
+    """
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.mapping: Any = None
+        self.device: torch.device = torch.device("cpu")
+        self.map_location: str = "cpu"
+        self.initialized = False
+        self.context: Any = None
+        self.manifest: Mapping[str, Any] = {}
+        self.model_yaml_config: Mapping[str, Any] = {}
+        self.explain = False
+        self.target = 0
+
+    def initialize(self, context: Any) -> None:
+        """Load the model that ``context`` describes.
+
+        Raises:
+            RuntimeError: the archive has no file to load, or what is in it is no model.
+        """
+        properties = context.system_properties
+        self.context = context
+        self.manifest = context.manifest
+        self.model_yaml_config = context.model_yaml_config or {}
+        on_gpu = torch.cuda.is_available() and properties.get("gpu_id") is not None
+        self.map_location = "cuda" if on_gpu else "cpu"
+        self.device = torch.device(f"cuda:{properties['gpu_id']}" if on_gpu else "cpu")
+        self.model = self._load(Path(properties["model_dir"]), self.manifest.get("model", {}))
+        self.model.to(self.device)
+        self.model.eval()
+        self.mapping = _read_mapping(Path(properties["model_dir"]) / "index_to_name.json")
+        self.initialized = True
+
+    def preprocess(self, data: Sequence[Any]) -> Any:
+        """Make the model's input of the rows of a batch; by default a tensor of the bodies, stacked."""
+        rows = [_body(row) for row in data]
+        if rows and all(isinstance(row, torch.Tensor) for row in rows):
+            return torch.stack(rows).to(self.device)
+        return torch.as_tensor(rows, device=self.device)
+
+    def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with torch.inference_mode():
+            return self.model(data.to(self.device), *args, **kwargs)
+
+    def postprocess(self, data: Any) -> list[Any]:
+        """Make one answer for each request of the model's output; by default its rows as lists of numbers."""
+        answers: list[Any] = data.tolist()
+        return answers
+
+    def handle(self, data: Any, context: Any) -> list[Any]:
+        """Answer a batch: preprocess, inference, postprocess."""
+        self.context = context
+        return self.postprocess(self.inference(self.preprocess(data)))
+
+    def describe_handle(self) -> dict[str, Any]:
+        """Say something of the model that the server cannot know; a subclass overrides it."""
+        return {}
+
+    def _load(self, folder: Path, model: Mapping[str, Any]) -> Any:
+        serialized, model_file = model.get("serializedFile"), model.get("modelFile")
+        if model_file:
+            path = folder / serialized if serialized else None
+            return self._load_pickled_model(str(folder), model_file, str(path) if path else "")
+        if not serialized:
+            raise RuntimeError("the manifest names neither a serializedFile nor a modelFile, so there is nothing to load")
+        return self._load_torchscript_model(str(folder / serialized))
+
+    def _load_torchscript_model(self, model_pt_path: str) -> Any:
+        """Load a TorchScript file. Named as in TorchServe, where subclasses override it."""
+        try:
+            return torch.jit.load(model_pt_path, map_location=self.device)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{Path(model_pt_path).name} is not a TorchScript file; a state dict needs the file that defines its"
+                f" model (modelFile in the manifest): {error}"
+            ) from error
+
+    def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str) -> Any:
+        """Make the model that ``model_file`` defines and load its state dict. Named as in TorchServe."""
+        model = _model_class(_import_file(Path(model_dir) / model_file))()
+        if model_pt_path:
+            # Anything but False: a context that a test made by hand has no such key, and the safe way is the default.
+            safe = self.context.system_properties.get("weights_only") is not False
+            state = torch.load(model_pt_path, map_location=self.map_location, weights_only=safe)
+            model.load_state_dict(state)
+        return model
+
+
+def _body(row: Any) -> Any:
+    if not isinstance(row, dict):
+        return row
+    return row["data"] if "data" in row else row.get("body")
+
+
+def _import_file(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise RuntimeError(f"the manifest names the modelFile {file.name}, but the archive does not hold it")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"the modelFile {file.name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _model_class(module: ModuleType) -> type[torch.nn.Module]:
+    own = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, torch.nn.Module) and value.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        found = ", ".join(each.__name__ for each in own) or "none"
+        raise RuntimeError(f"a modelFile must define exactly one nn.Module; {module.__name__}.py defines: {found}")
+    return own[0]
+
+
+def _read_mapping(file: Path) -> Any:
+    if not file.is_file():
+        log.debug("There is no %s; classes are answered by number", file.name)
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))

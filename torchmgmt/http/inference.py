@@ -1,0 +1,88 @@
+"""The inference address as an ASGI application: so far, its health and its API description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import falcon
+import falcon.asgi
+from attrs import frozen
+
+from torchmgmt.errors import ModelNotFound
+from torchmgmt.http import operations as ops
+from torchmgmt.http.middleware import RequestHeaders
+from torchmgmt.http.openapi import api_description
+from torchmgmt.http.render import Reply, render_error_async, render_reply
+from torchmgmt.lifecycle import VersionState
+from torchmgmt.records import ModelInfo
+
+if TYPE_CHECKING:
+    from torchmgmt import ModelManager
+
+__all__ = ["Health", "create_inference_app", "health_of"]
+
+
+class Health(Enum):
+    """How many of the model versions that shall have workers have a ready one."""
+
+    HEALTHY = "Healthy"
+    PARTIAL = "Partial Healthy"
+    UNHEALTHY = "Unhealthy"
+
+
+def health_of(manager: ModelManager) -> Health:
+    """Return the health of all that ``manager`` serves. Waits for nothing; may be called from any thread."""
+    infos = [info for model in manager.models() for info in _versions(manager, model.name)]
+    wanting = [info for info in infos if info.scale.min_workers > 0]
+    served = [info for info in wanting if info.state is VersionState.READY]
+    if len(served) == len(wanting):
+        return Health.HEALTHY
+    return Health.PARTIAL if served else Health.UNHEALTHY
+
+
+def create_inference_app(
+    manager: ModelManager,
+) -> falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]:
+    """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager."""
+    app = falcon.asgi.App(middleware=[RequestHeaders()])
+    app.req_options.strip_url_path_trailing_slash = True
+    app.add_error_handler(Exception, render_error_async)
+    app.add_error_handler(falcon.HTTPError, render_error_async)
+    description = ApiDescription()
+    app.add_route(ops.PING.path, Ping(manager))
+    app.add_route(ops.API_DESCRIPTION.path, description)
+    app.add_route(ops.API_DESCRIPTION_AT_ROOT.path, description, suffix="root")
+    return app
+
+
+@frozen
+class Ping:
+    """GET /ping."""
+
+    manager: ModelManager
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Answer 200 while something is served, 500 when nothing that should be is."""
+        health = health_of(self.manager)
+        code = 500 if health is Health.UNHEALTHY else 200
+        render_reply(req, resp, Reply(code, {"status": health.value}))
+
+
+class ApiDescription:
+    """OPTIONS / and GET /api-description."""
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Answer with what this address serves."""
+        item = api_description("torchmgmt Inference API", ops.INFERENCE)
+        render_reply(req, resp, Reply(200, item))
+
+    on_options_root = on_get
+
+
+def _versions(manager: ModelManager, name: str) -> Sequence[ModelInfo]:
+    try:
+        return manager.versions(name)
+    except ModelNotFound:  # unregistered since it was listed
+        return ()

@@ -1,0 +1,803 @@
+"""ModelManager: the facade, and the only room that knows registry, pools and batchers together."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define, frozen
+
+from torchmgmt.archive import ModelFolder, ModelSources
+from torchmgmt.backends import Backend
+from torchmgmt.backends.process import ProcessBackend
+from torchmgmt.batcher import Batcher
+from torchmgmt.channel import AnswerFuture, encode
+from torchmgmt.errors import InvalidArchive, InvalidArgument, ManagerClosed, ModelNotFound, QueueFull
+from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
+from torchmgmt.lifecycle import VersionState
+from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
+from torchmgmt.records import (
+    CloseReport,
+    Encoded,
+    ModelInfo,
+    ModelKey,
+    ModelSpec,
+    Scale,
+    WorkerRequest,
+    check_number,
+    check_text,
+)
+from torchmgmt.registry import Registry
+from torchmgmt.settings import Settings
+
+__all__ = ["Model", "ModelManager"]
+
+log = logging.getLogger(__name__)
+
+_RUNTIMES = ("python", "python3", "lsp")
+_DEFAULT_VERSION = "1.0"
+
+
+@frozen(eq=False)
+class _Version:
+    """What serves one model version: its files, its queue and its workers."""
+
+    spec: ModelSpec
+    folder: ModelFolder
+    batcher: Batcher[WorkerRequest, Encoded]
+    pool: WorkerPool
+
+    def refuse(self) -> None:
+        """Take no new request; what was accepted is still run."""
+        self.batcher.drain(ModelNotFound(self.spec.key.name))
+        self.pool.retire()
+
+    def close(self, timeout: float) -> CloseReport:
+        """Finish what was accepted within ``timeout`` seconds, then leave nothing behind."""
+        self.batcher.drain(ModelNotFound(self.spec.key.name))
+        try:
+            return self.pool.close(timeout)
+        finally:
+            self.folder.release()
+
+
+@define(eq=False)
+class _Announcer:
+    """Tells the listeners. Apart from the manager, so that pools that run do not keep a forgotten manager alive."""
+
+    listeners: Sequence[Listener]
+
+    def tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            try:
+                listener(event)
+            except Exception:
+                log.exception("A listener failed at %r", event)
+
+
+class ModelManager:
+    """Registers models, runs their workers, answers predictions; all of it inside the program that makes one.
+
+    >>> import pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> code = "def handle(data, context): return data and [len(row['body']) for row in data]"
+    >>> _ = (folder / "length.py").write_text(code)
+    >>> with ModelManager() as manager:
+    ...     model = manager.register(folder, model_name="length", handler="length.py")
+    ...     model.predict("four")
+    4
+
+    Thread-safe throughout. Making one starts nothing: the first worker starts one process that imports torch, from which
+    workers are forked, and two threads. Leaving ``with``, :meth:`close`, and the end of the program end all of that; so
+    does dropping the last reference to the manager, its models and their futures. The library prints nothing, sets no
+    signal handler, and needs no ``if __name__ == "__main__"``. A copy in a forked process raises ManagerClosed.
+
+    Args:
+        model_store: the folder in which :meth:`register` looks names up first. None: that of ``settings``.
+        settings: the defaults for what neither a call nor an archive says. None: as documented there.
+        backend: how workers are run; to be shared between managers, and not closed with any. None: one of its own.
+        listeners: called with each event; see :mod:`torchmgmt.events`.
+
+    Raises:
+        InvalidArgument: ``model_store`` is no path.
+    """
+
+    def __init__(
+        self,
+        model_store: str | os.PathLike[str] | None = None,
+        *,
+        settings: Settings | None = None,
+        backend: Backend | None = None,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.settings = Settings() if settings is None else settings
+        self._sources = ModelSources(self.settings.model_store if model_store is None else model_store)
+        self._backend: Backend = ProcessBackend() if backend is None else backend
+        self._owned_backend = self._backend if backend is None else None
+        self._announcer = _Announcer(tuple(listeners))
+        self._worker_ids = itertools.count(FIRST_WORKER_ID)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._registry: Registry[_Version] = Registry()
+        self._closed = False
+        self._report: CloseReport | None = None
+        self._close_lock = threading.Lock()
+        _open_managers.add(self)
+        self._finalizer = weakref.finalize(self, _abandon, self._registry, self._sources, self._owned_backend, self._pid)
+        self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._registry)} model versions"
+        return f"<ModelManager: {state}>"
+
+    def __enter__(self) -> ModelManager:
+        self._check_usable()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> ModelManager:
+        return self.__enter__()
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def __getitem__(self, name: str) -> Model:
+        """Return the default version of a model; raise ModelNotFound if it is not registered."""
+        return Model(self, self._get(name).spec.key)
+
+    def __contains__(self, name: object) -> bool:
+        with self._lock:
+            return name in self._registry
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all models, sorted."""
+        with self._lock:
+            return iter(self._registry.names())
+
+    def __len__(self) -> int:
+        """The number of models, whatever number of versions each has."""
+        with self._lock:
+            return len(self._registry.names())
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or belongs to the process that this one was forked from."""
+        return self._closed or os.getpid() != self._pid
+
+    @property
+    def model_store(self) -> Path | None:
+        """The folder in which names are looked up, absolute; None if there is none."""
+        return self._sources.model_store
+
+    def warm(self) -> None:
+        """Start the process that imports torch, so that a first worker need not wait for it. Does not block."""
+        self._check_usable()
+        self._backend.warm()
+
+    def register(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        model_name: str | None = None,
+        version: str | None = None,
+        handler: str | None = None,
+        runtime: str | None = None,
+        batch_size: int | None = None,
+        max_batch_delay: int | None = None,
+        initial_workers: int | None = None,
+        max_workers: int | None = None,
+        synchronous: bool = True,
+        response_timeout: float | None = None,
+        startup_timeout: float | None = None,
+        default_workers: int = 1,
+        trusted: bool = True,
+        loaded_at_startup: bool = False,
+    ) -> Model:
+        """Register a model version and start its workers; return it.
+
+        What is None is taken from the archive's model-config.yaml, then from the settings, then the default. Blocks
+        while the source is unpacked and, if ``synchronous``, until the workers are ready. After an error nothing is
+        registered and nothing is left over.
+
+        Args:
+            url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path,
+                or a ``file://`` URL.
+            model_name: the name, without ``/``; default: the manifest's.
+            version: the version, without ``/``; default: the manifest's, else "1.0".
+            handler: ``module``, ``module.py``, ``module:function``, or a shipped handler; default: the manifest's.
+            runtime: python, python3 or LSP, in any case; default: the manifest's.
+            batch_size: the most requests in a batch, at least 1; default 1.
+            max_batch_delay: the longest that a request waits for others, in ms, at least 0; default 100.
+            initial_workers: how many workers it shall have at least, at least 0; default 1.
+            max_workers: how many it may have at most; default: ``initial_workers``.
+            synchronous: whether to wait until the workers are ready.
+            response_timeout: how long a batch may run, in s, above 0; default 120.
+            startup_timeout: how long a worker may take to load the model, in s, above 0; default 120.
+            default_workers: ``initial_workers`` where neither the call nor the archive nor the settings say it.
+            trusted: False if ``url`` came from outside the program: then only the model store is looked into.
+            loaded_at_startup: what ``describe`` says of it.
+
+        Raises:
+            InvalidArgument: an argument has the wrong type or range.
+            SourceNotFound, SourceNotAllowed, DownloadFailed, InvalidArchive: the source cannot be used.
+            AlreadyRegistered: this version is registered, or is being registered by another caller.
+            WorkerStartFailed: ``synchronous``, and a worker could not be started.
+            ManagerClosed: the manager was closed.
+        """
+        self._check_usable()
+        wishes = {
+            "batch_size": batch_size,
+            "max_batch_delay_ms": max_batch_delay,
+            "response_timeout_s": response_timeout,
+            "startup_timeout_s": startup_timeout,
+        }
+        _check_wishes(wishes, initial_workers, max_workers, {"model_name": model_name, "version": version})
+        with contextlib.ExitStack() as undo:
+            folder = undo.enter_context(self._sources.open(url, trusted=trusted))
+            key = _key(folder, model_name, version)
+            spec = self._spec(key, folder, handler, runtime, wishes, loaded_at_startup)
+            scale = self._initial_scale(folder, initial_workers, max_workers, default_workers)
+            self._add(key, spec, folder, scale)
+            undo.pop_all()  # from here on the version owns the folder
+        if synchronous:
+            self._wait_or_withdraw(key)
+        return Model(self, key)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Return the default version of every model, sorted by name. Does not block."""
+        self._check_usable()
+        with self._lock:
+            versions = [self._registry.get(name) for name in self._registry.names()]
+        return tuple(_info(version, is_default=True) for version in versions)
+
+    def versions(self, name: str) -> tuple[ModelInfo, ...]:
+        """Return all versions of a model, oldest first; raise ModelNotFound. Does not block."""
+        self._check_usable()
+        with self._lock:
+            default, versions = self._registry.default(name), self._registry.versions(name)
+        return tuple(_info(each, is_default=each.spec.key.version == default) for each in versions)
+
+    def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
+        """Return what is known of a version (the default one unless given). Does not block, unless ``customized``.
+
+        ``customized`` has a worker run the handler's ``describe_handle``, and waits for it at most response_timeout.
+
+        Raises:
+            ModelNotFound, ModelVersionNotFound: it is not registered.
+            NoWorker, HandlerFailed, WorkerDied, TimeoutError: ``customized``, and the handler could not be asked.
+        """
+        served = self._get(name, version)
+        metadata = served.pool.describe().result(served.spec.response_timeout_s) if customized else None
+        with self._lock:
+            default = self._registry.default(name) if name in self._registry else ""
+        return _info(served, is_default=served.spec.key.version == default, metadata=metadata)
+
+    def scale(
+        self,
+        name: str,
+        min_worker: int = 1,
+        max_worker: int | None = None,
+        *,
+        version: str | None = None,
+        synchronous: bool = True,
+        timeout: float = -1,
+    ) -> ModelInfo:
+        """Set how many workers a version (the default one unless given) has; return what is so then.
+
+        What was wanted stays wanted, also if a worker fails to start.
+
+        Args:
+            name: the model.
+            min_worker: how many workers at least, at least 0.
+            max_worker: how many at most; default: ``min_worker``.
+            version: the version.
+            synchronous: whether to block until the new workers are ready and the old ones gone.
+            timeout: how many seconds a worker that is to go may take to finish its batch; -1: as long as it takes.
+
+        Raises:
+            InvalidArgument: a number is out of its range, or max_worker less than min_worker.
+            ModelNotFound, ModelVersionNotFound: it is not registered.
+            WorkerStartFailed: ``synchronous``, and a worker could not be started.
+        """
+        served = self._get(name, version)
+        served.pool.scale(Scale(min_worker, min_worker if max_worker is None else max_worker), timeout=timeout)
+        if synchronous:
+            served.pool.wait_ready()
+        return self.describe(name, served.spec.key.version)
+
+    def set_default(self, name: str, version: str) -> None:
+        """Have requests that name no version go to this one from now on. Does not block.
+
+        Raises:
+            ModelNotFound, ModelVersionNotFound: it is not registered.
+        """
+        self._check_usable()
+        with self._lock:
+            self._registry.set_default(name, version)
+        self._announcer.tell(DefaultVersionSet(ModelKey(name, version)))
+
+    def unregister(self, name: str, version: str | None = None, *, timeout: float | None = None) -> CloseReport:
+        """Remove a version (the default one unless given); return once it is gone and its name is free again.
+
+        New requests are refused at once; running and queued ones may finish within ``timeout`` seconds (default:
+        ``unregister_model_timeout`` of the settings), the rest fails.
+
+        Raises:
+            ModelNotFound, ModelVersionNotFound: it is not registered.
+            DefaultVersionInUse: it is the default, and there are other versions.
+            InvalidArgument: ``timeout`` is no number of seconds, at least 0.
+        """
+        self._check_usable()
+        limit = self.settings.unregister_model_timeout if timeout is None else timeout
+        check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
+        with self._lock:
+            served = self._registry.remove(name, version)
+            key = served.spec.key
+            self._registry.reserve(key)  # its name is free when this is over, not before
+        try:
+            self._announcer.tell(ModelUnregistered(key))
+            return served.close(limit)
+        finally:
+            with self._lock:
+                self._registry.release(key)
+
+    def predict(
+        self,
+        name: str,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Run one request and return what the handler answered to it. Blocks until then; arguments as in :meth:`submit`.
+
+        Raises:
+            ModelNotFound, ModelVersionNotFound, NoWorker, QueueFull, InvalidArgument, ManagerClosed: as :meth:`submit`.
+            HandlerFailed: the handler raised, or answered wrongly; has its traceback and the worker's last lines.
+            WorkerDied: the worker ended while it ran the request.
+            DeadlineExceeded: there was no answer within ``timeout``.
+        """
+        future = self.submit(name, data, fields=fields, version=version, headers=headers, timeout=timeout)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # the caller was interrupted, so nobody waits for it any more
+            raise
+
+    def submit(
+        self,
+        name: str,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> AnswerFuture:
+        """Queue one request and return the future of its answer. Does not block; any thread.
+
+        Args:
+            name: the model.
+            data: what the handler gets as ``{"body": data}``; must be picklable.
+            fields: the whole row that the handler gets, in place of that.
+            version: the version; default: the default one.
+            headers: what the handler finds through ``context.get_request_header``.
+            timeout: seconds until the request fails with DeadlineExceeded, at least 0; None: no limit. One that was not
+                started by then never runs. ``Future.cancel`` takes a request back that was not started.
+
+        Raises:
+            ModelNotFound, ModelVersionNotFound: it is not registered.
+            NoWorker: it is scaled to zero, or its workers could not be started.
+            QueueFull: ``job_queue_size`` requests wait already.
+            InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
+        """
+        served = self._get(name, version)
+        served.pool.check_serving()
+        request = _request(data, fields, headers)
+        future = AnswerFuture()
+        future.keeps_alive = self  # a caller may hold nothing but the future
+        served.batcher.submit(request, timeout=timeout, future=future)
+        return future
+
+    def close(self, timeout: float = 30) -> CloseReport:
+        """End everything within about ``timeout`` seconds and return what had to be done for it. Blocks; idempotent.
+
+        In this order: refuse new requests, let accepted ones finish, tell the workers to end, kill those that do not,
+        remove what was unpacked. In a forked copy it does nothing.
+        """
+        check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+        if os.getpid() != self._pid:
+            return CloseReport(0.0)
+        with self._close_lock:
+            if self._report is None:
+                self._report = self._close(timeout)
+            return self._report
+
+    # -- the rest is for this file -------------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            why = "belongs to the process that this one was forked from; make a new one after the fork"
+            raise ManagerClosed("This ModelManager", why)
+        if self._closed:
+            raise ManagerClosed
+
+    def _get(self, name: str, version: str | None = None) -> _Version:
+        self._check_usable()
+        with self._lock:
+            return self._registry.get(name, version)
+
+    def _spec(
+        self,
+        key: ModelKey,
+        folder: ModelFolder,
+        handler: str | None,
+        runtime: str | None,
+        wishes: Mapping[str, Any],
+        loaded_at_startup: bool,
+    ) -> ModelSpec:
+        manifest, config, settings = folder.manifest, folder.config, self.settings
+        limits = {
+            "max_retry_timeout_s": config.get("maxRetryTimeoutInSec", settings.max_retry_timeout),
+            "job_queue_size": config.get("jobQueueSize", settings.job_queue_size),
+            "batch_size": config.get("batchSize", 1),
+            "max_batch_delay_ms": config.get("maxBatchDelay", 100),
+            "response_timeout_s": config.get("responseTimeout", settings.default_response_timeout),
+            "startup_timeout_s": config.get("startupTimeout", settings.default_startup_timeout),
+        }
+        limits.update({name: wish for name, wish in wishes.items() if wish is not None})
+        chosen = handler or (manifest.handler if manifest else None)
+        if chosen is None:
+            raise InvalidArchive(folder.url, "it names no handler; give handler=...")
+        with _blaming_the_config(folder):
+            return ModelSpec(
+                key=key,
+                model_dir=str(folder.path),
+                handler=chosen,
+                url=folder.url,
+                manifest=manifest.raw if manifest else _made_up_manifest(key, chosen),
+                config=config,
+                runtime=_runtime(runtime or (manifest.runtime if manifest else "python")),
+                loaded_at_startup=loaded_at_startup,
+                **limits,
+            )
+
+    def _initial_scale(
+        self, folder: ModelFolder, initial: int | None, most: int | None, default_workers: int
+    ) -> Scale:
+        default = self.settings.default_workers_per_model
+        with _blaming_the_config(folder):
+            least = folder.config.get("minWorkers", default_workers if default is None else default)
+            least = least if initial is None else initial
+            most = most if initial is not None or most is not None else folder.config.get("maxWorkers")
+            return Scale(least, least if most is None else most)
+
+    def _add(self, key: ModelKey, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
+        pool_of: list[WorkerPool] = []
+        batcher: Batcher[WorkerRequest, Encoded] = Batcher(
+            batch_size=spec.batch_size,
+            max_batch_delay=spec.max_batch_delay_ms,
+            capacity=spec.job_queue_size,
+            name=f"model {key.name} version {key.version}",
+            on_ready=lambda: pool_of[0].pump(),
+            call_at=self._backend.call_at,
+        )
+        pool = WorkerPool(
+            spec,
+            source=batcher,
+            backend=self._backend,
+            worker_ids=self._worker_ids,
+            listener=self._announcer.tell,
+        )
+        pool_of.append(pool)
+        with self._lock:
+            if self._closed:
+                raise ManagerClosed
+            self._registry.reserve(key)
+            is_default = self._registry.add(key, _Version(spec, folder, batcher, pool))
+        self._announcer.tell(ModelRegistered(key))
+        if is_default:
+            self._announcer.tell(DefaultVersionSet(key))
+        if scale.max_workers:
+            pool.scale(scale)
+
+    def _wait_or_withdraw(self, key: ModelKey) -> None:
+        """Wait until a new version's workers are ready; if they cannot be, leave nothing registered."""
+        served = self._get(key.name, key.version)
+        try:
+            served.pool.wait_ready()
+        except BaseException:
+            with self._lock:
+                self._registry.withdraw(key)
+            self._announcer.tell(ModelUnregistered(key))
+            served.close(0)
+            raise
+
+    def _close(self, timeout: float) -> CloseReport:
+        started = time.monotonic()
+        with self._lock:
+            self._closed = True
+            versions = list(self._registry)
+        # Each phase for all of them before the next one: their workers finish and end side by side.
+        for version in versions:
+            version.refuse()
+        for version in versions:
+            version.pool.wait_quiet(started + timeout - time.monotonic())
+        for version in versions:
+            version.pool.end(started + timeout)
+        reports = [version.pool.join(started) for version in versions]
+        for version in versions:
+            version.folder.release()
+        if self._owned_backend is not None:
+            self._owned_backend.close()
+        self._sources.close()
+        self._finalizer.detach()
+        return _total(time.monotonic() - started, reports)
+
+
+class Model:
+    """One version of a registered model: what :meth:`ModelManager.register` returns. Thread-safe.
+
+    It keeps its manager alive. As a context manager it is unregistered at the end of the block. Every method raises
+    ModelNotFound or ModelVersionNotFound once the version is unregistered.
+    """
+
+    def __init__(self, manager: ModelManager, key: ModelKey) -> None:
+        self._manager = manager
+        self._key = key
+
+    def __repr__(self) -> str:
+        return f"<Model {self._key}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Model) and (self._manager, self._key) == (other._manager, other._key)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.unregister()
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self._key.name
+
+    @property
+    def version(self) -> str:
+        """The version's name."""
+        return self._key.version
+
+    @property
+    def manager(self) -> ModelManager:
+        """The manager that it is registered with."""
+        return self._manager
+
+    @property
+    def state(self) -> VersionState:
+        """Where it stands. GONE once it is unregistered; does not raise then."""
+        try:
+            return self._served().pool.state
+        except (LookupError, ManagerClosed):
+            return VersionState.GONE
+
+    def predict(
+        self,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Run one request on this version; see :meth:`ModelManager.predict`."""
+        return self._manager.predict(
+            self.name, data, fields=fields, version=self.version, headers=headers, timeout=timeout
+        )
+
+    def submit(
+        self,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> AnswerFuture:
+        """Queue one request for this version; see :meth:`ModelManager.submit`."""
+        return self._manager.submit(
+            self.name, data, fields=fields, version=self.version, headers=headers, timeout=timeout
+        )
+
+    def map(self, items: Iterable[object], *, timeout: float | None = None) -> Iterator[Any]:
+        """Run a request for each item and give the answers in the order of the items, as they come.
+
+        Several requests are under way at once, but never so many that they fill the queue; ``items`` may be endless.
+        ``timeout`` is that of each request, in seconds. Raises what :meth:`predict` raises, at the item's turn.
+        """
+        waiting: deque[AnswerFuture] = deque()
+        try:
+            for item in items:
+                if len(waiting) >= self._window():
+                    yield waiting.popleft().result()
+                while (future := self._submit_if_room(item, timeout, must=not waiting)) is None:
+                    yield waiting.popleft().result()
+                waiting.append(future)
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def scale(
+        self, min_worker: int = 1, max_worker: int | None = None, *, synchronous: bool = True, timeout: float = -1
+    ) -> ModelInfo:
+        """Set how many workers it has; see :meth:`ModelManager.scale`."""
+        return self._manager.scale(
+            self.name, min_worker, max_worker, version=self.version, synchronous=synchronous, timeout=timeout
+        )
+
+    def describe(self, *, customized: bool = False) -> ModelInfo:
+        """Return what is known of it; see :meth:`ModelManager.describe`."""
+        return self._manager.describe(self.name, self.version, customized=customized)
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Block until as many workers as wanted are ready; at most ``timeout`` seconds.
+
+        Raises:
+            WorkerStartFailed: a worker could not be started meanwhile.
+            DeadlineExceeded: the time was over.
+        """
+        if timeout is not None:
+            check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+        self._served().pool.wait_ready(timeout)
+
+    def unregister(self, *, timeout: float | None = None) -> CloseReport:
+        """Remove it; see :meth:`ModelManager.unregister`."""
+        return self._manager.unregister(self.name, self.version, timeout=timeout)
+
+    def _served(self) -> _Version:
+        return self._manager._get(self.name, self.version)
+
+    def _window(self) -> int:
+        """How many requests keep all workers busy and the next batches ready, within half of the queue."""
+        served = self._served()
+        busy = 2 * served.spec.batch_size * max(1, served.pool.wanted.max_workers)
+        return max(1, min(busy, served.spec.job_queue_size // 2))
+
+    def _submit_if_room(self, item: object, timeout: float | None, *, must: bool) -> AnswerFuture | None:
+        try:
+            return self.submit(item, timeout=timeout)
+        except QueueFull:
+            if must:
+                raise
+            return None
+
+
+def _check_wishes(
+    wishes: Mapping[str, Any], initial: int | None, most: int | None, texts: Mapping[str, str | None]
+) -> None:
+    """Refuse a wrong argument before anything is unpacked for it."""
+    for argument, text in texts.items():
+        if text is not None:
+            check_text(argument, text)
+    given = {name: wish for name, wish in wishes.items() if wish is not None}
+    ModelSpec(key=ModelKey("-", "-"), model_dir="", handler="-", **given)
+    if initial is not None:
+        check_number("initial_workers", initial, minimum=0)
+    if most is not None:
+        check_number("max_workers", most, minimum=initial or 0)
+
+
+def _key(folder: ModelFolder, model_name: str | None, version: str | None) -> ModelKey:
+    manifest = folder.manifest
+    name = model_name or (manifest.model_name if manifest else None)
+    if name is None:
+        raise InvalidArchive(folder.url, "it has no manifest that names the model; give model_name=... and handler=...")
+    return ModelKey(name, version or (manifest.version if manifest else _DEFAULT_VERSION))
+
+
+def _runtime(given: object) -> str:
+    if not isinstance(given, str) or given.lower() not in _RUNTIMES:
+        raise InvalidArgument("runtime", given, "python, python3 or LSP")
+    return given.lower()
+
+
+def _made_up_manifest(key: ModelKey, handler: str) -> Mapping[str, Any]:
+    """What a handler finds as ``context.manifest`` of a folder without one."""
+    return {
+        "runtime": "python",
+        "model": {"modelName": key.name, "modelVersion": key.version, "handler": handler},
+        "archiverVersion": "0.12.0",
+    }
+
+
+@contextlib.contextmanager
+def _blaming_the_config(folder: ModelFolder) -> Iterator[None]:
+    """The call's own arguments were checked before, so what is wrong now came with the archive."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise InvalidArchive(folder.url, f"in its configuration, {error}") from error
+
+
+def _request(
+    data: object, fields: Mapping[str, Any] | None, headers: Mapping[str, str] | None
+) -> WorkerRequest:
+    if fields is not None and not isinstance(fields, Mapping):
+        raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
+    row = {"body": data} if fields is None else dict(fields)
+    try:
+        encoded = encode(row)
+    except Exception as error:  # whatever a __reduce__ raises
+        name = "data" if fields is None else "fields"
+        raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
+    return WorkerRequest(encoded, str(uuid.uuid4()), dict(headers) if headers else None)
+
+
+def _info(version: _Version, *, is_default: bool, metadata: object = None) -> ModelInfo:
+    pool = version.pool
+    return ModelInfo(
+        spec=version.spec,
+        state=pool.state,
+        is_default=is_default,
+        scale=pool.wanted,
+        workers=pool.info(),
+        queue_capacity=version.spec.job_queue_size,
+        queue_length=len(version.batcher),
+        last_error=str(pool.last_error or ""),
+        customized_metadata=metadata,
+    )
+
+
+def _total(seconds: float, reports: Sequence[CloseReport]) -> CloseReport:
+    return CloseReport(
+        seconds,
+        sum(report.stopped_workers for report in reports),
+        tuple(pid for report in reports for pid in report.killed_pids),
+        sum(report.failed_requests for report in reports),
+    )
+
+
+_open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_managers() -> None:
+    """Leaving the program closes what is open: requests finish, workers end in good order."""
+    for manager in list(_open_managers):
+        manager.close()
+
+
+def _abandon(registry: Registry[_Version], sources: ModelSources, backend: Backend | None, pid: int) -> None:
+    """End what a manager ran that nobody can reach any more."""
+    if os.getpid() != pid:
+        return
+
+    def end() -> None:
+        for version in registry:
+            version.close(0)
+        if backend is not None:
+            backend.close()
+        sources.close()
+
+    # Not here: a garbage collection may run anywhere, also while this thread holds one of the locks that this needs.
+    threading.Thread(target=end, name="torchmgmt-abandoned", daemon=True).start()

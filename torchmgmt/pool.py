@@ -1,0 +1,751 @@
+"""WorkerPool: the workers of one model version. It starts them, hands them batches, watches them and lets them go.
+
+What shall be is stored (``Scale``), and every change, a scale call as well as a death, ends in the same place: under the
+lock ``scaling.decide`` says what brings the pool nearer to it, and after the lock is released that is done. A worker is
+busy from the moment a batch is assigned to it, under the lock, so it is never taken for idle in between.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+from attrs import define
+
+from torchmgmt.backends import Backend, Outcome, WorkerHandle
+from torchmgmt.backends.process import ProcessBackend
+from torchmgmt.channel import AnswerFuture, encode
+from torchmgmt.errors import (
+    DeadlineExceeded,
+    HandlerFailed,
+    ManagerClosed,
+    NoWorker,
+    TorchmgmtError,
+    WorkerDied,
+    WorkerStartFailed,
+)
+from torchmgmt.events import Event, Listener, VersionStateChanged, WorkerReady, WorkerStopped
+from torchmgmt.lifecycle import (
+    VersionEvent,
+    VersionState,
+    WorkerEvent,
+    WorkerState,
+    advance_version,
+    advance_worker,
+)
+from torchmgmt.records import (
+    CloseReport,
+    Encoded,
+    ModelSpec,
+    Scale,
+    WorkerExit,
+    WorkerFault,
+    WorkerInfo,
+    WorkerRequest,
+    check_number,
+)
+from torchmgmt.scaling import Failures, Plan, Situation, WorkerFacts, decide
+
+__all__ = ["Job", "JobSource", "WorkerPool"]
+
+log = logging.getLogger(__name__)
+
+NEVER = float("inf")
+# What a worker that was told to end may take before SIGTERM, and then before SIGKILL.
+STOP_GRACE_S = 5.0
+TERMINATE_GRACE_S = 2.0
+# A worker that ended after it had been ready for this long was well: its end is the first failure, not one more.
+WELL_AFTER_S = 10.0
+FIRST_WORKER_ID = 9000
+
+_SERVING = (WorkerState.READY, WorkerState.BUSY)
+_PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *_SERVING)
+_OVER = (VersionState.RETIRING, VersionState.GONE)
+
+
+class Job(Protocol):
+    """Requests that a worker runs together. Exactly one of ``finish`` and ``fail`` is called, once."""
+
+    @property
+    def items(self) -> Sequence[WorkerRequest]:
+        """The requests."""
+
+    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
+        """Take one outcome for each request, in order."""
+
+    def fail(self, error: BaseException) -> None:
+        """Take the error that ended all of them."""
+
+
+class JobSource(Protocol):
+    """Where a pool gets its batches from; a :class:`torchmgmt.Batcher` is one. None of its methods may block."""
+
+    def take(self) -> Job | None:
+        """Return the next batch if one is due. Called with the pool's lock held."""
+
+    def fail_waiting(self, error: BaseException) -> int:
+        """Answer all that waits with ``error``; return how many requests that were."""
+
+    def __len__(self) -> int:
+        """The number of requests that wait."""
+
+
+@define(eq=False)
+class _Worker:
+    """One worker as its pool sees it. All of it is guarded by the pool's lock."""
+
+    id: str
+    wanted_at: datetime
+    state: WorkerState = WorkerState.WANTED
+    handle: WorkerHandle | None = None
+    spawned_at: float = 0.0
+    ready_at: float = NEVER
+    number: int = 0
+    """The number of its batch; an answer that carries another one is void."""
+    job: Job | None = None
+    overdue_at: float = NEVER
+    """When it has to be ready, done with its batch, or gone."""
+    end_reason: str = ""
+    """Why it was made to end, if it was."""
+    is_unwanted: bool = False
+    is_terminated: bool = False
+
+
+class _OwnJob:
+    """A batch that was given to the pool itself, or (``items`` is None) the wish to have the model described."""
+
+    def __init__(self, items: Sequence[WorkerRequest] | None) -> None:
+        self.is_description = items is None
+        self.items = items or ()
+        self.future = AnswerFuture()
+
+    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            self.future.set_exception(errors[0])
+        else:
+            self.future.set_result(outcomes[0] if self.is_description else list(outcomes))
+
+    def fail(self, error: BaseException) -> None:
+        self.future.set_exception(error)
+
+
+class WorkerPool:
+    """Keeps worker processes that run one handler, between a least and a most number.
+
+    >>> import pathlib, tempfile
+    >>> from torchmgmt.records import ModelKey, ModelSpec
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> code = "def handle(data, context): return data and [row['body'].upper() for row in data]"
+    >>> _ = (folder / "shout.py").write_text(code)
+    >>> spec = ModelSpec(key=ModelKey("shout", "1.0"), model_dir=str(folder), handler="shout.py")
+    >>> with WorkerPool(spec, workers=2) as pool:
+    ...     pool.run([{"body": "hello"}, {"body": "world"}])
+    ['HELLO', 'WORLD']
+
+    Thread-safe. Making one starts nothing; ``with`` and :meth:`scale` do.
+
+    Args:
+        spec: what to load, and the limits to keep.
+        workers: how many workers ``with`` starts and waits for, at least 0.
+        source: where idle workers get batches from, beside :meth:`submit`; whoever owns it calls :meth:`pump` when it
+            may have one.
+        backend: how workers are run. None: a ProcessBackend of the pool's own, closed with it.
+        worker_ids: where the workers' ids come from.
+        listener: called with each event, with no lock held.
+
+    Raises:
+        InvalidArgument: ``workers`` is not a whole number of at least 0.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        workers: int = 1,
+        source: JobSource | None = None,
+        backend: Backend | None = None,
+        worker_ids: Iterator[int] | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        check_number("workers", workers, minimum=0)
+        self.spec = spec
+        self._initial = Scale(workers, workers)
+        self._source = source
+        self._owns_backend = backend is None
+        self._backend: Backend = ProcessBackend() if backend is None else backend
+        self._worker_ids = itertools.count(FIRST_WORKER_ID) if worker_ids is None else worker_ids
+        self._listener = listener
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        # guarded by _lock
+        self._workers: dict[str, _Worker] = {}
+        self._idle: deque[_Worker] = deque()  # the last one in is the first one out: its caches are warm
+        self._jobs: deque[_OwnJob] = deque()
+        self._scale = Scale(0, 0)
+        self._state = VersionState.REGISTERED
+        self._is_ending = False
+        self._drain_until = NEVER
+        self._failures = Failures()
+        self._jitter = 1.0
+        self._starts_failed = 0
+        self._gave_up = False
+        self._last_error: WorkerStartFailed | WorkerDied | None = None
+        self._look_at = NEVER
+        self._stopped = 0
+        self._lost = 0
+        self._killed: list[int] = []
+        self._actions: list[Callable[[], object]] = []
+
+    def __repr__(self) -> str:
+        with self._lock:
+            ready = sum(worker.state in _SERVING for worker in self._workers.values())
+            return f"<WorkerPool of {self.spec.key}: {self._state.name}, {ready} of {len(self._workers)} workers ready>"
+
+    def __enter__(self) -> WorkerPool:
+        self.scale(self._initial)
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close(drain=False)
+            raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    # -- for any thread ------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> VersionState:
+        """The state of the version that this pool serves."""
+        return self._state
+
+    @property
+    def wanted(self) -> Scale:
+        """How many workers are wanted."""
+        return self._scale
+
+    @property
+    def last_error(self) -> WorkerStartFailed | WorkerDied | None:
+        """Why a worker ended unasked the last time; None if none did."""
+        return self._last_error
+
+    def info(self) -> tuple[WorkerInfo, ...]:
+        """Return what is known of each worker, oldest first. Does not block."""
+        with self._lock:
+            return tuple(_info(worker) for worker in self._workers.values())
+
+    def scale(self, wanted: Scale, *, timeout: float = -1) -> None:
+        """Set how many workers shall be; return at once. Asking again makes a pool that had given up try again.
+
+        Args:
+            wanted: the least and the most workers.
+            timeout: how many seconds a worker that is to go may take to finish its batch; -1: as long as that takes.
+
+        Raises:
+            ManagerClosed: the pool was closed.
+            InvalidArgument: ``timeout`` is less than -1 or no number.
+        """
+        check_number("timeout", timeout, minimum=-1, unit="seconds (-1: no limit)", whole=False)
+        with self._lock:
+            if self._state in _OVER:
+                raise self._closed_error()
+            self._scale = wanted
+            self._drain_until = NEVER if timeout < 0 else time.monotonic() + timeout
+            self._gave_up = False
+            self._failures = Failures()
+            self._advance_locked(VersionEvent.WANT if wanted.max_workers else VersionEvent.UNWANT)
+        self._reconcile()
+        self.pump()
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Block until at least as many workers as wanted are ready and those not wanted any more are gone.
+
+        Args:
+            timeout: the longest to wait, in seconds; None: no limit (each start has ``startup_timeout``).
+
+        Raises:
+            WorkerStartFailed: a worker could not be started meanwhile.
+            DeadlineExceeded: the time was over.
+            ManagerClosed: the pool was closed meanwhile.
+        """
+        with self._changed:
+            before = self._starts_failed
+            if not self._changed.wait_for(lambda: self._is_settled_locked(before), timeout):
+                raise DeadlineExceeded(f"Scaling {self.spec.key}", timeout or 0)
+            if self._state in _OVER:
+                raise self._closed_error()
+            if self._starts_failed > before or self._state is VersionState.FAILED:
+                raise self._last_error or self._no_worker_error_locked() or self._closed_error()
+
+    def run(self, rows: Sequence[Any], *, timeout: float | None = None) -> list[Any]:
+        """Run one batch and return its answers, in order; block for at most ``timeout`` seconds.
+
+        Raises:
+            HandlerFailed: the handler raised, or gave a wrong number of answers.
+            WorkerDied: the worker ended while it ran the batch.
+            NoWorker: there is no worker, and there will be none by itself.
+            ManagerClosed: the pool was closed.
+            TimeoutError: the time was over; the batch may still run.
+        """
+        answers: list[Any] = self.submit(rows).result(timeout)
+        return answers
+
+    def submit(self, rows: Sequence[Any]) -> AnswerFuture:
+        """Queue one batch of rows, which must be picklable, and return the future of its answers. Does not block.
+
+        It goes before what ``source`` has. Raises NoWorker and ManagerClosed as :meth:`run` does.
+        """
+        return self._add(_OwnJob([WorkerRequest(encode(row), "") for row in rows]))
+
+    def describe(self) -> AnswerFuture:
+        """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""
+        return self._add(_OwnJob(None))
+
+    def check_serving(self) -> None:
+        """Raise ManagerClosed or NoWorker if a request that came now would never be run. Does not block."""
+        with self._lock:
+            if self._state in _OVER:
+                raise self._closed_error()
+            if error := self._no_worker_error_locked():
+                raise error
+
+    def pump(self) -> None:
+        """Hand waiting batches to idle workers. To be called when there may be one; does not block."""
+        while (worker := self._assign()) is not None:
+            handle, job = worker.handle, worker.job
+            if isinstance(job, _OwnJob) and job.is_description and handle is not None:
+                handle.describe(worker.number)
+            elif job is not None and handle is not None:
+                handle.run(worker.number, job.items)
+        self._flush()
+
+    def close(self, timeout: float = 30, *, drain: bool = True) -> CloseReport:
+        """Take nothing more, let what was accepted finish, end all workers, and return what had to be done for it.
+
+        Blocks until no worker is left. What is not finished ``timeout`` seconds from now (at once, unless ``drain``)
+        fails with ManagerClosed, and its worker is killed. Idempotent. The phases are there one by one for an owner of
+        several pools: :meth:`retire`, :meth:`wait_quiet`, :meth:`end`, :meth:`join`.
+        """
+        check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+        started = time.monotonic()
+        self.retire()
+        if drain:
+            self.wait_quiet(timeout)
+        self.end(started + timeout)
+        report = self.join(started)
+        if self._owns_backend:
+            self._backend.close()
+        return report
+
+    def retire(self) -> None:
+        """Take nothing more from :meth:`submit`; what ``source`` gives is still run. Does not block; idempotent."""
+        with self._lock:
+            if self._state not in _OVER:
+                self._advance_locked(VersionEvent.RETIRE)
+        self.pump()
+
+    def wait_quiet(self, timeout: float) -> bool:
+        """Block until nothing runs and nothing waits that could; at most ``timeout`` seconds. Return whether it is so."""
+        with self._changed:
+            return self._changed.wait_for(self._is_quiet_locked, max(0.0, timeout))
+
+    def end(self, deadline: float) -> None:
+        """Fail what is not finished, and tell all workers to end by ``deadline`` (monotonic, s). Does not block."""
+        with self._lock:
+            self._is_ending = True
+            self._lost += self._end_all_locked(deadline)
+        self._flush()
+        self._lost += self._fail_waiting(self._closed_error())
+
+    def join(self, started: float) -> CloseReport:
+        """Block until no worker is left, after :meth:`end`; return what closing, begun at ``started``, has done."""
+        with self._changed:
+            # No time limit: whoever was told to end and does not is killed, and the kernel sees to that.
+            self._changed.wait_for(lambda: not self._workers)
+            if self._state is VersionState.RETIRING:
+                self._advance_locked(VersionEvent.VANISH)
+        self._flush()
+        return CloseReport(time.monotonic() - started, self._stopped, tuple(self._killed), self._lost)
+
+    # -- deciding: under the lock --------------------------------------------------------------------------------------
+
+    def _assign(self) -> _Worker | None:
+        """Assign the next batch to an idle worker; None if there is no such pair."""
+        with self._lock:
+            while self._idle and self._idle[-1].state is not WorkerState.READY:
+                self._idle.pop()  # it was told to go since
+            if self._idle:
+                job = self._jobs.popleft() if self._jobs else self._source.take() if self._source is not None else None
+                return None if job is None else self._assign_locked(self._idle.pop(), job)
+            if self._waiting_locked() == 0 or self._is_promising_locked():
+                return None
+            unservable = self._no_worker_error_locked()
+        if unservable is not None:
+            self._fail_waiting(unservable)
+        else:
+            self._reconcile()  # nobody is there for what waits, and somebody may be
+        return None
+
+    def _assign_locked(self, worker: _Worker, job: Job) -> _Worker:
+        worker.state = advance_worker(worker.state, WorkerEvent.ASSIGN)
+        worker.number, worker.job = next(self._numbers), job
+        worker.overdue_at = time.monotonic() + self.spec.response_timeout_s
+        self._look_by_locked(worker.overdue_at)
+        return worker
+
+    def _no_worker_error_locked(self) -> NoWorker | None:
+        key = self.spec.key
+        if self._is_promising_locked():
+            return None
+        if self._scale.max_workers == 0:
+            return NoWorker(key.name, key.version, "it is scaled to 0 workers; scale it up first")
+        if self._gave_up:
+            reason = self._last_error.reason if self._last_error else "its workers could not be started"
+            return NoWorker(key.name, key.version, f"{reason}; starting workers was given up, scale it to try again")
+        return None
+
+    def _closed_error(self) -> ManagerClosed:
+        return ManagerClosed(f"The worker pool of {self.spec.key}")
+
+    def _is_settled_locked(self, starts_failed_before: int) -> bool:
+        if self._state in (*_OVER, VersionState.FAILED) or self._starts_failed > starts_failed_before:
+            return True
+        ready = sum(worker.state in _SERVING for worker in self._workers.values())
+        return ready >= self._scale.min_workers and len(self._workers) <= self._scale.max_workers
+
+    def _is_quiet_locked(self) -> bool:
+        """Whether nothing runs, and nothing waits that a worker could still take."""
+        if any(worker.job is not None for worker in self._workers.values()):
+            return False
+        return self._waiting_locked() == 0 or self._no_worker_error_locked() is not None
+
+    def _waiting_locked(self) -> int:
+        return len(self._jobs) + (len(self._source) if self._source is not None else 0)
+
+    def _is_promising_locked(self) -> bool:
+        """Whether there is a worker that takes batches, or will."""
+        return any(worker.state in _PROMISING for worker in self._workers.values())
+
+    def _reconcile(self) -> None:
+        """Bring what is nearer to what is wanted."""
+        with self._lock:
+            while not self._is_ending:
+                plan = decide(self._situation_locked())
+                self._apply_locked(plan)
+                if plan.wake_at is not None:
+                    self._look_by_locked(plan.wake_at)
+                if plan.wake_at is not None or plan == Plan():
+                    break
+            self._changed.notify_all()
+        self._flush()
+
+    def _situation_locked(self) -> Situation:
+        return Situation(
+            scale=self._scale,
+            workers=[WorkerFacts(worker.id, worker.state) for worker in self._workers.values()],
+            waiting=self._waiting_locked(),
+            now=time.monotonic(),
+            failures=self._failures,
+            jitter=self._jitter,
+            max_retry_timeout_s=self.spec.max_retry_timeout_s,
+            gave_up=self._gave_up,
+        )
+
+    def _apply_locked(self, plan: Plan) -> None:
+        for _ in range(plan.add):
+            worker = _Worker(str(next(self._worker_ids)), datetime.now(timezone.utc))
+            self._workers[worker.id] = worker
+        for worker_id in plan.spawn:
+            self._spawn_locked(self._workers[worker_id])
+        for worker_id in plan.remove:
+            self._remove_locked(self._workers[worker_id])
+        if plan.give_up:
+            self._gave_up = True
+            log.error("Starting workers of %s was given up: %s", self.spec.key, self._last_error)
+            if self._state is VersionState.LOADING:
+                self._advance_locked(VersionEvent.GIVE_UP)
+            self._actions.append(self.pump)  # fails what waits, if nobody is left to take it
+
+    def _spawn_locked(self, worker: _Worker) -> None:
+        worker.state = advance_worker(worker.state, WorkerEvent.SPAWN)
+        worker.spawned_at = time.monotonic()
+        worker.overdue_at = worker.spawned_at + self.spec.startup_timeout_s
+        self._look_by_locked(worker.overdue_at)
+        threads = max(1, (os.cpu_count() or 1) // max(1, self._scale.max_workers))
+        self._actions.append(lambda: self._start(worker, threads))
+
+    def _remove_locked(self, worker: _Worker) -> None:
+        """Let a worker go: at once if it does nothing, else when its batch is done or the time for that is over."""
+        worker.is_unwanted = True
+        if worker.state is WorkerState.BUSY:
+            worker.state = advance_worker(worker.state, WorkerEvent.DRAIN)
+            self._hurry_locked(worker, self._drain_until, "the pool was scaled down and its time to finish was over")
+        else:
+            self._stop_locked(worker, STOP_GRACE_S)
+
+    def _hurry_locked(self, worker: _Worker, overdue_at: float, reason: str) -> None:
+        """Give a worker that runs a batch no longer than until ``overdue_at``."""
+        if overdue_at < worker.overdue_at:
+            worker.overdue_at, worker.end_reason = overdue_at, reason
+            self._look_by_locked(overdue_at)
+
+    def _stop_locked(self, worker: _Worker, grace_s: float) -> None:
+        """Tell a worker without a batch to end."""
+        worker.is_unwanted = True
+        if worker.state is WorkerState.WANTED:
+            worker.state = advance_worker(worker.state, WorkerEvent.EXIT)
+            del self._workers[worker.id]
+            self._changed.notify_all()
+            return
+        # One that is still loading would not read a message before it is done with that.
+        worker.is_terminated = worker.state is WorkerState.LOADING
+        worker.state = advance_worker(worker.state, WorkerEvent.STOP)
+        worker.overdue_at = time.monotonic() + grace_s
+        self._look_by_locked(worker.overdue_at)
+        if worker.handle is not None:
+            self._actions.append(worker.handle.terminate if worker.is_terminated else worker.handle.stop)
+
+    def _end_all_locked(self, deadline: float) -> int:
+        """Tell all workers to end by ``deadline``; one that still runs a batch has had its time. Return the batches lost."""
+        now = time.monotonic()
+        lost = 0
+        for worker in list(self._workers.values()):
+            worker.is_unwanted = True
+            if worker.job is not None:
+                lost += len(worker.job.items)
+                self._hurry_locked(worker, now, "the pool was closed and its time to finish was over")
+            elif worker.state is not WorkerState.STOPPING:
+                # Even without any time left, an idle worker gets a moment to go by itself.
+                self._stop_locked(worker, min(STOP_GRACE_S, max(1.0, deadline - now)))
+        return lost
+
+    def _look_by_locked(self, when: float) -> None:
+        """Have :meth:`_look` called at ``when`` at the latest: one timer is enough, however many batches run."""
+        if when < self._look_at:
+            self._look_at = when
+            self._actions.append(lambda: self._backend.call_at(when, self._look))
+
+    def _escalate_locked(self, worker: _Worker) -> None:
+        """Make a worker whose time is over end: SIGTERM if it was told to go by a message, else SIGKILL."""
+        handle = worker.handle
+        if worker.state is not WorkerState.STOPPING:
+            worker.end_reason = worker.end_reason or self._overdue_reason(worker.state)
+            worker.state = advance_worker(worker.state, WorkerEvent.STOP)
+        elif not worker.is_terminated:
+            worker.is_terminated = True
+            worker.overdue_at = time.monotonic() + TERMINATE_GRACE_S
+            if handle is not None:
+                self._actions.append(handle.terminate)
+            return
+        worker.overdue_at = NEVER
+        if handle is not None:
+            self._killed += [handle.pid] if handle.pid is not None else []
+            self._actions.append(handle.kill)
+
+    def _overdue_reason(self, state: WorkerState) -> str:
+        if state is WorkerState.LOADING:
+            return f"it was not ready within startup_timeout ({self.spec.startup_timeout_s:g} s)"
+        return f"it did not answer within response_timeout ({self.spec.response_timeout_s:g} s)"
+
+    def _advance_locked(self, event: VersionEvent) -> None:
+        before, self._state = self._state, advance_version(self._state, event)
+        if self._state is not before:
+            self._tell_locked(VersionStateChanged(self.spec.key, before, self._state))
+        self._changed.notify_all()
+
+    def _tell_locked(self, event: Event) -> None:
+        listener = self._listener
+        if listener is not None:
+            self._actions.append(lambda: listener(event))
+
+    # -- acting: without the lock --------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Do what was decided under the lock."""
+        while self._actions:
+            with self._lock:
+                actions, self._actions = self._actions, []
+            for action in actions:
+                try:
+                    action()
+                except ManagerClosed:
+                    log.debug("%s is closing", self.spec.key, exc_info=True)
+                except Exception:
+                    log.exception("Something that the pool of %s set off failed", self.spec.key)
+
+    def _start(self, worker: _Worker, threads: int) -> None:
+        handle = self._backend.worker(self.spec, worker.id, threads, _WorkerEvents(self, worker))
+        with self._lock:
+            worker.handle = handle
+        try:
+            handle.start()
+        except (OSError, TorchmgmtError) as error:
+            self._on_exited(worker, WorkerExit(0, None, f"its process could not be started: {error}"))
+            return
+        with self._lock:
+            is_stopping = worker.state is WorkerState.STOPPING
+        if is_stopping:
+            handle.terminate()
+
+    def _add(self, job: _OwnJob) -> AnswerFuture:
+        with self._lock:
+            if self._state in _OVER:
+                raise self._closed_error()
+            if error := self._no_worker_error_locked():
+                raise error
+            self._jobs.append(job)
+        self.pump()
+        return job.future
+
+    def _fail_waiting(self, error: TorchmgmtError) -> int:
+        with self._lock:
+            jobs, self._jobs = self._jobs, deque()
+        for job in jobs:
+            job.fail(error)
+        return len(jobs) + (self._source.fail_waiting(error) if self._source is not None else 0)
+
+    def _look(self) -> None:
+        """Deal with every worker whose time is over, then with what is wanted."""
+        now = time.monotonic()
+        with self._lock:
+            self._look_at = NEVER
+            for worker in self._workers.values():
+                if worker.overdue_at <= now:
+                    self._escalate_locked(worker)
+            if self._workers:
+                self._look_by_locked(min(worker.overdue_at for worker in self._workers.values()))
+        self._reconcile()
+
+    # -- what workers tell, on the backend's thread --------------------------------------------------------------------
+
+    def _on_ready(self, worker: _Worker) -> None:
+        with self._lock:
+            if worker.state is not WorkerState.LOADING:
+                return  # it was told to go while it loaded
+            worker.state = advance_worker(worker.state, WorkerEvent.READY)
+            worker.ready_at = time.monotonic()
+            worker.overdue_at = NEVER
+            self._idle.append(worker)
+            if self._state in (VersionState.LOADING, VersionState.FAILED):
+                self._advance_locked(VersionEvent.SERVE)
+            pid = worker.handle.pid if worker.handle else None
+            self._tell_locked(WorkerReady(self.spec.key, worker.id, pid or 0, worker.ready_at - worker.spawned_at))
+            self._changed.notify_all()
+        self.pump()
+
+    def _on_done(self, worker: _Worker, number: int, outcomes: Sequence[Outcome]) -> None:
+        with self._lock:
+            job = worker.job
+            if job is None or worker.number != number:
+                return
+            worker.job = None
+            worker.overdue_at = NEVER
+            self._failures = Failures()
+            if worker.state is WorkerState.BUSY:
+                worker.state = advance_worker(worker.state, WorkerEvent.FINISH)
+                self._idle.append(worker)
+            elif worker.state is WorkerState.DRAINING:
+                self._stop_locked(worker, STOP_GRACE_S)
+            if self._state is VersionState.RETIRING:
+                self._changed.notify_all()
+        self.pump()  # first, so that the worker computes while the answers are handed out
+        job.finish(self._answers(worker, outcomes))
+
+    def _answers(self, worker: _Worker, outcomes: Sequence[Outcome]) -> list[Encoded | BaseException]:
+        faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
+        lines = worker.handle.last_lines() if faults and worker.handle is not None else ()
+        return [
+            self._handler_failed(outcome, lines) if isinstance(outcome, WorkerFault) else outcome
+            for outcome in outcomes
+        ]
+
+    def _handler_failed(self, fault: WorkerFault, last_lines: Sequence[str]) -> HandlerFailed:
+        return HandlerFailed(
+            self.spec.key.name,
+            self.spec.key.version,
+            fault.reason,
+            error_type=fault.error_type,
+            error_code=fault.error_code,
+            out_of_memory=fault.out_of_memory,
+            traceback=fault.traceback,
+            last_lines=tuple(last_lines),
+        )
+
+    def _on_exited(self, worker: _Worker, exit: WorkerExit) -> None:
+        with self._lock:
+            was, worker.state = worker.state, advance_worker(worker.state, WorkerEvent.EXIT)
+            self._workers.pop(worker.id, None)
+            self._stopped += 1
+            job, worker.job = worker.job, None
+            error = self._death(worker, exit, was_loading=worker.ready_at == NEVER)
+            if not worker.is_unwanted:
+                self._note_failure_locked(worker, error)
+            if self._state is VersionState.READY and not self._is_serving_locked():
+                self._advance_locked(VersionEvent.LOSE)
+            self._tell_locked(WorkerStopped(self.spec.key, worker.id, exit, worker.is_unwanted))
+            self._changed.notify_all()
+        log.debug("Worker %s of %s went from %s to its end", worker.id, self.spec.key, was.name)
+        if job is not None:
+            job.fail(error)
+        self._reconcile()
+        self.pump()
+
+    def _is_serving_locked(self) -> bool:
+        return any(worker.state in _SERVING for worker in self._workers.values())
+
+    def _note_failure_locked(self, worker: _Worker, error: WorkerStartFailed | WorkerDied) -> None:
+        now = time.monotonic()
+        earlier = Failures() if now - worker.ready_at >= WELL_AFTER_S else self._failures
+        self._failures = earlier.another(now)
+        self._jitter = random.uniform(0.5, 1.5)
+        self._last_error = error
+        self._starts_failed += isinstance(error, WorkerStartFailed)
+        self._actions.append(lambda: log.warning("%s", error))
+
+    def _death(self, worker: _Worker, exit: WorkerExit, *, was_loading: bool) -> WorkerStartFailed | WorkerDied:
+        name, version = self.spec.key.name, self.spec.key.version
+        reason = worker.end_reason or exit.reason
+        if not was_loading:
+            return WorkerDied(name, version, exit.pid, exit.exitcode, reason, tuple(exit.last_lines))
+        if exit.fault is not None and not worker.end_reason:
+            return WorkerStartFailed(name, version, exit.fault.reason, exit.fault.traceback, tuple(exit.last_lines))
+        return WorkerStartFailed(name, version, reason, "", tuple(exit.last_lines))
+
+
+class _WorkerEvents:
+    """Hands what a backend tells of one worker on to its pool."""
+
+    def __init__(self, pool: WorkerPool, worker: _Worker) -> None:
+        self._pool = pool
+        self._worker = worker
+
+    def ready(self) -> None:
+        self._pool._on_ready(self._worker)
+
+    def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
+        self._pool._on_done(self._worker, number, outcomes)
+
+    def exited(self, exit: WorkerExit) -> None:
+        self._pool._on_exited(self._worker, exit)
+
+
+def _info(worker: _Worker) -> WorkerInfo:
+    handle = worker.handle
+    return WorkerInfo(
+        id=worker.id,
+        state=worker.state,
+        start_time=worker.wanted_at,
+        pid=handle.pid if handle is not None else None,
+        memory_bytes=handle.memory_bytes if handle is not None else 0,
+    )

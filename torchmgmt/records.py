@@ -1,0 +1,282 @@
+"""Frozen facts that cross threads, processes and the public API.
+
+Units are in the names (``_s``, ``_ms``, ``_bytes``). ``to_dict`` writes the names that clients of the Management API
+parse; their source is TorchServe's Management API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from attrs import Attribute, field, frozen
+
+from torchmgmt.errors import InvalidArgument
+from torchmgmt.lifecycle import VersionState, WorkerState
+
+__all__ = [
+    "CloseReport",
+    "Encoded",
+    "ModelInfo",
+    "ModelKey",
+    "ModelSpec",
+    "Scale",
+    "WorkerExit",
+    "WorkerFault",
+    "WorkerInfo",
+    "WorkerRequest",
+    "check_number",
+    "check_text",
+]
+
+WIRE_STATUS: Mapping[WorkerState, str] = {
+    WorkerState.WANTED: "LOADING",
+    WorkerState.LOADING: "LOADING",
+    WorkerState.READY: "READY",
+    WorkerState.BUSY: "READY",
+    WorkerState.DRAINING: "UNLOADING",
+    WorkerState.STOPPING: "UNLOADING",
+    WorkerState.EXITED: "UNLOADING",
+}
+"""What clients of the Management API read for each state; they know these three words only."""
+
+
+def check_number(argument: str, value: object, *, minimum: float, unit: str = "", whole: bool = True) -> None:
+    """Raise :class:`InvalidArgument` unless ``value`` is a number (an int if ``whole``) of at least ``minimum``."""
+    kinds: tuple[type, ...] = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value < float("inf"):  # type: ignore[operator]
+        what = "a whole number" if whole else "a number"
+        raise InvalidArgument(argument, value, f"{what}{' of ' + unit if unit else ''}, at least {minimum}")
+
+
+def check_text(argument: str, value: object, *, forbidden: str = "/\0") -> None:
+    """Raise :class:`InvalidArgument` unless ``value`` is a str, not blank and without the ``forbidden`` characters."""
+    if not isinstance(value, str) or not value.strip() or any(char in value for char in forbidden):
+        listed = " or ".join(repr(char) for char in forbidden)
+        raise InvalidArgument(argument, value, f"text that is not blank and has no {listed} in it")
+
+
+def _number(argument: str, minimum: float, unit: str = "", *, whole: bool = True) -> Any:
+    def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+        check_number(argument, value, minimum=minimum, unit=unit, whole=whole)
+
+    return validate
+
+
+def _text(argument: str) -> Any:
+    def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+        check_text(argument, value)
+
+    return validate
+
+
+@frozen(order=True)
+class ModelKey:
+    """The name and version that identify a model version."""
+
+    name: str = field(validator=_text("model_name"))
+    version: str = field(validator=_text("version"))
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.version}"
+
+
+@frozen
+class Scale:
+    """How many workers a version shall have: always at least the one, never more than the other."""
+
+    min_workers: int = field(validator=_number("min_worker", 0))
+    max_workers: int = field(validator=_number("max_worker", 0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.max_workers < self.min_workers:
+            raise InvalidArgument("max_worker", self.max_workers, f"at least min_worker, which is {self.min_workers}")
+
+
+@frozen(kw_only=True)
+class ModelSpec:
+    """All that a worker needs to serve a version, and the limits it was registered with."""
+
+    key: ModelKey
+    model_dir: str
+    """The folder with the model's files: the working directory of its workers."""
+    handler: str = field(validator=_text("handler"))
+    """``module``, ``module.py``, ``module:function``, or the name of a shipped handler."""
+    url: str = ""
+    """Where the model came from, as the caller gave it."""
+    manifest: Mapping[str, Any] = field(factory=dict)
+    """``MAR-INF/MANIFEST.json``, as found; made up for a folder without one."""
+    config: Mapping[str, Any] = field(factory=dict)
+    """``model-config.yaml``, as found; empty if there is none."""
+    runtime: str = "python"
+    batch_size: int = field(default=1, validator=_number("batch_size", 1))
+    max_batch_delay_ms: int = field(default=100, validator=_number("max_batch_delay", 0, "milliseconds"))
+    response_timeout_s: float = field(default=120, validator=_number("response_timeout", 1e-3, "seconds", whole=False))
+    startup_timeout_s: float = field(default=120, validator=_number("startup_timeout", 1e-3, "seconds", whole=False))
+    max_retry_timeout_s: float = field(default=300, validator=_number("max_retry_timeout", 0, "seconds", whole=False))
+    job_queue_size: int = field(default=100, validator=_number("job_queue_size", 1))
+    weights_only: bool = True
+    """Whether checkpoints are loaded with ``torch.load(weights_only=True)``, which runs no code found in them."""
+    loaded_at_startup: bool = False
+
+
+@frozen
+class Encoded:
+    """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker."""
+
+    segments: Sequence[bytes | bytearray | memoryview]
+
+
+@frozen
+class WorkerRequest:
+    """One request as a worker gets it: the row for the handler, its id and its headers."""
+
+    row: Encoded
+    request_id: str
+    headers: Mapping[str, str] | None = None
+
+
+@frozen
+class WorkerFault:
+    """What a worker says of something that its handler, or loading it, raised."""
+
+    error_type: str
+    """The qualified name of the exception's class."""
+    reason: str
+    """One line: the class and the message."""
+    traceback: str
+    error_code: int | None = None
+    out_of_memory: bool = False
+
+
+@frozen
+class WorkerExit:
+    """How a worker process ended."""
+
+    pid: int
+    exitcode: int | None
+    """Its exit status, minus the signal's number if one killed it, None if nobody could tell."""
+    reason: str
+    """That in words, with the likely cause."""
+    last_lines: Sequence[str] = ()
+    fault: WorkerFault | None = None
+    """What it said before it went, if loading its model failed."""
+
+
+@frozen(kw_only=True)
+class WorkerInfo:
+    """One worker as ``describe`` shows it."""
+
+    id: str
+    state: WorkerState
+    start_time: datetime
+    """When it was wanted, in UTC."""
+    pid: int | None = None
+    """None while it has no process yet."""
+    memory_bytes: int = 0
+    """Proportional set size where the system tells it, else resident set size; 0 until first sampled."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the worker as an item of ``workers`` in the Management API."""
+        return {
+            "id": self.id,
+            "startTime": self.start_time.strftime("%Y-%m-%dT%H:%M:%S.") + f"{self.start_time.microsecond // 1000:03d}Z",
+            "status": WIRE_STATUS[self.state],
+            "memoryUsage": self.memory_bytes,
+            "pid": self.pid if self.pid is not None else 0,
+            "gpu": False,
+            "gpuUsage": "N/A",
+        }
+
+
+@frozen(kw_only=True)
+class ModelInfo:
+    """A model version at one moment, as ``describe`` shows it."""
+
+    spec: ModelSpec
+    state: VersionState
+    is_default: bool
+    scale: Scale
+    workers: Sequence[WorkerInfo] = ()
+    queue_capacity: int = 0
+    queue_length: int = 0
+    last_error: str = ""
+    """Why a worker failed last: its reason, traceback and last lines; empty if none did since it last was well."""
+    customized_metadata: Any = None
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.key.name
+
+    @property
+    def version(self) -> str:
+        """The version's name."""
+        return self.spec.key.version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the version as an item of the Management API's describe: TorchServe's keys, then ours."""
+        spec = self.spec
+        item: dict[str, Any] = {
+            "modelName": self.name,
+            "modelVersion": self.version,
+            "modelUrl": spec.url,
+            "engine": "Torch",
+            "runtime": spec.runtime,
+            "minWorkers": self.scale.min_workers,
+            "maxWorkers": self.scale.max_workers,
+            "batchSize": spec.batch_size,
+            "maxBatchDelay": spec.max_batch_delay_ms,
+            "responseTimeout": _plain(spec.response_timeout_s),
+            "startupTimeout": _plain(spec.startup_timeout_s),
+            "maxRetryTimeoutInSec": _plain(spec.max_retry_timeout_s),
+            "clientTimeoutInMills": 0,
+            "parallelType": "",
+            "parallelLevel": 0,
+            "deviceType": "cpu",
+            "continuousBatching": False,
+            "useJobTicket": False,
+            "useVenv": False,
+            "stateful": False,
+            "sequenceMaxIdleMSec": 0,
+            "sequenceTimeoutMSec": 0,
+            "maxNumSequence": 0,
+            "maxSequenceJobQueueSize": 0,
+            "loadedAtStartup": spec.loaded_at_startup,
+            "workers": [worker.to_dict() for worker in self.workers],
+            "jobQueueStatus": {
+                "remainingCapacity": max(0, self.queue_capacity - self.queue_length),
+                "pendingRequests": self.queue_length,
+            },
+            "state": self.state.value,
+            "defaultVersion": self.is_default,
+        }
+        if self.last_error:
+            item["lastError"] = self.last_error
+        if self.customized_metadata is not None:
+            item["customizedMetadata"] = self.customized_metadata
+        return item
+
+
+@frozen
+class CloseReport:
+    """What closing did: whether all ended by itself in time, and what had to be done where it did not."""
+
+    seconds: float
+    stopped_workers: int = 0
+    """Worker processes that ended, in whatever way."""
+    killed_pids: Sequence[int] = ()
+    """Worker processes that were sent SIGKILL because they did not end when told to."""
+    failed_requests: int = 0
+    """Accepted requests that were answered with an error because the time was over."""
+
+    @property
+    def clean(self) -> bool:
+        """True if nothing was killed and no accepted request failed."""
+        return not self.killed_pids and not self.failed_requests
+
+
+def _plain(seconds: float) -> float:
+    """Write whole seconds without a fraction: strict clients parse an int."""
+    return int(seconds) if float(seconds).is_integer() else seconds

@@ -1,0 +1,134 @@
+"""Registry: names to versions to the default version. Pure bookkeeping; the caller holds the lock.
+
+The rules are TorchServe's: the first version of a model becomes its default, and the default cannot be removed while
+other versions exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from attrs import define, field
+
+from torchmgmt.errors import AlreadyRegistered, DefaultVersionInUse, ModelNotFound, ModelVersionNotFound
+from torchmgmt.records import ModelKey
+
+__all__ = ["Registry"]
+
+V = TypeVar("V")
+
+
+@define
+class _Entry(Generic[V]):
+    """One model: its versions in the order in which they came, and which of them is the default."""
+
+    default: str
+    versions: dict[str, V] = field(factory=dict)
+
+
+class Registry(Generic[V]):
+    """Holds a value for each model version. Not thread-safe; nothing blocks."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry[V]] = {}
+        self._reserved: set[ModelKey] = set()
+
+    def __repr__(self) -> str:
+        return f"<Registry of {len(self)} model versions>"
+
+    def __len__(self) -> int:
+        """The number of model versions."""
+        return sum(len(entry.versions) for entry in self._entries.values())
+
+    def __iter__(self) -> Iterator[V]:
+        """Every version of every model."""
+        return iter([value for entry in self._entries.values() for value in entry.versions.values()])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def reserve(self, key: ModelKey) -> None:
+        """Claim ``key`` for one caller, who is to :meth:`add` or :meth:`release` it.
+
+        Raises:
+            AlreadyRegistered: it is registered, or claimed by another caller.
+        """
+        entry = self._entries.get(key.name)
+        if key in self._reserved or (entry is not None and key.version in entry.versions):
+            raise AlreadyRegistered(key.name, key.version)
+        self._reserved.add(key)
+
+    def release(self, key: ModelKey) -> None:
+        """Give up a claim. Idempotent."""
+        self._reserved.discard(key)
+
+    def add(self, key: ModelKey, value: V) -> bool:
+        """Add a version that was reserved; return whether it became the default."""
+        self._reserved.discard(key)
+        entry = self._entries.setdefault(key.name, _Entry(key.version))
+        entry.versions[key.version] = value
+        return entry.default == key.version
+
+    def get(self, name: str, version: str | None = None) -> V:
+        """Return a version; the default one unless ``version`` is given.
+
+        Raises:
+            ModelNotFound: no version of the model is registered.
+            ModelVersionNotFound: others are, this one is not.
+        """
+        entry = self._entry(name)
+        wanted = entry.default if version is None else version
+        if wanted not in entry.versions:
+            raise ModelVersionNotFound(name, wanted)
+        return entry.versions[wanted]
+
+    def default(self, name: str) -> str:
+        """Return the default version of a model; raise ModelNotFound if it is not registered."""
+        return self._entry(name).default
+
+    def names(self) -> list[str]:
+        """Return the names of all models, sorted."""
+        return sorted(self._entries)
+
+    def versions(self, name: str) -> list[V]:
+        """Return all versions of a model, oldest first; raise ModelNotFound if it is not registered."""
+        return list(self._entry(name).versions.values())
+
+    def set_default(self, name: str, version: str) -> None:
+        """Make ``version`` the default; raise as :meth:`get` does."""
+        self.get(name, version)
+        self._entry(name).default = version
+
+    def remove(self, name: str, version: str | None = None) -> V:
+        """Remove a version (the default one unless given) and return it.
+
+        Raises:
+            ModelNotFound: no version of the model is registered.
+            ModelVersionNotFound: others are, this one is not.
+            DefaultVersionInUse: it is the default, and others exist.
+        """
+        value = self.get(name, version)
+        entry = self._entry(name)
+        removed = entry.default if version is None else version
+        if removed == entry.default and len(entry.versions) > 1:
+            raise DefaultVersionInUse(name, removed)
+        del entry.versions[removed]
+        if not entry.versions:
+            del self._entries[name]
+        return value
+
+    def withdraw(self, key: ModelKey) -> None:
+        """Remove a version whatever it is: its registration has failed. The oldest one left becomes the default."""
+        entry = self._entries.get(key.name)
+        if entry is None or entry.versions.pop(key.version, None) is None:
+            return
+        if not entry.versions:
+            del self._entries[key.name]
+        elif entry.default == key.version:
+            entry.default = next(iter(entry.versions))
+
+    def _entry(self, name: str) -> _Entry[V]:
+        if name not in self._entries:
+            raise ModelNotFound(name)
+        return self._entries[name]

@@ -1,0 +1,131 @@
+"""Finds the handler that an archive names and makes one callable of whichever form it has."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torchmgmt.handlers import SHIPPED
+from torchmgmt.worker.context import Context
+
+if TYPE_CHECKING:
+    from torchmgmt.records import ModelSpec
+
+__all__ = ["Handler", "HandlerError", "load_handler", "load_module"]
+
+
+class HandlerError(Exception):
+    """The handler does not have a form that can be run, or did not keep to its side of the protocol."""
+
+
+class Handler:
+    """A loaded handler: its entry point, the context it is given, and the object that it belongs to, if any."""
+
+    def __init__(self, entry_point: Callable[[Any, Context], Any], context: Context, service: object = None) -> None:
+        self._entry_point = entry_point
+        self._context = context
+        self._service = service
+
+    def run(self, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]) -> Sequence[Any]:
+        """Return one answer for each row. Raises whatever the handler raises, and HandlerError for a wrong answer."""
+        self._context.begin_batch(ids, headers)
+        answers = self._entry_point(rows, self._context)
+        if not isinstance(answers, (list, tuple)):
+            raise HandlerError(
+                f"the handler returned {_kind(answers)}, but must return a list with one answer for each request"
+            )
+        if len(answers) != len(rows):
+            raise HandlerError(
+                f"the handler returned {len(answers)} answers for a batch of {len(rows)} requests;"
+                " it must return a list with one answer for each, in order"
+            )
+        return answers
+
+    def describe(self) -> Any:
+        """Return what the handler's ``describe_handle`` says of the model; {} if it has none."""
+        describe = getattr(self._service, "describe_handle", None)
+        return {} if describe is None else describe()
+
+
+def load_handler(spec: ModelSpec, context: Context) -> Handler:
+    """Import the handler of ``spec`` and initialise it. Raises whatever importing and initialising it raise.
+
+    The working directory must be the model's folder already, and on ``sys.path``.
+    """
+    name, _, function = spec.handler.partition(":")
+    module = load_module(name, Path(spec.model_dir))
+    function = function or "handle"
+    if callable(entry_point := getattr(module, function, None)):
+        # The protocol of a function: the first call has no data and is the time to load.
+        entry_point(None, context)
+        return Handler(entry_point, context)
+    if function != "handle":
+        raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")
+    service = _handler_class(module, spec.handler)()
+    if callable(initialize := getattr(service, "initialize", None)):
+        initialize(context)
+    return Handler(service.handle, context, service)
+
+
+def load_module(name: str, folder: Path) -> ModuleType:
+    """Import ``name`` (a module, or a file with or without ``.py``) from ``folder``, else what is shipped or installed.
+
+    A file in the folder is what the archive means, even when a module of the same name is imported already.
+    """
+    stem = name.removesuffix(".py")
+    file = folder / f"{stem}.py"
+    if file.is_file():
+        return _load_file(stem.replace("/", "."), file)
+    if stem in SHIPPED:
+        return importlib.import_module(SHIPPED[stem])
+    try:
+        return importlib.import_module(stem.replace("/", "."))
+    except ModuleNotFoundError as error:
+        if error.name is None or not stem.replace("/", ".").startswith(error.name):
+            raise
+        raise HandlerError(
+            f"handler {name!r} is neither {file.name} in the model's folder, nor one of the shipped handlers"
+            f" ({', '.join(sorted(SHIPPED))}), nor a module that can be imported"
+        ) from error
+
+
+def _load_file(name: str, file: Path) -> ModuleType:
+    loader = importlib.util.spec_from_file_location(name, file)
+    if loader is None or loader.loader is None:
+        raise HandlerError(f"{file.name} cannot be imported as a module")
+    module = importlib.util.module_from_spec(loader)
+    sys.modules[name] = module
+    try:
+        loader.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+def _handler_class(module: ModuleType, handler: str) -> type[Any]:
+    """Return the one class of ``module`` that can be a handler."""
+    own = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and callable(getattr(value, "handle", None))
+    ]
+    # A class that another one builds on is not the handler itself.
+    leaves = [each for each in own if not any(other is not each and issubclass(other, each) for other in own)]
+    if len(leaves) == 1:
+        return leaves[0]
+    found = ", ".join(each.__name__ for each in leaves) or "none"
+    raise HandlerError(
+        f"handler {handler!r} must have a function handle(data, context), or exactly one class with"
+        f" initialize(context) and handle(data, context); classes found: {found}"
+    )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"an object of type {type(value).__qualname__}"
