@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.leaks import LeakGuard
+from torchmgmt import ProcessBackend
 
 # No deadline per example: machines that run this share their cores. In CI every run tries the same examples, so that a
 # red build is about the change that it tests; locally they vary.
@@ -26,3 +30,16 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def backend(leak_guard: LeakGuard) -> Iterator[ProcessBackend]:
+    """A backend for every test that does not test backends: importing torch once is enough.
+
+    Its torch-only process and its two threads are there before the first test that uses it, so a test that leaves a
+    worker behind is still found out.
+    """
+    backend = ProcessBackend()
+    backend.warm()
+    yield backend
+    backend.close()

@@ -4,10 +4,17 @@ A step that the table does not have raises :class:`IllegalTransition`: it would 
 
 .. code-block:: text
 
-   version   REGISTERED --want--> LOADING --serve--> READY          worker   WANTED --spawn--> LOADING --ready--> READY
-                 ^  ^---unwant-----'  ^ '-give_up-> FAILED                     |                  |           finish ^ v assign
-                 '------unwant--------|--------------' |                      exit               exit               BUSY
-             any --retire--> RETIRING --gone--> GONE   '-want-> LOADING        '--> EXITED <-----'  any --stop--> STOPPING
+   version:  REGISTERED --want--> LOADING --serve--> READY        any of the four --retire--> RETIRING --vanish--> GONE
+                 ^                 ^  |                |
+                 |                 |  +--<----lose-----+
+                 |               want |
+                 |                 |  v give_up
+                 +----unwant----- FAILED --serve--> READY         (unwant leads back from LOADING and READY, too)
+
+   worker:   WANTED --spawn--> LOADING --ready--> READY --assign--> BUSY --drain--> DRAINING
+                                                    ^                 |
+                                                    +-----finish------+
+             LOADING, READY, BUSY, DRAINING --stop--> STOPPING       every state --exit--> EXITED
 """
 
 from __future__ import annotations
@@ -33,9 +40,9 @@ class VersionState(Enum):
     """Where a model version stands."""
 
     REGISTERED = "REGISTERED"
-    """Known and routable; no worker is wanted."""
+    """Known and routable; no worker is wanted now."""
     LOADING = "LOADING"
-    """Workers are wanted, none has been ready since."""
+    """Workers are wanted, none serves yet."""
     READY = "READY"
     """At least one worker serves."""
     FAILED = "FAILED"
@@ -50,9 +57,9 @@ class VersionEvent(Enum):
     """What can happen to a model version."""
 
     WANT = "want"
-    """Its wanted number of workers became one or more, or was asked for again."""
+    """A worker is wanted while there is none."""
     UNWANT = "unwant"
-    """Its wanted number of workers became zero."""
+    """No worker is wanted any more."""
     SERVE = "serve"
     """A worker became ready while none was."""
     LOSE = "lose"
@@ -103,18 +110,15 @@ class IllegalTransition(RuntimeError):
 VERSION_TRANSITIONS: Mapping[VersionState, Mapping[VersionEvent, VersionState]] = {
     VersionState.REGISTERED: {
         VersionEvent.WANT: VersionState.LOADING,
-        VersionEvent.UNWANT: VersionState.REGISTERED,
         VersionEvent.RETIRE: VersionState.RETIRING,
     },
     VersionState.LOADING: {
-        VersionEvent.WANT: VersionState.LOADING,
         VersionEvent.UNWANT: VersionState.REGISTERED,
         VersionEvent.SERVE: VersionState.READY,
         VersionEvent.GIVE_UP: VersionState.FAILED,
         VersionEvent.RETIRE: VersionState.RETIRING,
     },
     VersionState.READY: {
-        VersionEvent.WANT: VersionState.READY,
         VersionEvent.UNWANT: VersionState.REGISTERED,
         VersionEvent.LOSE: VersionState.LOADING,
         VersionEvent.RETIRE: VersionState.RETIRING,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import itertools
@@ -10,7 +9,6 @@ import logging
 import os
 import threading
 import time
-import uuid
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -154,6 +152,8 @@ class ModelManager:
         return self.__enter__()
 
     async def __aexit__(self, *_exc: object) -> None:
+        import asyncio  # 30 ms that a program without an event loop need not pay
+
         await asyncio.to_thread(self.close)
 
     def __getitem__(self, name: str) -> Model:
@@ -482,12 +482,17 @@ class ModelManager:
     def _initial_scale(
         self, folder: ModelFolder, initial: int | None, most: int | None, default_workers: int
     ) -> Scale:
-        default = self.settings.default_workers_per_model
+        config, default = folder.config, self.settings.default_workers_per_model
+        if initial is not None:
+            return Scale(initial, initial if most is None else most)
         with _blaming_the_config(folder):
-            least = folder.config.get("minWorkers", default_workers if default is None else default)
-            least = least if initial is None else initial
-            most = most if initial is not None or most is not None else folder.config.get("maxWorkers")
-            return Scale(least, least if most is None else most)
+            most = config.get("maxWorkers") if most is None else most
+            if most is not None:
+                check_number("maxWorkers", most, minimum=0)
+            if "minWorkers" in config:
+                return Scale(config["minWorkers"], config["minWorkers"] if most is None else most)
+            least = default_workers if default is None else default
+            return Scale(least, least) if most is None else Scale(min(least, most), most)
 
     def _add(self, key: ModelKey, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
         pool_of: list[WorkerPool] = []
@@ -750,7 +755,7 @@ def _request(
     except Exception as error:  # whatever a __reduce__ raises
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
-    return WorkerRequest(encoded, str(uuid.uuid4()), dict(headers) if headers else None)
+    return WorkerRequest(encoded, os.urandom(16).hex(), dict(headers) if headers else None)
 
 
 def _info(version: _Version, *, is_default: bool, metadata: object = None) -> ModelInfo:

@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
@@ -69,6 +69,22 @@ FIRST_WORKER_ID = 9000
 _SERVING = (WorkerState.READY, WorkerState.BUSY)
 _PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *_SERVING)
 _OVER = (VersionState.RETIRING, VersionState.GONE)
+# The steps of a version from where it stands to where its workers say it is.
+_ROUTES: Mapping[tuple[VersionState, VersionState], Sequence[VersionEvent]] = {
+    **{(state, state): () for state in VersionState},
+    (VersionState.REGISTERED, VersionState.LOADING): (VersionEvent.WANT,),
+    (VersionState.REGISTERED, VersionState.READY): (VersionEvent.WANT, VersionEvent.SERVE),
+    (VersionState.REGISTERED, VersionState.FAILED): (VersionEvent.WANT, VersionEvent.GIVE_UP),
+    (VersionState.LOADING, VersionState.REGISTERED): (VersionEvent.UNWANT,),
+    (VersionState.LOADING, VersionState.READY): (VersionEvent.SERVE,),
+    (VersionState.LOADING, VersionState.FAILED): (VersionEvent.GIVE_UP,),
+    (VersionState.READY, VersionState.REGISTERED): (VersionEvent.UNWANT,),
+    (VersionState.READY, VersionState.LOADING): (VersionEvent.LOSE,),
+    (VersionState.READY, VersionState.FAILED): (VersionEvent.LOSE, VersionEvent.GIVE_UP),
+    (VersionState.FAILED, VersionState.REGISTERED): (VersionEvent.UNWANT,),
+    (VersionState.FAILED, VersionState.LOADING): (VersionEvent.WANT,),
+    (VersionState.FAILED, VersionState.READY): (VersionEvent.SERVE,),
+}
 
 
 class Job(Protocol):
@@ -264,7 +280,6 @@ class WorkerPool:
             self._drain_until = NEVER if timeout < 0 else time.monotonic() + timeout
             self._gave_up = False
             self._failures = Failures()
-            self._advance_locked(VersionEvent.WANT if wanted.max_workers else VersionEvent.UNWANT)
         self._reconcile()
         self.pump()
 
@@ -352,6 +367,7 @@ class WorkerPool:
         """Take nothing more from :meth:`submit`; what ``source`` gives is still run. Does not block; idempotent."""
         with self._lock:
             if self._state not in _OVER:
+                self._stopped, self._killed = 0, []  # what closing does is reported, not what was before
                 self._advance_locked(VersionEvent.RETIRE)
         self.pump()
 
@@ -388,7 +404,8 @@ class WorkerPool:
             if self._idle:
                 job = self._jobs.popleft() if self._jobs else self._source.take() if self._source is not None else None
                 return None if job is None else self._assign_locked(self._idle.pop(), job)
-            if self._waiting_locked() == 0 or self._is_promising_locked():
+            # In this order: counting what waits takes its time, and under load this is asked for every request.
+            if self._is_promising_locked() or self._waiting_locked() == 0:
                 return None
             unservable = self._no_worker_error_locked()
         if unservable is not None:
@@ -445,8 +462,9 @@ class WorkerPool:
                 self._apply_locked(plan)
                 if plan.wake_at is not None:
                     self._look_by_locked(plan.wake_at)
-                if plan.wake_at is not None or plan == Plan():
+                if plan.wake_at is not None or plan.is_empty:
                     break
+            self._follow_workers_locked()
             self._changed.notify_all()
         self._flush()
 
@@ -473,8 +491,6 @@ class WorkerPool:
         if plan.give_up:
             self._gave_up = True
             log.error("Starting workers of %s was given up: %s", self.spec.key, self._last_error)
-            if self._state is VersionState.LOADING:
-                self._advance_locked(VersionEvent.GIVE_UP)
             self._actions.append(self.pump)  # fails what waits, if nobody is left to take it
 
     def _spawn_locked(self, worker: _Worker) -> None:
@@ -534,7 +550,7 @@ class WorkerPool:
         """Have :meth:`_look` called at ``when`` at the latest: one timer is enough, however many batches run."""
         if when < self._look_at:
             self._look_at = when
-            self._actions.append(lambda: self._backend.call_at(when, self._look))
+            self._actions.append(lambda: self._backend.call_at(when, lambda: self._look(when)))
 
     def _escalate_locked(self, worker: _Worker) -> None:
         """Make a worker whose time is over end: SIGTERM if it was told to go by a message, else SIGKILL."""
@@ -558,10 +574,22 @@ class WorkerPool:
             return f"it was not ready within startup_timeout ({self.spec.startup_timeout_s:g} s)"
         return f"it did not answer within response_timeout ({self.spec.response_timeout_s:g} s)"
 
+    def _follow_workers_locked(self) -> None:
+        """Bring the version's state in line with what its workers are."""
+        if self._state in _OVER:
+            return
+        if any(worker.state in _SERVING for worker in self._workers.values()):
+            target = VersionState.READY
+        elif self._is_promising_locked():
+            target = VersionState.LOADING
+        else:
+            target = VersionState.FAILED if self._gave_up else VersionState.REGISTERED
+        for event in _ROUTES[self._state, target]:
+            self._advance_locked(event)
+
     def _advance_locked(self, event: VersionEvent) -> None:
         before, self._state = self._state, advance_version(self._state, event)
-        if self._state is not before:
-            self._tell_locked(VersionStateChanged(self.spec.key, before, self._state))
+        self._tell_locked(VersionStateChanged(self.spec.key, before, self._state))
         self._changed.notify_all()
 
     def _tell_locked(self, event: Event) -> None:
@@ -615,10 +643,12 @@ class WorkerPool:
             job.fail(error)
         return len(jobs) + (self._source.fail_waiting(error) if self._source is not None else 0)
 
-    def _look(self) -> None:
+    def _look(self, when: float) -> None:
         """Deal with every worker whose time is over, then with what is wanted."""
         now = time.monotonic()
         with self._lock:
+            if when != self._look_at:
+                return  # an earlier look was asked for since, and sees to the next one
             self._look_at = NEVER
             for worker in self._workers.values():
                 if worker.overdue_at <= now:
@@ -637,8 +667,7 @@ class WorkerPool:
             worker.ready_at = time.monotonic()
             worker.overdue_at = NEVER
             self._idle.append(worker)
-            if self._state in (VersionState.LOADING, VersionState.FAILED):
-                self._advance_locked(VersionEvent.SERVE)
+            self._follow_workers_locked()
             pid = worker.handle.pid if worker.handle else None
             self._tell_locked(WorkerReady(self.spec.key, worker.id, pid or 0, worker.ready_at - worker.spawned_at))
             self._changed.notify_all()
@@ -691,8 +720,7 @@ class WorkerPool:
             error = self._death(worker, exit, was_loading=worker.ready_at == NEVER)
             if not worker.is_unwanted:
                 self._note_failure_locked(worker, error)
-            if self._state is VersionState.READY and not self._is_serving_locked():
-                self._advance_locked(VersionEvent.LOSE)
+            self._follow_workers_locked()
             self._tell_locked(WorkerStopped(self.spec.key, worker.id, exit, worker.is_unwanted))
             self._changed.notify_all()
         log.debug("Worker %s of %s went from %s to its end", worker.id, self.spec.key, was.name)
@@ -700,9 +728,6 @@ class WorkerPool:
             job.fail(error)
         self._reconcile()
         self.pump()
-
-    def _is_serving_locked(self) -> bool:
-        return any(worker.state in _SERVING for worker in self._workers.values())
 
     def _note_failure_locked(self, worker: _Worker, error: WorkerStartFailed | WorkerDied) -> None:
         now = time.monotonic()

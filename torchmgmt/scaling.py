@@ -76,6 +76,11 @@ class Plan:
     give_up: bool = False
     """Whether starting workers has failed for too long; then none is added until someone scales again."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be done now."""
+        return not (self.add or self.spawn or self.remove or self.give_up)
+
 
 def back_off_s(failures: int, jitter: float = 1.0) -> float:
     """Return how many seconds to wait after the last of ``failures`` failures before the next start."""
@@ -119,5 +124,5 @@ def _is_hopeless(situation: Situation) -> bool:
 
 def _dispensable(kept: Sequence[WorkerFacts], count: int) -> list[str]:
     # Among equals the youngest goes first: the oldest has the warmest caches.
-    ordered = sorted(reversed(kept), key=lambda worker: _DISPENSABLE.index(worker.state))
-    return [worker.id for worker in ordered[:count]]
+    ordered = sorted(enumerate(kept), key=lambda at: (_DISPENSABLE.index(at[1].state), -at[0]))
+    return [worker.id for _, worker in ordered[:count]]

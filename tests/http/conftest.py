@@ -15,6 +15,12 @@ from attrs import define
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http import serve
 
+# libuv opens a pipe for signals with the first loop of a process and keeps it: no leak of whichever test is first.
+with contextlib.suppress(ImportError):
+    import uvloop
+
+    uvloop.new_event_loop().close()
+
 
 @define
 class Client:
@@ -23,8 +29,8 @@ class Client:
     url: str
 
     def __call__(self, method: str, path: str, **more: Any) -> requests.Response:
-        more.setdefault("timeout", 30)
-        return requests.request(method, self.url + path, **more)
+        timeout = more.pop("timeout", 30)
+        return requests.request(method, self.url + path, timeout=timeout, **more)
 
     def get(self, path: str, **more: Any) -> requests.Response:
         return self("GET", path, **more)

@@ -12,9 +12,7 @@ from torchmgmt.records import ModelInfo, ModelKey, ModelSpec, Scale, WorkerInfo
 from torchmgmt.settings import Settings
 
 
-def info_of(
-    name: str, version: str = "1.0", *, workers: int = 0, state: VersionState | None = None
-) -> ModelInfo:
+def info_of(name: str, version: str = "1.0", *, workers: int = 0, state: VersionState | None = None) -> ModelInfo:
     ready = VersionState.READY if workers else VersionState.REGISTERED
     began = datetime(2026, 11, 22, 23, 55, 48, 901000, tzinfo=timezone.utc)
     return ModelInfo(
@@ -23,8 +21,7 @@ def info_of(
         is_default=True,
         scale=Scale(workers, workers),
         workers=[
-            WorkerInfo(id=str(9000 + n), state=WorkerState.READY, start_time=began, pid=1 + n)
-            for n in range(workers)
+            WorkerInfo(id=str(9000 + n), state=WorkerState.READY, start_time=began, pid=1 + n) for n in range(workers)
         ],
         queue_capacity=100,
     )
@@ -74,9 +71,7 @@ class FakeManager:
             raise ModelNotFound(name)
         return found
 
-    def describe(
-        self, name: str, version: str | None = None, *, customized: bool = False
-    ) -> ModelInfo:
+    def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         self._note("describe", name, version, customized=customized)
         for info in self.versions(name):
             if version in {None, info.version}:

@@ -17,15 +17,10 @@ def port_of(client) -> int:
     return client.address[1]
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "127.1.2.3", "[::1]:{port}"]
-)
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "127.1.2.3", "[::1]:{port}"])
 def test_a_loopback_host_is_served(client, host):
     """Whatever loopback name the caller used, it is on this machine."""
-    assert (
-        client.get("/models", headers={"Host": host.format(port=port_of(client))}).status_code
-        == 200
-    )
+    assert client.get("/models", headers={"Host": host.format(port=port_of(client))}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -41,9 +36,7 @@ def test_a_loopback_host_is_served(client, host):
         {"X-Forwarded-For": ""},
     ],
 )
-@pytest.mark.parametrize(
-    "method, path", [("GET", "/models"), ("DELETE", "/models/noop"), ("GET", "/nope")]
-)
+@pytest.mark.parametrize("method, path", [("GET", "/models"), ("DELETE", "/models/noop"), ("GET", "/nope")])
 def test_a_caller_from_elsewhere_needs_a_key(client, manager, method, path, headers):
     """Another Host, or the mark of a proxy, means another machine or a rebound name: 401, and nothing is called."""
     response = client(method, path, headers=headers)
@@ -58,9 +51,7 @@ def test_a_request_without_host_needs_a_key(client):
     assert b" 401 " in client.raw(b"GET /models HTTP/1.0\r\n\r\n").split(b"\r\n")[0]
 
 
-@pytest.mark.parametrize(
-    "method, path", [("OPTIONS", "/"), ("GET", "/api-description"), ("GET", "/api-description/")]
-)
+@pytest.mark.parametrize("method, path", [("OPTIONS", "/"), ("GET", "/api-description"), ("GET", "/api-description/")])
 def test_the_api_description_is_open_to_all(client, method, path):
     """The description needs no key."""
     assert client(method, path, headers={"Host": "evil.example"}).status_code == 200

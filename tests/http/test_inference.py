@@ -18,9 +18,7 @@ def ping():
     """Ask a server for the health of a manager."""
     servers = []
 
-    def ask(
-        manager: FakeManager, method: str = "GET", path: str = "/ping", **more
-    ) -> requests.Response:
+    def ask(manager: FakeManager, method: str = "GET", path: str = "/ping", **more) -> requests.Response:
         server = start_inference(manager, bind(Address("http", "127.0.0.1", 0)))
         servers.append(server)
         return requests.request(method, server.url + path, timeout=30, **more)

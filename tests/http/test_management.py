@@ -15,12 +15,13 @@ from torchmgmt.http.parameters import LARGEST
 from torchmgmt.settings import Settings
 
 SYNCHRONOUS = {"synchronous": "true"}
+NO_WORKERS = (
+    'Model "noop" Version: 1.0 registered with 0 initial workers. Use scale workers API to add workers for the model.'
+)
 
 
 def last_call(manager: FakeManager, name: str) -> tuple[tuple, dict]:
-    return next(
-        (args, kwargs) for called, args, kwargs in reversed(manager.calls) if called == name
-    )
+    return next((args, kwargs) for called, args, kwargs in reversed(manager.calls) if called == name)
 
 
 def test_every_operation_has_an_endpoint():
@@ -42,14 +43,12 @@ def test_every_operation_has_an_endpoint():
         (
             SYNCHRONOUS,
             200,
-            'Model "noop" Version: 1.0 registered with 0 initial workers. Use scale workers API to add'
-            " workers for the model.",
+            NO_WORKERS,
         ),
         (
             {},
             202,
-            'Model "noop" Version: 1.0 registered with 0 initial workers. Use scale workers API to add'
-            " workers for the model.",
+            NO_WORKERS,
         ),
         ({"initial_workers": 1}, 202, "Processing worker updates..."),
     ],
@@ -231,9 +230,7 @@ def test_an_encoded_slash_in_the_query_is_no_matter(client):
     assert client.post("/models?url=http%3A%2F%2Fexample.org%2Fa.mar").status_code == 202
 
 
-@pytest.mark.parametrize(
-    "path", ["/models", "/models/noop", "/models/noop/1.0", "/models/noop/all"]
-)
+@pytest.mark.parametrize("path", ["/models", "/models/noop", "/models/noop/1.0", "/models/noop/all"])
 def test_a_trailing_slash_is_the_same_resource(client, path):
     """With and without it, the answer is the same."""
     assert client.get(path + "/").json() == client.get(path).json()
@@ -247,9 +244,7 @@ def test_list_is_sorted_and_paged(serving):
         "nextPageToken": "3",
         "models": [{"modelName": name, "modelUrl": f"{name}.mar"} for name in "abc"],
     }
-    last = client.get(
-        "/models", params={"limit": 3, "next_page_token": first["nextPageToken"]}
-    ).json()
+    last = client.get("/models", params={"limit": 3, "next_page_token": first["nextPageToken"]}).json()
     assert last == {"models": [{"modelName": "d", "modelUrl": "d.mar"}]}
 
 
@@ -305,9 +300,7 @@ def test_a_token_past_the_end_gives_an_empty_page(client):
     ],
 )
 @pytest.mark.parametrize("where", ["params", "json", "data"])
-def test_scale_answers_as_the_contract_quotes(
-    client, manager, path, parameters, code, status, call, where
-):
+def test_scale_answers_as_the_contract_quotes(client, manager, path, parameters, code, status, call, where):
     """min_worker defaults to 1, max_worker to min_worker; 202 unless the caller waits; query and body alike."""
     response = client.put(path, **{where: parameters})
     assert (response.status_code, response.json()) == (code, {"status": status})
@@ -354,9 +347,7 @@ def test_set_default_answers_as_the_contract_quotes(client, manager):
     """The answer names model and version."""
     response = client.put("/models/noop/1.0/set-default")
     assert response.status_code == 200
-    assert response.json() == {
-        "status": 'Default version successfully updated for model "noop" to "1.0"'
-    }
+    assert response.json() == {"status": 'Default version successfully updated for model "noop" to "1.0"'}
     assert last_call(manager, "set_default") == (("noop", "1.0"), {})
 
 
@@ -417,9 +408,7 @@ def test_every_response_has_an_id_and_is_not_cached(client, method, path):
 
 def test_the_callers_request_id_comes_back(client):
     """A caller finds its own id again."""
-    assert (
-        client.get("/models", headers={"X-Request-Id": "my-id"}).headers["x-request-id"] == "my-id"
-    )
+    assert client.get("/models", headers={"X-Request-Id": "my-id"}).headers["x-request-id"] == "my-id"
 
 
 @pytest.mark.parametrize("given", ["x" * 129, "a b", "\x80ü"])

@@ -26,11 +26,7 @@ def walk(item: Any):
 
 
 def operations_of(described: dict) -> list[tuple[str, str, dict]]:
-    return [
-        (path, method, item)
-        for path, methods in described["paths"].items()
-        for method, item in methods.items()
-    ]
+    return [(path, method, item) for path, methods in described["paths"].items() for method, item in methods.items()]
 
 
 def check(schema: dict, item: Any, schemas: dict) -> None:
@@ -79,11 +75,7 @@ def test_the_description_is_well_formed(described):
 @pytest.mark.parametrize("described", DESCRIPTIONS, ids=["management", "inference"])
 def test_every_reference_leads_somewhere_and_no_schema_is_idle(described):
     """References and schemas match."""
-    references = {
-        one["$ref"].rpartition("/")[2]
-        for one in walk(described)
-        if isinstance(one, dict) and "$ref" in one
-    }
+    references = {one["$ref"].rpartition("/")[2] for one in walk(described) if isinstance(one, dict) and "$ref" in one}
     assert references == set(described["components"]["schemas"])
 
 
@@ -120,9 +112,7 @@ def test_every_described_operation_is_served_and_no_other(client):
 def test_answers_are_as_described(client, method, path, described_path):
     """Code and body of an answer are among those described."""
     response = client(method, path)
-    described = DESCRIPTIONS[0]["paths"][described_path][method.lower()]["responses"][
-        str(response.status_code)
-    ]
+    described = DESCRIPTIONS[0]["paths"][described_path][method.lower()]["responses"][str(response.status_code)]
     schema = described["content"]["application/json"]["schema"]
     check(schema, response.json(), DESCRIPTIONS[0]["components"]["schemas"])
 

@@ -144,9 +144,7 @@ def test_a_refusal_comes_with_the_warnings():
     assert values.warnings == ["unknown parameter 'uri': did you mean 'url'?"]
 
 
-@pytest.mark.parametrize(
-    "content_type", ["application/json", "application/json; charset=utf-8", None, "a/b+json"]
-)
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", None, "a/b+json"])
 def test_a_json_body_gives_its_members(content_type):
     """JSON is meant where the content type says so, and where none is sent."""
     assert list(pairs_of_body(content_type, b'{"url": "a", "batch_size": 2}')) == [
@@ -204,9 +202,7 @@ def test_any_query_is_read_or_refused(text):
 def test_any_json_is_read_or_refused(item):
     """No JSON value fails in another way."""
     try:
-        pairs = pairs_of_body(
-            "application/json", json.dumps({"batch_size": item, "url": item}).encode()
-        )
+        pairs = pairs_of_body("application/json", json.dumps({"batch_size": item, "url": item}).encode())
         read_parameters(ops.REGISTER.parameters, [], pairs)
         pairs_of_body("application/json", json.dumps(item).encode())
     except BadRequest:

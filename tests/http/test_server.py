@@ -38,9 +38,7 @@ def test_an_occupied_port_is_an_os_error_of_one_line():
     """It says where, and why not."""
     with serve(FakeManager()) as server:
         port = int(server.url.rpartition(":")[2])
-        with pytest.raises(
-            OSError, match=rf"Cannot listen at {server.url}: Address already in use"
-        ):
+        with pytest.raises(OSError, match=rf"Cannot listen at {server.url}: Address already in use"):
             with serve(FakeManager(), port=port):
                 pass
 
@@ -97,9 +95,7 @@ def test_closing_takes_no_new_request(manager):
     manager.gate.clear()
     with serve(manager) as server:
         url = server.url
-        caller = threading.Thread(
-            target=requests.post, args=(url + "/models?url=a",), kwargs={"timeout": 30}
-        )
+        caller = threading.Thread(target=requests.post, args=(url + "/models?url=a",), kwargs={"timeout": 30})
         caller.start()
         assert manager.entered.acquire(timeout=30)
         assert server.drain(timeout=0.3) is False

@@ -119,9 +119,7 @@ def test_a_version_written_as_a_number_is_kept_as_written(tmp_path: Path, writte
     assert manifest_of(tmp_path, text).version == written
 
 
-@pytest.mark.parametrize(
-    "key", ["modelName", "modelVersion", "handler", "modelFile", "serializedFile", "configFile"]
-)
+@pytest.mark.parametrize("key", ["modelName", "modelVersion", "handler", "modelFile", "serializedFile", "configFile"])
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, True, False])
 def test_a_wrong_type_is_named(tmp_path: Path, key: str, value: object) -> None:
     """The message has the key, what was found, and what it must be."""
@@ -131,9 +129,7 @@ def test_a_wrong_type_is_named(tmp_path: Path, key: str, value: object) -> None:
     assert "must be text" in reason
 
 
-@pytest.mark.parametrize(
-    "key", ["handler", "modelFile", "serializedFile", "requirementsFile", "configFile"]
-)
+@pytest.mark.parametrize("key", ["handler", "modelFile", "serializedFile", "requirementsFile", "configFile"])
 @pytest.mark.parametrize("value", ["../x", "/etc/passwd", "a/../../x", "..\\x", "a\0b", "."])
 def test_files_stay_inside_the_folder(tmp_path: Path, key: str, value: str) -> None:
     """A manifest cannot make anybody read, import or run a file from elsewhere."""
@@ -205,16 +201,12 @@ def test_a_manifest_is_a_file(tmp_path: Path, make: str) -> None:
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         lambda inner: (
             st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["model", "runtime", "modelName", "handler", "modelVersion"]), inner
-            )
+            | st.dictionaries(st.sampled_from(["model", "runtime", "modelName", "handler", "modelVersion"]), inner)
         ),
         max_leaves=12,
     )
 )
-def test_any_json_is_a_manifest_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, raw: object
-) -> None:
+def test_any_json_is_a_manifest_or_refused(tmp_path_factory: pytest.TempPathFactory, raw: object) -> None:
     """Nothing but InvalidArchive comes out of any JSON whatever."""
     try:
         found = manifest_of(tmp_path_factory.mktemp("any"), raw)
@@ -284,9 +276,7 @@ def _laughs(open_: str, close: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    "text", [_laughs("[", "]"), _laughs("{<<: [", "]}")], ids=["list", "merge"]
-)
+@pytest.mark.parametrize("text", [_laughs("[", "]"), _laughs("{<<: [", "]}")], ids=["list", "merge"])
 def test_a_billion_laughs_are_refused_at_once(tmp_path: Path, text: str) -> None:
     """Aliases of aliases are counted as what they stand for, before anything is built of them."""
     assert "aliases" in config_refusal(tmp_path, text)

@@ -217,9 +217,7 @@ def test_without_a_store_nothing_can_be_registered(store: Path) -> None:
     ).map("".join),
     rooted=st.booleans(),
 )
-def test_no_url_leads_out_of_the_store(
-    tmp_path_factory: pytest.TempPathFactory, url: str, rooted: bool
-) -> None:
+def test_no_url_leads_out_of_the_store(tmp_path_factory: pytest.TempPathFactory, url: str, rooted: bool) -> None:
     """Whatever a caller over HTTP writes: a path below the store, or an error of ours."""
     store = tmp_path_factory.getbasetemp() / "any-store"
     (store / "sub").mkdir(parents=True, exist_ok=True)

@@ -82,11 +82,7 @@ def target(tmp_path: Path) -> Path:
 def run(archive: bytes, target: Path, **limits: int) -> dict[str, bytes]:
     target.parent.mkdir(exist_ok=True, parents=True)
     unpack(io.BytesIO(archive), target, UnpackLimits(**limits), source="m.mar")
-    return {
-        path.relative_to(target).as_posix(): path.read_bytes()
-        for path in target.rglob("*")
-        if path.is_file()
-    }
+    return {path.relative_to(target).as_posix(): path.read_bytes() for path in target.rglob("*") if path.is_file()}
 
 
 def refusal(archive: bytes, target: Path, **limits: int) -> str:
@@ -122,9 +118,7 @@ def test_folders_may_stand_twice_or_after_their_files(target: Path) -> None:
     folder = tar_info("sub", type=tarfile.DIRTYPE)
     root = tar_info("./", type=tarfile.DIRTYPE)
     file = tar_info("sub/f", size=1)
-    assert run(make_tgz_of([(root, b""), (file, b"1"), (folder, b""), (folder, b"")]), target) == {
-        "sub/f": b"1"
-    }
+    assert run(make_tgz_of([(root, b""), (file, b"1"), (folder, b""), (folder, b"")]), target) == {"sub/f": b"1"}
 
 
 def test_zip64_is_fine(target: Path) -> None:
@@ -187,9 +181,7 @@ ESCAPES = {
 
 @both
 @pytest.mark.parametrize("name", ESCAPES)
-def test_a_name_that_leaves_is_refused(
-    make: Callable[[Files], bytes], name: str, target: Path
-) -> None:
+def test_a_name_that_leaves_is_refused(make: Callable[[Files], bytes], name: str, target: Path) -> None:
     """No way of writing a name leads out of the folder; the message says which and why."""
     reason = refusal(make([("model.py", b"x"), (name, b"evil")]), target)
     assert ESCAPES[name] in reason
@@ -209,17 +201,14 @@ def test_a_nul_in_a_name_is_refused(target: Path) -> None:
 def test_bytes_that_are_no_text_are_refused(target: Path) -> None:
     """A name that is no UTF-8 could not be shown, logged or compared."""
     out = io.BytesIO()
-    with tarfile.open(
-        fileobj=out, mode="w:gz", format=tarfile.GNU_FORMAT, encoding="latin-1"
-    ) as archive:
+    with tarfile.open(fileobj=out, mode="w:gz", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
         archive.addfile(tar_info("caf\xe9", size=1), io.BytesIO(b"1"))
     assert "UTF-8" in refusal(out.getvalue(), target)
 
 
 # Code points that separators, drives, normalisation and encodings make something of.
 NAMES = st.text(
-    st.sampled_from("ab./\\:~\0 \n\u00e9e\u0301\u2215\uff0f\u202e")
-    | st.characters(exclude_categories=["Cs"]),
+    st.sampled_from("ab./\\:~\0 \n\u00e9e\u0301\u2215\uff0f\u202e") | st.characters(exclude_categories=["Cs"]),
     min_size=1,
     max_size=40,
 ) | st.lists(st.sampled_from(["..", ".", "", "a", "b", "C:", "~", "..."]), min_size=1).map("/".join)
@@ -280,9 +269,7 @@ def test_a_zip_holds_files_and_folders_only(kind: int, called: str, target: Path
         ({"type": b"V"}, "unknown kind"),
     ],
 )
-def test_a_tar_holds_files_and_folders_only(
-    attributes: dict[str, object], called: str, target: Path
-) -> None:
+def test_a_tar_holds_files_and_folders_only(attributes: dict[str, object], called: str, target: Path) -> None:
     """Links are refused even if they stay inside: what they lead to could be replaced later."""
     members = [(tar_info("model.py", size=1), b"x"), (tar_info("odd", **attributes), b"")]
     reason = refusal(make_tgz_of(members), target)
@@ -310,17 +297,13 @@ def test_writing_through_a_link_is_impossible(target: Path) -> None:
     ],
     ids=repr,
 )
-def test_two_entries_in_one_place_are_refused(
-    make: Callable[[Files], bytes], names: list[str], target: Path
-) -> None:
+def test_two_entries_in_one_place_are_refused(make: Callable[[Files], bytes], names: list[str], target: Path) -> None:
     """Which of two would win is nobody's guess, however differently their names are written."""
     reason = refusal(make([(name, b"x") for name in names]), target)
     assert "already" in reason
 
 
-def test_a_file_system_that_ignores_case_is_no_way_around(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_ignores_case_is_no_way_around(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system says that the file is there already, the archive is to blame."""
     real = os.open
 
@@ -339,9 +322,7 @@ def test_the_total_is_counted(make: Callable[[Files], bytes], target: Path) -> N
     """Files may be as large as the limit together, and not a byte more."""
     archive = make([("a", b"1" * 60), ("b", b"2" * 40)])
     assert len(run(archive, target, max_bytes=100)) == 2
-    assert "allowed 99 bytes" in refusal(
-        archive, target.parent.parent / "again" / "target", max_bytes=99
-    )
+    assert "allowed 99 bytes" in refusal(archive, target.parent.parent / "again" / "target", max_bytes=99)
 
 
 @both
@@ -375,9 +356,7 @@ def test_entries_are_counted(make: Callable[[Files], bytes], target: Path) -> No
     """Folders count, those included that only stand in a file's name."""
     archive = make([("a/b/c", b""), ("d", b"")])
     assert set(run(archive, target, max_entries=4)) == {"a/b/c", "d"}
-    assert "at most 3 are allowed" in refusal(
-        archive, target.parent.parent / "again" / "target", max_entries=3
-    )
+    assert "at most 3 are allowed" in refusal(archive, target.parent.parent / "again" / "target", max_entries=3)
 
 
 def test_a_million_entries_are_refused_before_they_are_read(target: Path) -> None:
@@ -440,9 +419,7 @@ def test_endless_zeros_after_the_end_are_refused(target: Path) -> None:
 @both
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_truncated_archive_is_refused(
-    make: Callable[[Files], bytes], data: st.DataObject
-) -> None:
+def test_a_truncated_archive_is_refused(make: Callable[[Files], bytes], data: st.DataObject) -> None:
     """Cut off at any byte: never taken for a smaller archive."""
     archive = make(GOOD)
     size = data.draw(st.integers(0, len(archive) - 1))
@@ -453,9 +430,7 @@ def test_a_truncated_archive_is_refused(
 @both
 @settings(max_examples=150)
 @given(data=st.data())
-def test_a_damaged_archive_is_refused_or_harmless(
-    make: Callable[[Files], bytes], data: st.DataObject
-) -> None:
+def test_a_damaged_archive_is_refused_or_harmless(make: Callable[[Files], bytes], data: st.DataObject) -> None:
     """A flipped byte ends in our own error or in files inside the folder, in nothing else."""
     archive = bytearray(make(GOOD))
     at = data.draw(st.integers(0, len(archive) - 1))

@@ -77,9 +77,7 @@ class ModelSources:
         InvalidArgument: ``model_store`` is neither a path nor None.
     """
 
-    def __init__(
-        self, model_store: str | os.PathLike[str] | None, *, limits: UnpackLimits | None = None
-    ) -> None:
+    def __init__(self, model_store: str | os.PathLike[str] | None, *, limits: UnpackLimits | None = None) -> None:
         self._model_store = _check_store(model_store)
         self._unpacked = UnpackedArchives(limits)
 

@@ -28,8 +28,10 @@ MAX_REMEMBERED = 256
 # Kernels tick every 1-10 ms.
 SETTLED_NS = 100_000_000
 
-# (device, inode, size, mtime in ns). Not the ctime: that changes when the file loses its name.
-_Stamp = tuple[int, int, int, int]
+# (device, inode, size, mtime in ns), and the ctime in ns. A file that is renamed over gets a new ctime
+# while we read it, unchanged; but two files in a row may have all else in common: reproducible
+# builds set one mtime, weights of one shape have one size, and inodes are used again.
+_Stamp = tuple[tuple[int, int, int, int], int]
 
 
 @define(eq=False)
@@ -67,9 +69,7 @@ class UnpackedArchives:
     The copies lie in one temporary folder, which exists only while there is a copy in it.
     """
 
-    def __init__(
-        self, limits: UnpackLimits | None = None, *, now_ns: Callable[[], int] = time.time_ns
-    ) -> None:
+    def __init__(self, limits: UnpackLimits | None = None, *, now_ns: Callable[[], int] = time.time_ns) -> None:
         self._limits = limits or UnpackLimits()
         self._now_ns = now_ns
         self._pid = os.getpid()
@@ -192,7 +192,7 @@ class UnpackedArchives:
             return known
         digest = _sha256(file)
         _refuse_change(file, stamp)
-        if self._now_ns() - stamp[3] > SETTLED_NS:
+        if self._now_ns() - stamp[1] > SETTLED_NS:
             self._remember(stamp, digest)
         return digest
 
@@ -220,11 +220,12 @@ def _open_archive(path: Path, source: str) -> IO[bytes]:
 
 def _stamp(file: IO[bytes]) -> _Stamp:
     status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    content = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return content, status.st_ctime_ns
 
 
 def _refuse_change(file: IO[bytes], stamp: _Stamp) -> None:
-    if _stamp(file) != stamp:
+    if _stamp(file)[0] != stamp[0]:
         raise Refused("it changed while it was read; put a new archive in place by renaming it")
 
 

@@ -104,9 +104,7 @@ def _zip_entries(file: IO[bytes], max_entries: int) -> Iterator[Entry]:
         for info in infos:
             _refuse_zip_kind(info)
             mode = info.external_attr >> 16
-            yield Entry(
-                info.filename, info.is_dir(), bool(mode & 0o111), _zip_chunks(archive, info)
-            )
+            yield Entry(info.filename, info.is_dir(), bool(mode & 0o111), _zip_chunks(archive, info))
 
 
 def _zip_chunks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -165,12 +163,16 @@ def _tar_entries(file: IO[bytes]) -> Iterator[Entry]:
     with gzip.GzipFile(fileobj=file, mode="rb") as plain:
         stream = _TarStream(cast("IO[bytes]", plain))
         with tarfile.TarFile(fileobj=cast("IO[bytes]", stream), encoding="utf-8") as tar:
-            while (info := tar.next()) is not None:
+            # Of one without entries the constructor knows that, and Python 3.10 would, if asked again,
+            # seek to before the beginning.
+            info = tar.next() if cast("Any", tar).firstmember is not None else None
+            while info is not None:
                 cast("Any", tar).members.clear()  # or it keeps every one of them
                 _refuse_tar_kind(info)
                 size = 0 if info.isdir() else info.size
                 chunks = stream.take(info.offset_data, size)
                 yield Entry(info.name, info.isdir(), bool(info.mode & 0o111), chunks)
+                info = tar.next()
             stream.finish()
 
 

@@ -20,8 +20,8 @@ __all__ = ["Manifest", "read_config", "read_manifest"]
 MANIFEST_FILE = "MAR-INF/MANIFEST.json"
 CONFIG_FILE = "model-config.yaml"
 MAX_MANIFEST_BYTES = 1 << 20
-# PyYAML reads about 100 KB a second; real configurations have one or two.
-MAX_CONFIG_BYTES = 256 << 10
+# PyYAML reads 200 KB a second, of what was written to be slow 30; real configurations have 1 or 2 KB.
+MAX_CONFIG_BYTES = 128 << 10
 # Values in a configuration, each alias counted as often as what it stands for.
 MAX_CONFIG_NODES = 100_000
 

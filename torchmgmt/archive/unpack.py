@@ -84,9 +84,7 @@ def unpack(
 class _Placer:
     """Places entries below one folder and counts them; for one thread."""
 
-    def __init__(
-        self, into: Path, limits: UnpackLimits, packed_bytes: int, keep_on: Callable[[], None]
-    ) -> None:
+    def __init__(self, into: Path, limits: UnpackLimits, packed_bytes: int, keep_on: Callable[[], None]) -> None:
         into.mkdir(mode=0o755)
         self.limits = limits
         self.has_files = False
@@ -145,18 +143,14 @@ class _Placer:
         self._entries += 1
         most = self.limits.max_entries
         if self._entries > most:
-            raise Refused(
-                f"it has too many files and folders (at {quote(name)}); at most {most} are allowed"
-            )
+            raise Refused(f"it has too many files and folders (at {quote(name)}); at most {most} are allowed")
 
     def _count_bytes(self, count: int, name: str) -> None:
         self._unpacked_bytes += count
         limits = self.limits
         total, packed = self._unpacked_bytes, self._packed_bytes
         if total > limits.max_bytes:
-            raise Refused(
-                f"it unpacks to more than the allowed {limits.max_bytes} bytes (at {quote(name)})"
-            )
+            raise Refused(f"it unpacks to more than the allowed {limits.max_bytes} bytes (at {quote(name)})")
         if total > max(limits.ratio_floor_bytes, limits.max_ratio * packed):
             raise Refused(
                 f"it unpacks to over {limits.max_ratio} times its own {packed} bytes"

@@ -10,9 +10,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 from attrs import frozen
 
 from torchmgmt.backends import Outcome, WorkerListener
@@ -21,6 +20,9 @@ from torchmgmt.backends.output import Output
 from torchmgmt.channel import Buffer, Frame, FrameReader, FrameSender, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.records import Encoded, ModelSpec, WorkerExit, WorkerFault, WorkerRequest
+
+if TYPE_CHECKING:
+    import psutil
 
 __all__ = ["ProcessBackend", "WorkerJob"]
 
@@ -188,10 +190,10 @@ class ProcessWorker:
         """Read how much memory the worker uses. Takes milliseconds; not for a thread that carries answers."""
         if self.pid is None:
             return
+        import psutil  # not needed before there is a worker
+
         with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            # PSS counts a page shared by n processes as one nth of it; only Linux tells.
-            self.memory_bytes = _pss_bytes(process) or process.memory_info().rss
+            self.memory_bytes = _memory_bytes(psutil.Process(self.pid))
 
     # -- called by the torch-only process's side, on the dispatcher's thread -------------------------------------------
 
@@ -322,11 +324,12 @@ def _outcomes(head: Sequence[int | WorkerFault], segments: Sequence[Buffer]) -> 
     return outcomes
 
 
-def _pss_bytes(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except (AttributeError, psutil.AccessDenied):
-        return 0
+def _memory_bytes(process: psutil.Process) -> int:
+    """Return the proportional set size, which counts a page that n processes share as one nth; where only Linux tells
+    that, the resident set size.
+    """
+    full = process.memory_full_info()
+    return int(getattr(full, "pss", 0) or full.rss)
 
 
 _LIKELY_CAUSES = {

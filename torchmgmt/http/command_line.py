@@ -61,22 +61,14 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> CommandLine:
         settings = from_arguments(namespace)
     except InvalidArgument as error:
         parser.error(str(error))
-    warnings = [
-        f"{flag} has no effect: {why}" for flag, why in WITHOUT_EFFECT.items() if given[_dest(flag)]
-    ]
+    warnings = [f"{flag} has no effect: {why}" for flag, why in WITHOUT_EFFECT.items() if given[_dest(flag)]]
     return CommandLine(settings, warnings)
 
 
 def _make_parser() -> _Parser:
-    parser = _Parser(
-        prog=PROGRAM, description="Serve the Management API of PyTorch models.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "--version", "-v", action="version", version=f"torchmgmt {torchmgmt.__version__}"
-    )
-    parser.add_argument(
-        "--foreground", action="store_true", help="Stay in the foreground, as it always does."
-    )
+    parser = _Parser(prog=PROGRAM, description="Serve the Management API of PyTorch models.", allow_abbrev=False)
+    parser.add_argument("--version", "-v", action="version", version=f"torchmgmt {torchmgmt.__version__}")
+    parser.add_argument("--foreground", action="store_true", help="Stay in the foreground, as it always does.")
     add_arguments(parser.add_argument_group("settings"))
     others = parser.add_argument_group("flags of TorchServe without effect, or not supported yet")
     for flag, why in WITHOUT_EFFECT.items():

@@ -31,9 +31,7 @@ __all__ = [
 
 METHOD_NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 RESOURCE_NOT_FOUND = "Requested resource is not found, please refer to API document."
-INTERNAL = (
-    "The server failed to answer this request; its log says why, under this request's x-request-id."
-)
+INTERNAL = "The server failed to answer this request; its log says why, under this request's x-request-id."
 
 
 class RequestRefused(Exception):
@@ -85,8 +83,7 @@ class TooManyWaiting(RequestRefused):
 
     def __init__(self, limit: int, retry_after_s: int) -> None:
         super().__init__(
-            f"{limit} calls that wait for models or workers are running already;"
-            f" try again in {retry_after_s} s"
+            f"{limit} calls that wait for models or workers are running already; try again in {retry_after_s} s"
         )
         self.headers = {"Retry-After": str(retry_after_s)}
 
@@ -109,6 +106,7 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     errors.WorkerStartFailed: (500, "InternalServerException"),
     errors.WorkerDied: (500, "InternalServerException"),
     errors.HandlerFailed: (500, "InternalServerException"),
+    errors.WrongNumberOfAnswers: (500, "InternalServerException"),
     errors.DeadlineExceeded: (500, "InternalServerException"),
     errors.NoWorker: (503, "ServiceUnavailableException"),
     errors.QueueFull: (503, "ServiceUnavailableException"),

@@ -174,9 +174,7 @@ class ManagementAPI:
             self.manager.set_default(name, version)
         except ModelVersionNotFound:
             raise VersionToSetNotFound(name, version) from None
-        return _status(
-            200, f'Default version successfully updated for model "{name}" to "{version}"'
-        )
+        return _status(200, f'Default version successfully updated for model "{name}" to "{version}"')
 
     def unregister(self, values: Values, path: Mapping[str, str]) -> Reply:
         """DELETE /models/{model_name} and /models/{model_name}/{model_version}."""
@@ -211,9 +209,7 @@ class Route:
 
     def __init__(self, api: ManagementAPI, operations: list[Operation]) -> None:
         self._api = api
-        self._always_served = [
-            operation.method for operation in operations if not operation.needs_model_api
-        ]
+        self._always_served = [operation.method for operation in operations if not operation.needs_model_api]
         for operation in operations:
             setattr(self, f"on_{operation.method.lower()}", self._responder(operation))
 

@@ -52,9 +52,7 @@ def response_headers(request_id: str) -> dict[str, str]:
     return {"x-request-id": request_id, **NO_CACHE}
 
 
-def check_caller(
-    method: str, path: str, headers: Mapping[str, str | None], settings: Settings
-) -> None:
+def check_caller(method: str, path: str, headers: Mapping[str, str | None], settings: Settings) -> None:
     """Raise if the request may not be served to whoever sent it.
 
     ``headers`` has Host, Origin, Forwarded and X-Forwarded-For. Two dangers are met here. A page in a browser on this
@@ -64,9 +62,7 @@ def check_caller(
     host = host_name(headers["Host"])
     origin = headers["Origin"] if method in CHANGING_METHODS else None
     if origin is not None and not _is_own_origin(origin, headers["Host"], host, settings):
-        raise Forbidden(
-            f"Origin is {origin!r}: pages of other origins may not change anything here"
-        )
+        raise Forbidden(f"Origin is {origin!r}: pages of other origins may not change anything here")
     if settings.disable_token_authorization is True or (method, path) in OPEN_TO_ALL:
         return
     forwarded = [name for name in FORWARDED_HEADERS if headers[name] is not None]
@@ -87,9 +83,7 @@ def host_name(host: str | None) -> str:
 
 
 def _is_own_origin(origin: str, host_header: str | None, host: str, settings: Settings) -> bool:
-    if not host_header or origin.lower() not in {
-        f"{scheme}://{host_header.lower()}" for scheme in ("http", "https")
-    }:
+    if not host_header or origin.lower() not in {f"{scheme}://{host_header.lower()}" for scheme in ("http", "https")}:
         return False
     # Host and Origin agree for a page whose name was rebound to our address, too; an IP address cannot be rebound.
     own = urlsplit(settings.management_address).hostname
@@ -118,9 +112,7 @@ class RequestHeaders:
         """Set the headers."""
         _set_headers(req, resp)
 
-    async def process_request_async(
-        self, req: falcon.asgi.Request, resp: falcon.asgi.Response
-    ) -> None:
+    async def process_request_async(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """The same on the ASGI side."""
         req.context.request_id = request_id_of(req.get_header("x-request-id"))
         req.context.warnings = ()
@@ -151,9 +143,7 @@ class CallerGuard:
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Refuse with 401 or 403 before anything else looks at the request."""
         names = ("Host", "Origin", *FORWARDED_HEADERS)
-        check_caller(
-            req.method, req.path, {name: req.get_header(name) for name in names}, self.settings
-        )
+        check_caller(req.method, req.path, {name: req.get_header(name) for name in names}, self.settings)
 
 
 class PathGuard:

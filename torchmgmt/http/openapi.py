@@ -45,9 +45,7 @@ def api_description(title: str, operations: Iterable[Operation]) -> dict[str, An
         "openapi": "3.0.3",
         "info": {"title": title, "version": torchmgmt.__version__},
         "paths": paths,
-        "components": {
-            "schemas": {name: SCHEMAS[name] for name in SCHEMAS if name in _closure(schemas)}
-        },
+        "components": {"schemas": {name: SCHEMAS[name] for name in SCHEMAS if name in _closure(schemas)}},
     }
 
 
@@ -57,14 +55,8 @@ def _operation(operation: Operation) -> dict[str, Any]:
         "summary": operation.summary,
         "parameters": [*_path_parameters(operation), *_query_parameters(operation)],
         "responses": {
-            **{
-                str(code): _response(_TITLES.get(code, "Done."), name)
-                for code, name in operation.answers.items()
-            },
-            **{
-                str(code): _response(COMMON_ERRORS[code], "Error")
-                for code in _error_codes(operation)
-            },
+            **{str(code): _response(_TITLES.get(code, "Done."), name) for code, name in operation.answers.items()},
+            **{str(code): _response(COMMON_ERRORS[code], "Error") for code in _error_codes(operation)},
         },
     }
     if operation.takes_body:
@@ -92,8 +84,7 @@ def _query_parameters(operation: Operation) -> list[dict[str, Any]]:
             "in": "query",
             # What may stand in the body instead is not required in the query.
             "required": parameter.required and not operation.takes_body,
-            "description": parameter.help
-            + (" Required, here or in the body." if parameter.required else ""),
+            "description": parameter.help + (" Required, here or in the body." if parameter.required else ""),
             "schema": parameter.schema,
         }
         for parameter in operation.parameters
@@ -108,8 +99,7 @@ def _request_body(operation: Operation) -> dict[str, Any]:
     schema = {
         "type": "object",
         "properties": {
-            parameter.name: {**parameter.schema, "description": parameter.help}
-            for parameter in operation.parameters
+            parameter.name: {**parameter.schema, "description": parameter.help} for parameter in operation.parameters
         },
     }
     return {
@@ -154,13 +144,9 @@ _TRUTH = {"type": "boolean"}
 _WARNINGS = {"type": "array", "items": _TEXT, "description": "About parameters that are not known."}
 
 SCHEMAS: Mapping[str, dict[str, Any]] = {
-    "Error": _object(
-        {"code": _WHOLE, "type": _TEXT, "message": _TEXT, "warnings": _WARNINGS}, "warnings"
-    ),
+    "Error": _object({"code": _WHOLE, "type": _TEXT, "message": _TEXT, "warnings": _WARNINGS}, "warnings"),
     "Status": _object({"status": _TEXT, "warnings": _WARNINGS}, "warnings"),
-    "Health": _object(
-        {"status": {"type": "string", "enum": ["Healthy", "Partial Healthy", "Unhealthy"]}}
-    ),
+    "Health": _object({"status": {"type": "string", "enum": ["Healthy", "Partial Healthy", "Unhealthy"]}}),
     "ApiDescription": {"type": "object"},
     "ModelList": _object(
         {

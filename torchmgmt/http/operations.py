@@ -67,9 +67,7 @@ REGISTER_PARAMETERS = (
         "Workers to start; else the archive's minWorkers, else the setting default_workers_per_model, else 0.",
         minimum=0,
     ),
-    Parameter(
-        "synchronous", Kind.TRUTH, "Whether to answer when the workers are ready.", default=False
-    ),
+    Parameter("synchronous", Kind.TRUTH, "Whether to answer when the workers are ready.", default=False),
     Parameter(
         "response_timeout",
         Kind.WHOLE,
@@ -91,15 +89,9 @@ REGISTER_PARAMETERS = (
 )
 SCALE_PARAMETERS = (
     Parameter("min_worker", Kind.WHOLE, "Workers at least.", default=1, minimum=0),
-    Parameter(
-        "max_worker", Kind.WHOLE, "Workers at most; if not given, as many as min_worker.", minimum=0
-    ),
-    Parameter(
-        "number_gpu", Kind.WHOLE, "Accepted for TorchServe's clients; has no effect.", minimum=0
-    ),
-    Parameter(
-        "synchronous", Kind.TRUTH, "Whether to answer when the workers are ready.", default=False
-    ),
+    Parameter("max_worker", Kind.WHOLE, "Workers at most; if not given, as many as min_worker.", minimum=0),
+    Parameter("number_gpu", Kind.WHOLE, "Accepted for TorchServe's clients; has no effect.", minimum=0),
+    Parameter("synchronous", Kind.TRUTH, "Whether to answer when the workers are ready.", default=False),
     Parameter(
         "timeout",
         Kind.WHOLE,
@@ -108,9 +100,7 @@ SCALE_PARAMETERS = (
         minimum=-1,
     ),
 )
-MODEL_VERSION = Parameter(
-    "model_version", Kind.TEXT, "The version, where the path does not name it."
-)
+MODEL_VERSION = Parameter("model_version", Kind.TEXT, "The version, where the path does not name it.")
 CUSTOMIZED = Parameter(
     "customized",
     Kind.TRUTH,
@@ -125,9 +115,7 @@ LIST_PARAMETERS = (
         default=100,
         minimum=1,
     ),
-    Parameter(
-        "next_page_token", Kind.WHOLE, "nextPageToken of the page before.", default=0, minimum=0
-    ),
+    Parameter("next_page_token", Kind.WHOLE, "nextPageToken of the page before.", default=0, minimum=0),
 )
 
 REGISTER = Operation(

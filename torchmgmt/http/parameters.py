@@ -127,11 +127,7 @@ def read_parameters(
     The two come together because a refusal, too, carries the warnings: a misspelt name is often its reason.
     """
     table = {parameter.name: parameter for parameter in declared}
-    given = [
-        (place, name, value)
-        for place, pairs in (("query", query), ("body", body))
-        for name, value in pairs
-    ]
+    given = [(place, name, value) for place, pairs in (("query", query), ("body", body)) for name, value in pairs]
     warnings = _warnings((name for _, name, _ in given if name not in table), table)
     values = {name: parameter.default for name, parameter in table.items()}
     try:
@@ -144,9 +140,7 @@ def read_parameters(
     return Values(values, warnings), None
 
 
-def _read_given(
-    table: Mapping[str, Parameter], given: Sequence[tuple[str, str, object]]
-) -> dict[str, Any]:
+def _read_given(table: Mapping[str, Parameter], given: Sequence[tuple[str, str, object]]) -> dict[str, Any]:
     read: dict[str, tuple[str, Any]] = {}
     for place, name, raw in given:
         if name not in table or raw is None or raw == "":  # empty means not given
@@ -154,12 +148,8 @@ def _read_given(
         value = table[name].read(raw)
         before = read.setdefault(name, (place, value))
         if before[1] != value:
-            where = (
-                f"twice in the {place}" if before[0] == place else "in the query and in the body"
-            )
-            raise BadRequest(
-                f"{name} is given {where} with different values: {before[1]!r} and {value!r}"
-            )
+            where = f"twice in the {place}" if before[0] == place else "in the query and in the body"
+            raise BadRequest(f"{name} is given {where} with different values: {before[1]!r} and {value!r}")
     return {name: value for name, (_, value) in read.items()}
 
 

@@ -107,9 +107,7 @@ class Program:
             )
         management_socket = bind(management)
         try:
-            return cls(
-                attrs.evolve(settings, model_store=store), store, management_socket, bind(inference)
-            )
+            return cls(attrs.evolve(settings, model_store=store), store, management_socket, bind(inference))
         except BaseException:
             management_socket.close()
             raise
@@ -189,22 +187,19 @@ class Loader(threading.Thread):
                 loaded_at_startup=True,
             )
         except TorchmgmtError as error:
-            logger.error("Could not load %s: %s", model.url, error)
+            # The rest of it, a worker's traceback, has been logged where it happened.
+            logger.error("Could not load %s: %s", model.url, str(error).partition("\n")[0])
         except Exception:
             logger.exception("Could not load %s", model.url)
         else:
             seconds = time.monotonic() - begun
-            logger.info(
-                "Loaded %s version %s in %.1f s", registered.name, registered.version, seconds
-            )
+            logger.info("Loaded %s version %s in %.1f s", registered.name, registered.version, seconds)
 
 
 class Stopper(threading.Thread):
     """Ends everything in order: take no request, finish those in flight, stop the workers, close the connections."""
 
-    def __init__(
-        self, manager: ModelManager, management: ManagementServer, inference: InferenceServer
-    ) -> None:
+    def __init__(self, manager: ModelManager, management: ManagementServer, inference: InferenceServer) -> None:
         super().__init__(name="torchmgmt-stopper", daemon=True)
         self._manager = manager
         self._management = management
@@ -270,9 +265,7 @@ def _is_archive(path: Path) -> bool:
 
 def _configure_logging(level: str) -> None:
     """Send the log to stderr. Only the program does this; the library leaves logging to whom it lives with."""
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level)))
 
 

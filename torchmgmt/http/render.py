@@ -40,16 +40,16 @@ def render_reply(req: falcon.Request, resp: falcon.Response, reply: Reply) -> No
     resp.set_headers(dict(reply.headers))
 
 
-def render_error(
-    req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, Any]
-) -> None:
+def render_error(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict[str, Any]) -> None:
     """Write the JSON body of ``error``; what nobody foresaw goes to the log with its traceback, not to the caller."""
     request_id = getattr(req.context, "request_id", "")
     answer = answer_for(error)
     if not is_known(error):
         logger.error("%s %r failed (request %s)", req.method, req.path, request_id, exc_info=error)
     elif answer.code >= 500:
-        logger.warning("%s %r: %s (request %s)", req.method, req.path, answer.message, request_id)
+        # The rest of it, a worker's traceback, has been logged where it happened.
+        line = answer.message.partition("\n")[0]
+        logger.warning("%s %r: %s (request %s)", req.method, req.path, line, request_id)
     resp.status = answer.status
     resp.content_type = JSON
     resp.data = answer.body(getattr(req.context, "warnings", None) or ())

@@ -13,17 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import uvicorn
 from waitress import wasyncore
-from waitress.server import BaseWSGIServer, create_server
+from waitress.adjustments import Adjustments
 
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.http.inference import create_inference_app
 from torchmgmt.http.management import MAX_WAITING, create_app
-from torchmgmt.http.waitress_parts import Channel, Dispatcher
+from torchmgmt.http.waitress_parts import Channel, Dispatcher, Server
 from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 THREADS = MAX_WAITING + 8
 """So many that calls which wait for workers can never hold them all."""
 BACKLOG = 1024
+FRAMING_ALLOWANCE_BYTES = 2**16
 HALF_SENT_GRACE_S = 1.0
 CLOSE_TIMEOUT_S = 30.0
 
@@ -77,9 +78,7 @@ def check_port(port: object) -> None:
 def check_may_listen(argument: str, address: Address, settings: Settings) -> None:
     """Raise :class:`InvalidArgument` if the settings do not allow to listen there."""
     if address.scheme != "http":
-        raise InvalidArgument(
-            argument, str(address), "an http:// address: this release does not serve https yet"
-        )
+        raise InvalidArgument(argument, str(address), "an http:// address: this release does not serve https yet")
     if settings.disable_token_authorization is False:
         raise InvalidArgument(
             "disable_token_authorization",
@@ -95,9 +94,7 @@ def check_may_listen(argument: str, address: Address, settings: Settings) -> Non
         )
 
 
-def start_management(
-    manager: ModelManager, sock: socket.socket, settings: Settings
-) -> ManagementServer:
+def start_management(manager: ModelManager, sock: socket.socket, settings: Settings) -> ManagementServer:
     """Serve the Management API on a socket that listens."""
     # With the real port and host in it, the rule of who may call knows our own origin.
     settings = attrs.evolve(settings, management_address=str(address_of(sock)))
@@ -112,9 +109,7 @@ def start_inference(manager: ModelManager, sock: socket.socket) -> InferenceServ
 def bind(address: Address) -> socket.socket:
     """Return a socket that listens at ``address``; raise :class:`OSError` with one line if that cannot be."""
     try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # localhost may be both; clients that try ::1 first come to 127.0.0.1 next.
         family, kind, protocol, _, where = min(found, key=lambda info: info[0] != socket.AF_INET)
         sock = socket.socket(family, kind, protocol)
@@ -128,9 +123,7 @@ def bind(address: Address) -> socket.socket:
             sock.close()
             raise
     except OSError as error:
-        raise OSError(
-            error.errno, f"Cannot listen at {address}: {error.strerror or error}"
-        ) from None
+        raise OSError(error.errno, f"Cannot listen at {address}: {error.strerror or error}") from None
     return sock
 
 
@@ -174,21 +167,27 @@ class ManagementServer:
     def __repr__(self) -> str:
         return f"<ManagementServer at {self.url}>"
 
-    def _make(self, app: Any, sock: socket.socket, max_request_size: int) -> BaseWSGIServer:
-        adjustments: dict[str, Any] = {
-            "sockets": [sock],
-            "asyncore_use_poll": True,  # select() ends at descriptor 1024
-            "connection_limit": connection_limit(),
-            "max_request_body_size": max_request_size
-            + 1,  # waitress refuses a body of this very size, too
-            "clear_untrusted_proxy_headers": False,  # the guard of who may call must see them
-            "backlog": BACKLOG,
-            "ident": None,
-        }
-        made = create_server(app, map=self._map, _dispatcher=self._dispatcher, **adjustments)
-        server = cast("BaseWSGIServer", made)  # MultiSocketServer comes with several sockets only
+    def _make(self, app: Any, sock: socket.socket, max_request_size: int) -> Server:
+        adjustments = Adjustments(
+            asyncore_use_poll=True,  # select() ends at descriptor 1024
+            connection_limit=connection_limit(),
+            # The application counts exactly; waitress counts the framing of a chunked body, too.
+            max_request_body_size=max_request_size + FRAMING_ALLOWANCE_BYTES,
+            clear_untrusted_proxy_headers=False,  # the guard of who may call must see them
+            backlog=BACKLOG,
+            ident=None,
+        )
+        server = Server(
+            app,
+            map=self._map,
+            _sock=sock,
+            dispatcher=self._dispatcher,
+            adj=adjustments,
+            sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
+            bind_socket=False,
+        )
         server.channel_class = Channel
-        server.logger = logging.getLogger("torchmgmt.http.server")
+        server.max_request_size = max_request_size
         return server
 
     def drain(self, timeout: float = CLOSE_TIMEOUT_S) -> bool:
@@ -206,16 +205,14 @@ class ManagementServer:
         """
         self._begin_to_stop(time.monotonic() + timeout)
         self._thread.join()
-        return self._dispatcher.stop(
-            timeout_s=0
-        )  # the thread of a call that was cut off ends with that call
+        return self._dispatcher.stop(timeout_s=0)  # the thread of a call that was cut off ends with that call
 
     def _begin_to_stop(self, deadline: float) -> None:
         self._half_sent_until = min(self._half_sent_until, time.monotonic() + HALF_SENT_GRACE_S)
         self._deadline = min(self._deadline, deadline)
         if deadline < float("inf"):
             self._may_end.set()
-        self._server.stopping = True  # type: ignore[attr-defined]
+        self._server.stopping = True
         self._wake()
 
     def _wake(self) -> None:
@@ -227,11 +224,9 @@ class ManagementServer:
 
     def _run(self) -> None:
         try:
-            while not getattr(self._server, "stopping", False):
+            while not self._server.stopping:
                 self._turn(timeout_s=1)
-            wasyncore.dispatcher.close(
-                self._server
-            )  # its socket only: the pipe that wakes this loop stays
+            wasyncore.dispatcher.close(self._server)  # its socket only: the pipe that wakes this loop stays
             self._finish_requests()
         except Exception:
             logger.exception("The Management API at %s ended because of a defect", self.url)

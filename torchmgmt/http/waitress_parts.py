@@ -1,60 +1,34 @@
 """waitress, made to speak JSON about what it refuses by itself, and to end without cutting a request off.
 
 waitress answers some requests before any application sees them (a malformed header, a body too large) in plain text; a
-client of the Management API parses JSON. Each class here replaces one part of waitress by its documented seam: the
-class attributes ``task_class``, ``error_task_class``, ``parser_class`` and ``channel_class``.
+client of the Management API parses JSON. Each class here replaces one part of waitress by its own seam: the
+class attributes ``task_class``, ``error_task_class`` and ``channel_class``.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import InternalServerError, RequestEntityTooLarge
 
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
 from torchmgmt.http.middleware import request_id_of, response_headers
 
-__all__ = ["Channel", "Dispatcher"]
+__all__ = ["Channel", "Dispatcher", "Server"]
 
 # waitress' own loggers would print through logging's last resort in a program that configured none.
 logger = logging.getLogger("torchmgmt.http.server")
 
-MOST_DISCARDED_BYTES = 64 * 2**20
-
-
-class Parser(HTTPRequestParser):
-    """Reads on over a body that is too large, so that the client is still there to read the refusal.
-
-    Closing a connection with unread bytes makes TCP reset it, and the answer is lost on the way.
-    """
-
-    _to_discard = 0
-
-    def received(self, data: bytes) -> int:
-        """Take bytes from the connection; return how many were used."""
-        if self._to_discard:
-            used = min(len(data), self._to_discard)
-            self._to_discard -= used
-            self.completed = not self._to_discard
-            return used
-        used = super().received(data)
-        if self.completed and isinstance(self.error, RequestEntityTooLarge):
-            self._discard_body()
-        return used
-
-    def _discard_body(self) -> None:
-        if self.expect_continue:  # the client asked first, and has not sent it
-            self.expect_continue = False
-        elif not self.chunked:
-            self._to_discard = min(self.content_length, MOST_DISCARDED_BYTES)
-            self.completed = False
+LINGER_S = 5.0
+DISCARD_BYTES = 2**18
 
 
 class JSONErrorTask(ErrorTask):
@@ -63,7 +37,8 @@ class JSONErrorTask(ErrorTask):
     def execute(self) -> None:
         """Write the answer and close the connection."""
         request = cast("Any", self.request)  # the stubs take it for an Error
-        answer = _answer_for(request.error, request.adj.max_request_body_size - 1)
+        channel = cast("Channel", self.channel)
+        answer = _answer_for(request.error, channel.server.max_request_size)
         body = answer.body()
         request_id = request_id_of(request.headers.get("X_REQUEST_ID"))
         self.status = answer.status
@@ -71,6 +46,7 @@ class JSONErrorTask(ErrorTask):
         cast("list[tuple[str, str]]", self.response_headers).extend(headers.items())
         self.set_close_on_finish()
         self.content_length = len(body)
+        channel.linger()
         self.write(body)
 
 
@@ -87,23 +63,93 @@ class Task(WSGITask):
 
     def build_response_header(self) -> bytes:
         """Return the head of the response."""
-        if getattr(self.channel.server, "stopping", False):
+        if cast("Channel", self.channel).server.stopping:
             self.set_close_on_finish()
         return super().build_response_header()
+
+
+class Server(TcpWSGIServer):
+    """waitress' server, with what its channels need to know."""
+
+    logger = logger
+    stopping = False
+    """No further request is taken; connections are closed after their answer."""
+    max_request_size = 0
+    """The largest body, in bytes, that the settings allow."""
 
 
 class Channel(HTTPChannel):
     """One connection."""
 
+    server: Server
     task_class = Task
     error_task_class = JSONErrorTask
-    parser_class = Parser
     logger = logger
+    _lingers = False
+    _lingers_until = 0.0
+
+    def send_continue(self) -> None:
+        """Ask a client that waits for it to send its body, unless that is too large anyway."""
+        request: Any = self.request
+        if request.content_length > self.server.max_request_size:
+            request.error = RequestEntityTooLarge("")
+            request.expect_continue = False
+            request.completed = True
+        else:
+            super().send_continue()
+
+    def linger(self) -> None:
+        """Let the client read the answer that is being written although more of its request may come.
+
+        Closing a connection with unread bytes makes TCP reset it, and the answer is lost on the way. So once the answer
+        is sent, only our side is closed, and what still comes is thrown away: until the client is done, or for 5 s.
+        Called on a thread of the dispatcher; the rest is for the server's own thread.
+        """
+        self._lingers = True
+
+    def writable(self) -> bool:
+        """Whether :meth:`handle_write` has something to do."""
+        if self._lingers_until:
+            return time.monotonic() >= self._lingers_until
+        return bool(super().writable())
+
+    def readable(self) -> bool:
+        """Whether :meth:`handle_read` would take something."""
+        return bool(self._lingers_until) or super().readable()
+
+    def handle_write(self) -> None:
+        """Send what is to be sent; close what is to be closed."""
+        if self._lingers_until:
+            self.handle_close()
+        elif self._lingers and self.close_when_flushed:
+            self._flush_then_linger()
+        else:
+            super().handle_write()
+
+    def handle_read(self) -> None:
+        """Take what came."""
+        if self._lingers_until:
+            self.recv(DISCARD_BYTES)  # closes the channel once the client is done
+        else:
+            super().handle_read()
+
+    def _flush_then_linger(self) -> None:
+        channel: Any = self  # the stubs leave out what is used here
+        if self.total_outbufs_len:
+            channel._flush_exception(channel._flush_some)
+        if self.will_close:
+            self.handle_close()
+        elif not self.total_outbufs_len:
+            self._lingers_until = time.monotonic() + LINGER_S
+            try:
+                channel.socket.shutdown(socket.SHUT_WR)
+            except OSError:  # the client is gone already
+                self.handle_close()
 
     @property
     def is_busy(self) -> bool:
         """Whether a request is being answered, or its answer is being sent."""
-        return bool(self.requests) or self.total_outbufs_len > 0
+        return not self._lingers_until and bool(self.requests or self.total_outbufs_len)
 
     @property
     def is_receiving(self) -> bool:

@@ -1,0 +1,1 @@
+"""torchmgmt measured side by side with what one would do without it: ``python -m benchmarks``."""

@@ -1,0 +1,44 @@
+"""The machine that was measured on, and the versions that were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+
+def facts() -> dict[str, str]:
+    """Return what a reader needs to place the figures."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": f"{len(os.sched_getaffinity(0))} usable of {psutil.cpu_count()} logical",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "torch": _version("torch"),
+        "torchmgmt": _version("torchmgmt"),
+    }
+
+
+def load() -> str:
+    """Return the load averages over 1, 5 and 15 minutes: what else was running."""
+    return " ".join(f"{each:.2f}" for each in os.getloadavg())
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,101 @@
+"""Measuring: variants run in turn (A B C A B C ...), so that a noisy machine hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import psutil
+from attrs import field, frozen
+
+Sample: TypeAlias = Mapping[str, float]
+"""What one run of a variant measured: each figure by its name."""
+
+
+@frozen
+class Series:
+    """The values of one figure, one for each round, in the order of the rounds."""
+
+    unit: str
+    values: Sequence[float] = field(converter=tuple)
+
+    @property
+    def median(self) -> float:
+        """The middle value."""
+        return statistics.median(self.values)
+
+    @property
+    def least(self) -> float:
+        """The smallest value."""
+        return min(self.values)
+
+    @property
+    def most(self) -> float:
+        """The largest value."""
+        return max(self.values)
+
+    def over(self, base: Series) -> Series:
+        """Return the ratio to ``base`` in each round: both were measured seconds apart, on the same mood of the machine."""
+        return Series("x", [mine / theirs for mine, theirs in zip(self.values, base.values, strict=True)])
+
+    def minus(self, base: Series) -> Series:
+        """Return the difference from ``base`` in each round."""
+        return Series(self.unit, [mine - theirs for mine, theirs in zip(self.values, base.values, strict=True)])
+
+
+@frozen
+class Result:
+    """What the rounds measured, by variant."""
+
+    samples: Mapping[str, Sequence[Sample]]
+
+    def series(self, variant: str, figure: str, unit: str, *, scale: float = 1.0) -> Series:
+        """Return one figure of one variant, each value times ``scale``."""
+        return Series(unit, [sample[figure] * scale for sample in self.samples[variant]])
+
+
+def interleave(
+    title: str, variants: Mapping[str, Callable[[], Sample]], runs: int, *, warm_ups: int = 1
+) -> Result:
+    """Run every variant once in each round: ``warm_ups`` rounds that do not count, then ``runs`` that do."""
+    samples: dict[str, list[Sample]] = {name: [] for name in variants}
+    for number in range(-warm_ups, runs):
+        say(f"{title}: " + ("warm-up" if number < 0 else f"round {number + 1} of {runs}"))
+        for name, run in variants.items():
+            sample = run()
+            if number >= 0:
+                samples[name].append(sample)
+    return Result(samples)
+
+
+def say(text: str) -> None:
+    """Tell how far it is, on stderr: stdout is for the report."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def timed(sample: dict[str, float], figure: str) -> Iterator[None]:
+    """Note the seconds that the block takes as ``figure``."""
+    started = time.perf_counter()
+    yield
+    sample[figure] = time.perf_counter() - started
+
+
+def time_each(call: Callable[[], object], count: int) -> list[float]:
+    """Call ``count`` times; return the seconds of each call, sorted."""
+    clock = time.perf_counter
+    seconds = []
+    for _ in range(count):
+        started = clock()
+        call()
+        seconds.append(clock() - started)
+    return sorted(seconds)
+
+
+def pss_mb(pids: Sequence[int]) -> float:
+    """Return the sum of the proportional set sizes in MB (1e6 bytes): a page that n processes share is 1/n in each."""
+    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 1e6

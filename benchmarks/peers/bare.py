@@ -1,0 +1,135 @@
+"""The bare peer: the least that Python can do without any library around it.
+
+A script that imports torch and loads a file, and two processes that send each other bytes over a socket pair.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+
+READY = "ready"
+"""The line that a script prints when it could answer its first request."""
+
+LOAD = f"""
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("model", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+model = getattr(module, sys.argv[2])()
+model.load_state_dict(torch.load(sys.argv[3], map_location="cpu", weights_only=True))
+model.eval()
+print({READY!r}, flush=True)
+sys.stdin.read()
+"""
+"""Imports torch, makes the model, loads the same file in the way BaseHandler does, then waits. Arguments: the model's
+file, its class, the state dict."""
+
+IMPORT_TORCH = f"import sys, torch; print({READY!r}, flush=True); sys.stdin.read()"
+"""What every worker of a server without a template pays before it sees its model."""
+
+_ECHO = """
+import socket, sys
+sock = socket.socket(fileno=int(sys.argv[1]))
+while data := sock.recv(65536):
+    sock.sendall(data)
+"""
+
+# A RUN and a DONE frame of a no-op handler with a small body are about as long.
+MESSAGE = b"x" * 160
+
+
+def start(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Start a Python process that runs ``code``; end it by closing its stdin. Does not wait for :data:`READY`."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_ready(process: subprocess.Popen[str]) -> None:
+    """Block until ``process`` has said :data:`READY`; raise RuntimeError if it said anything else or ended."""
+    said = process.stdout.readline().strip() if process.stdout else ""
+    if said != READY:
+        raise RuntimeError(f"a bare script said {said!r} instead of {READY!r} and exited with {process.poll()}")
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Close the stdin of ``process`` and wait until it is gone; kill it if it stays."""
+    try:
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class PingPong:
+    """Two Python processes and one socket pair: a message there, the same message back. Use it in a ``with`` block."""
+
+    def __enter__(self) -> PingPong:
+        self._sock, theirs = socket.socketpair()
+        command = [sys.executable, "-c", _ECHO, str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.round_trip()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._sock.close()
+        self._process.wait(20)
+
+    def round_trip(self) -> None:
+        """Send one message and block until it is back."""
+        self._sock.sendall(MESSAGE)
+        if len(self._sock.recv(65536)) != len(MESSAGE):
+            raise RuntimeError("the bare ping-pong lost its other end")
+
+
+class ThreadedPingPong(PingPong):
+    """The same, but a second thread reads the answers and wakes up the caller through a Future.
+
+    The least that a library can do that lets any number of threads share one worker.
+    """
+
+    def __enter__(self) -> ThreadedPingPong:
+        self._waiting: SimpleQueue[Future[bytes]] = SimpleQueue()
+        self._reader: threading.Thread | None = None
+        super().__enter__()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._sock.shutdown(socket.SHUT_WR)
+        if self._reader is not None:
+            self._reader.join(20)
+        super().__exit__()
+
+    def round_trip(self) -> None:
+        """Send one message and block until the reading thread has handed its answer over."""
+        if self._reader is None:
+            super().round_trip()
+            return
+        future: Future[bytes] = Future()
+        self._waiting.put(future)
+        self._sock.sendall(MESSAGE)
+        future.result()
+
+    def _read(self) -> None:
+        while data := self._sock.recv(65536):
+            self._waiting.get().set_result(data)
+
+
+def seconds_until_ready(code: str, *arguments: str | Path) -> float:
+    """Run ``code`` in a new process; return the seconds from its start until it was ready. The process is ended."""
+    started = time.perf_counter()
+    process = start(code, *arguments)
+    try:
+        wait_ready(process)
+        return time.perf_counter() - started
+    finally:
+        end(process)
