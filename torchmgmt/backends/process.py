@@ -24,6 +24,10 @@ from torchmgmt.records import Encoded, ModelSpec, WorkerExit, WorkerFault, Worke
 if TYPE_CHECKING:
     import psutil
 
+    _LoggerAdapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _LoggerAdapter = logging.LoggerAdapter  # cannot be subscripted before Python 3.11
+
 __all__ = ["ProcessBackend", "WorkerJob"]
 
 log = logging.getLogger(__name__)
@@ -301,7 +305,7 @@ class ProcessWorker:
         self._dispatcher.watch_writable(self._channel, self._sender.flush if on else None)
 
 
-class _WorkerLog(logging.LoggerAdapter[logging.Logger]):
+class _WorkerLog(_LoggerAdapter):
     """Says which worker a line is from, in the text and as fields of the record."""
 
     def __init__(self, logger: logging.Logger, spec: ModelSpec, worker_id: str) -> None:
