@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +28,26 @@ def facts() -> dict[str, str]:
 def load() -> str:
     """Return the load averages over 1, 5 and 15 minutes: what else was running."""
     return " ".join(f"{each:.2f}" for each in os.getloadavg())
+
+
+@contextmanager
+def pinned(cores: Mapping[int, int]) -> Iterator[None]:
+    """Keep each process, by its pid, with all its threads on one core, by its place among the usable ones."""
+    usable = sorted(os.sched_getaffinity(0))
+    before = {thread: os.sched_getaffinity(thread) for pid in cores for thread in _threads(pid)}
+    try:
+        for pid, core in cores.items():
+            for thread in _threads(pid):
+                os.sched_setaffinity(thread, {usable[core % len(usable)]})
+        yield
+    finally:
+        for pid in cores:
+            for thread in _threads(pid):
+                os.sched_setaffinity(thread, before.get(thread, set(usable)))
+
+
+def _threads(pid: int) -> list[int]:
+    return [int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()]
 
 
 def _cpu_model() -> str:

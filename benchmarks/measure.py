@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 import psutil
-from attrs import field, frozen
+from attrs import frozen
 
 Sample: TypeAlias = Mapping[str, float]
 """What one run of a variant measured: each figure by its name."""
@@ -21,7 +21,7 @@ class Series:
     """The values of one figure, one for each round, in the order of the rounds."""
 
     unit: str
-    values: Sequence[float] = field(converter=tuple)
+    values: Sequence[float]
 
     @property
     def median(self) -> float:
@@ -39,8 +39,8 @@ class Series:
         return max(self.values)
 
     def over(self, base: Series) -> Series:
-        """Return the ratio to ``base`` in each round: both were measured seconds apart, on the same mood of the machine."""
-        return Series("x", [mine / theirs for mine, theirs in zip(self.values, base.values, strict=True)])
+        """Return the ratio to ``base`` in each round that both have: they were measured side by side there."""
+        return Series("x", [mine / theirs for mine, theirs in zip(self.values, base.values, strict=False)])
 
     def minus(self, base: Series) -> Series:
         """Return the difference from ``base`` in each round."""
@@ -59,16 +59,26 @@ class Result:
 
 
 def interleave(
-    title: str, variants: Mapping[str, Callable[[], Sample]], runs: int, *, warm_ups: int = 1
+    title: str,
+    variants: Mapping[str, Callable[[], Sample]],
+    runs: int,
+    *,
+    warm_ups: int = 1,
+    at_most: Mapping[str, int] | None = None,
 ) -> Result:
-    """Run every variant once in each round: ``warm_ups`` rounds that do not count, then ``runs`` that do."""
+    """Run every variant once in each round: ``warm_ups`` rounds that do not count, then ``runs`` that do.
+
+    ``at_most`` bounds the rounds of variants that take long; they take part in the first ones.
+    """
+    limits = {name: (at_most or {}).get(name, runs) for name in variants}
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
     for number in range(-warm_ups, runs):
         say(f"{title}: " + ("warm-up" if number < 0 else f"round {number + 1} of {runs}"))
         for name, run in variants.items():
-            sample = run()
-            if number >= 0:
-                samples[name].append(sample)
+            if number < limits[name]:
+                sample = run()
+                if number >= 0:
+                    samples[name].append(sample)
     return Result(samples)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +42,15 @@ class Heavy(nn.Module):
         return self.layers(rows)
 """
 
+_SAVE_HEAVY = """
+import sys, torch
+weights = {}
+for layer in range(24):
+    weights[f"layers.{layer}.weight"] = torch.rand(2048, 2048)
+    weights[f"layers.{layer}.bias"] = torch.rand(2048)
+torch.save(weights, sys.argv[1])
+"""
+
 
 @frozen
 class Files:
@@ -62,19 +73,14 @@ def write_slow(folder: Path, seconds: float) -> Path:
 
 
 def write_heavy(folder: Path) -> Files:
-    """Write a module with :data:`HEAVY_WEIGHTS_MB` of random weights, served by the shipped base handler."""
-    import torch
-
-    model_file = folder / "model.py"
+    """Write a module with :data:`HEAVY_WEIGHTS_MB` of weights, served by the shipped base handler."""
     folder.mkdir(parents=True)
-    model_file.write_text(_HEAVY, encoding="utf-8")
-    weights = {}
-    for layer in range(24):
-        weights[f"layers.{layer}.weight"] = torch.rand(2048, 2048)
-        weights[f"layers.{layer}.bias"] = torch.rand(2048)
-    torch.save(weights, folder / "weights.pt")
+    files = Files(folder, folder / "model.py", "Heavy", folder / "weights.pt")
+    files.model_file.write_text(_HEAVY, encoding="utf-8")
+    # In a process of its own: this one is to stay without torch, as the programs that embed the library do.
+    subprocess.run([sys.executable, "-c", _SAVE_HEAVY, str(files.state_dict)], check=True, timeout=120)
     _write_manifest(folder, "heavy", "base_handler", {"modelFile": "model.py", "serializedFile": "weights.pt"})
-    return Files(folder, model_file, "Heavy", folder / "weights.pt")
+    return files
 
 
 def write_digits(folder: Path) -> Files:
@@ -98,3 +104,13 @@ def _write_manifest(folder: Path, name: str, handler: str, files: Mapping[str, s
     (folder / "MAR-INF").mkdir()
     manifest = {"runtime": "python", "model": model, "archiverVersion": "0.12.0"}
     (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def pack_digits(folder: Path) -> Path:
+    """Build the archive of ``examples/digits`` with the real torch-model-archiver; return the file.
+
+    Raises subprocess.CalledProcessError if that is not installed.
+    """
+    command = [sys.executable, str(DIGITS / "pack.py"), str(folder)]
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    return folder / "digits.mar"

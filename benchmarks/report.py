@@ -107,7 +107,15 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _number(value: float) -> str:
     """Write three digits that count, without an exponent."""
     size = abs(value)
-    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.3f}"
+    return (
+        f"{value:,.0f}"
+        if size >= 100
+        else f"{value:.1f}"
+        if size >= 10
+        else f"{value:.2f}"
+        if size >= 0.1
+        else f"{value:.3f}"
+    )
 
 
 def _text(table: Table) -> str:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torchmgmt.manager import Model as Model
     from torchmgmt.manager import ModelManager as ModelManager
     from torchmgmt.pool import WorkerPool as WorkerPool
+    from torchmgmt.lifecycle import VersionState as VersionState
+    from torchmgmt.lifecycle import WorkerState as WorkerState
     from torchmgmt.records import CloseReport as CloseReport
     from torchmgmt.records import ModelInfo as ModelInfo
     from torchmgmt.records import ModelKey as ModelKey
@@ -40,8 +42,10 @@ _HOMES = {
     "ModelSpec": "records",
     "ProcessBackend": "backends.process",
     "Settings": "settings",
+    "VersionState": "lifecycle",
     "WorkerInfo": "records",
     "WorkerPool": "pool",
+    "WorkerState": "lifecycle",
     "register_model": "launcher",
     "register_model_with_params": "launcher",
 }

@@ -6,6 +6,7 @@ that a WorkerPool takes batches from: it says ``on_ready`` when there may be one
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -19,7 +20,14 @@ from typing import Any, Generic, TypeVar
 
 from attrs import define, field, frozen
 
-from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError, WrongNumberOfAnswers
+from torchmgmt.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    ManagerClosed,
+    QueueFull,
+    TorchmgmtError,
+    WrongNumberOfAnswers,
+)
 from torchmgmt.records import check_number
 
 __all__ = ["Batch", "Batcher"]
@@ -146,7 +154,8 @@ class Batcher(Generic[T, R]):
         self._queue: deque[_Waiting[T, R]] = deque()
         self._deadlines: list[_Deadline] = []
         self._compact_at = _MANY_DEADLINES
-        self._armed_for: float | None = None
+        # The times at which somebody is going to look, the latest first: another is only added if it is earlier.
+        self._armed: list[float] = []
         self._closed: TorchmgmtError | None = None
         self._draining = False
 
@@ -238,16 +247,10 @@ class Batcher(Generic[T, R]):
             self._runner.join(timeout)
         return self.fail_waiting(ManagerClosed(self.name))
 
-    def next_due(self) -> float | None:
-        """Return when something is to be done next, as a time of ``clock``; None if nothing waits."""
-        with self._lock:
-            return self._next_due_locked()
-
     def tick(self) -> None:
-        """Do what is due by now: fail items past their deadline, announce a batch that is due. For ``call_at``."""
+        """Do what is due by now: fail items past their deadline, announce a batch that is due."""
         now = self.clock()
         with self._lock:
-            self._armed_for = None
             expired = self._claim_expired_locked(now)
             ready = self._is_ready_locked(now)
             wake_at = self._wake_time_locked(now)
@@ -258,7 +261,8 @@ class Batcher(Generic[T, R]):
 
     def _check_room_locked(self) -> None:
         if self._closed is not None:
-            raise self._closed
+            # The same error every time: without this it would collect the frames, and so the items, of all callers.
+            raise self._closed.with_traceback(None)
         if len(self._queue) >= self.capacity:
             # What was cancelled while it waited takes no place.
             self._queue = deque(entry for entry in self._queue if not entry.future.done())
@@ -286,9 +290,9 @@ class Batcher(Generic[T, R]):
         A batch that is due already needs none: it was announced, or whoever takes batches comes back for it.
         """
         due = self._next_due_locked(unless_by=now)
-        if due is None or (self._armed_for is not None and self._armed_for <= due):
+        if due is None or (self._armed and self._armed[-1] <= due):
             return None
-        self._armed_for = due
+        self._armed.append(due)
         return due
 
     def _note_deadline_locked(self, when: float, timeout_s: float, future: Future[R]) -> None:
@@ -310,7 +314,22 @@ class Batcher(Generic[T, R]):
 
     def _arm(self, wake_at: float | None) -> None:
         if wake_at is not None:
-            self._call_at(wake_at, self.tick)
+            self._call_at(wake_at, functools.partial(self._look, wake_at))
+
+    def _sleep_until(self) -> float | None:
+        """Return when the thread that runs the function is to look again; None if nothing waits.
+
+        It has no timers, so it says here when it will look; ``call_at`` wakes it if something is due before that.
+        """
+        with self._lock:
+            due = self._next_due_locked()
+            self._armed = [] if due is None else [due]
+            return due
+
+    def _look(self, armed_for: float) -> None:
+        with self._lock:
+            self._armed.remove(armed_for)
+        self.tick()
 
     def _expire(self, expired: Sequence[tuple[Future[R], float]]) -> None:
         for future, timeout_s in expired:
@@ -361,15 +380,18 @@ class _Runner(Generic[T, R]):
 
     def _wait(self) -> bool:
         """Wait until something may be due; False when the thread is to end."""
-        due = self._batcher.next_due()
+        due = self._batcher._sleep_until()
         with self._condition:
-            if self._ending:
-                return False
             if not self._awake:
-                self._condition.wait(None if due is None else max(0.0, due - self._batcher.clock()))
+                if self._ending:  # only now: what made it awake may be that the queue drains
+                    return False
+                self._condition.wait(None if due is None else self._seconds_until(due))
             self._awake = False
         self._batcher.tick()
         return True
+
+    def _seconds_until(self, due: float) -> float:
+        return min(max(0.0, due - self._batcher.clock()), threading.TIMEOUT_MAX)
 
     def _run_batch(self, batch: Batch[T, R]) -> None:
         try:
@@ -384,7 +406,10 @@ def _claim(entry: _Waiting[Any, Any]) -> bool:
     future = entry.future
     if entry.deadline is not None and not future.cancelled() and (future.running() or future.done()):
         return False
-    return future.set_running_or_notify_cancel()
+    try:
+        return future.set_running_or_notify_cancel()
+    except RuntimeError:  # cancelled at the moment when its deadline was looked at: that is known to all already
+        return False
 
 
 def _settle(future: Future[Any], outcome: object) -> bool:

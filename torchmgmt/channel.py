@@ -213,9 +213,12 @@ class FrameReader:
         Raises:
             BlockingIOError: the socket is non-blocking and nothing is there.
         """
-        if self._body is not None:
-            return self._read_body(sock, self._body)
-        data = self._receive(sock)
+        try:
+            if self._body is not None:
+                return self._read_body(sock, self._body)
+            data = self._receive(sock)
+        except ConnectionResetError:  # it closed its end without having read all that was sent to it
+            return None
         if not data:
             return None
         self._pending += data

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 Callback = Callable[[], object]
 
+_LONGEST_WAIT_S = 3600.0
+"""The system refuses to wait for more than 24 days; to wake once an hour for nothing costs nothing."""
+
 
 class HasFileno(Protocol):
     """Anything that the operating system can wait for."""
@@ -47,6 +50,12 @@ class Timer:
     def cancel(self) -> None:
         """Make sure that the callback does not run, unless it runs already. Any thread; does not block."""
         self.callback = None
+
+    def run(self) -> None:
+        """Run the callback, unless it was cancelled. For the dispatcher."""
+        callback = self.callback
+        if callback is not None:
+            callback()
 
 
 class Dispatcher:
@@ -114,12 +123,9 @@ class Dispatcher:
     def close(self) -> None:
         """Stop after the callbacks that are due already. Blocks until the thread ended, unless called on it. Idempotent."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
             thread = self._thread
-            if thread is not None:
-                self._wake_locked()
+            self._wake_locked()
         if thread is not None and not self.on_thread():
             thread.join()
 
@@ -164,7 +170,9 @@ class Dispatcher:
                 return 0
             while self._timers and self._timers[0].callback is None:
                 heapq.heappop(self._timers)
-            return max(0.0, self._timers[0].when - self.clock()) if self._timers else None
+            if not self._timers:
+                return None
+            return min(max(0.0, self._timers[0].when - self.clock()), _LONGEST_WAIT_S)
 
     def _run_due(self) -> None:
         now = self.clock()
@@ -173,9 +181,7 @@ class Dispatcher:
             due += self._soon
             self._soon.clear()
             while self._timers and self._timers[0].when <= now:
-                callback = heapq.heappop(self._timers).callback
-                if callback is not None:
-                    due.append(callback)
+                due.append(heapq.heappop(self._timers).run)
         for callback in due:
             self._call(callback)
 
@@ -188,7 +194,7 @@ class Dispatcher:
     def _call(self, callback: Callback) -> None:
         try:
             callback()
-        except Exception:
+        except BaseException:  # sys.exit() in one callback must not end what serves all models
             log.exception("A callback of %s failed", self._name)
 
     def _drain_wake_ups(self, fd: int) -> None:

@@ -149,6 +149,7 @@ class WorkerStartFailed(TorchmgmtError):
     reason: str
     traceback: str = ""
     last_lines: Sequence[str] = ()
+    out_of_memory: bool = False
 
     def __str__(self) -> str:
         head = f"Failed to start workers for model {self.name} version: {self.version}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import itertools
 import logging
@@ -22,7 +23,15 @@ from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.batcher import Batcher
 from torchmgmt.channel import AnswerFuture, encode
-from torchmgmt.errors import InvalidArchive, InvalidArgument, ManagerClosed, ModelNotFound, QueueFull
+from torchmgmt.errors import (
+    DeadlineExceeded,
+    InvalidArchive,
+    InvalidArgument,
+    ManagerClosed,
+    ModelNotFound,
+    QueueFull,
+    TorchmgmtError,
+)
 from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
 from torchmgmt.lifecycle import VersionState
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
@@ -279,10 +288,10 @@ class ModelManager:
 
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
-            NoWorker, HandlerFailed, WorkerDied, TimeoutError: ``customized``, and the handler could not be asked.
+            NoWorker, HandlerFailed, WorkerDied, DeadlineExceeded: ``customized``, and the handler could not be asked.
         """
         served = self._get(name, version)
-        metadata = served.pool.describe().result(served.spec.response_timeout_s) if customized else None
+        metadata = _customized(served) if customized else None
         with self._lock:
             default = self._registry.default(name) if name in self._registry else ""
         return _info(served, is_default=served.spec.key.version == default, metadata=metadata)
@@ -756,6 +765,19 @@ def _request(
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
     return WorkerRequest(encoded, os.urandom(16).hex(), dict(headers) if headers else None)
+
+
+def _customized(version: _Version) -> Any:
+    """Return what the handler says of its model, within the time that a batch may take."""
+    limit = version.spec.response_timeout_s
+    future = version.pool.describe()
+    try:
+        return future.result(limit)
+    except concurrent.futures.TimeoutError as error:
+        # Raised by the wait; before Python 3.11 it is no TimeoutError. The worker's own errors are of our tree.
+        if isinstance(error, TorchmgmtError):
+            raise
+        raise DeadlineExceeded(f"Asking the handler of {version.spec.key} to describe its model", limit) from None
 
 
 def _info(version: _Version, *, is_default: bool, metadata: object = None) -> ModelInfo:

@@ -743,9 +743,10 @@ class WorkerPool:
         reason = worker.end_reason or exit.reason
         if not was_loading:
             return WorkerDied(name, version, exit.pid, exit.exitcode, reason, tuple(exit.last_lines))
-        if exit.fault is not None and not worker.end_reason:
-            return WorkerStartFailed(name, version, exit.fault.reason, exit.fault.traceback, tuple(exit.last_lines))
-        return WorkerStartFailed(name, version, reason, "", tuple(exit.last_lines))
+        fault, lines = exit.fault, tuple(exit.last_lines)
+        if fault is None or worker.end_reason:
+            return WorkerStartFailed(name, version, reason, "", lines)
+        return WorkerStartFailed(name, version, fault.reason, fault.traceback, lines, fault.out_of_memory)
 
 
 class _WorkerEvents:

@@ -6,6 +6,7 @@ parse; their source is TorchServe's Management API.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -45,7 +46,7 @@ WIRE_STATUS: Mapping[WorkerState, str] = {
 def check_number(argument: str, value: object, *, minimum: float, unit: str = "", whole: bool = True) -> None:
     """Raise :class:`InvalidArgument` unless ``value`` is a number (an int if ``whole``) of at least ``minimum``."""
     kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value < float("inf"):  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value <= sys.float_info.max:  # type: ignore[operator]
         what = "a whole number" if whole else "a number"
         raise InvalidArgument(argument, value, f"{what}{' of ' + unit if unit else ''}, at least {minimum}")
 

@@ -7,19 +7,19 @@ further source of settings needs :func:`parse_setting` and a name, no second lis
 
 from __future__ import annotations
 
-import argparse
-import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from attrs import Attribute, field, fields, frozen
 
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.records import check_number
+
+if TYPE_CHECKING:
+    import argparse
 
 __all__ = [
     "Address",
@@ -48,6 +48,8 @@ class Address:
     @classmethod
     def parse(cls, argument: str, text: object) -> Address:
         """Read ``http://host[:port]``; raise :class:`InvalidArgument` that names ``argument`` for anything else."""
+        from urllib.parse import urlsplit  # only what serves has an address
+
         allowed = "an address such as http://127.0.0.1:8081, without path"
         if not isinstance(text, str):
             raise InvalidArgument(argument, text, allowed)
@@ -75,6 +77,8 @@ class Address:
 
 def is_loopback_host(host: str) -> bool:
     """Whether ``host``, without port or brackets, is ``localhost`` or a loopback IP address. Asks no name server."""
+    import ipaddress  # a program that only embeds the library asks for no address
+
     if host.lower() == "localhost":
         return True
     try:
@@ -299,6 +303,8 @@ def parse_setting(declaration: Declaration, text: str) -> Any:
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Add every setting's flags to ``parser``; what was given lands in the namespace, what was not does not."""
+    import argparse  # the caller, who made the parser, has it; a program that only embeds the library does not
+
     for declaration in declarations():
         options: dict[str, Any] = {}
         if declaration.kind is TRUTH_KIND:
@@ -323,6 +329,8 @@ def from_arguments(namespace: argparse.Namespace) -> Settings:
 
 
 def _argparse_type(declaration: Declaration) -> Callable[[str], Any]:
+    import argparse
+
     def parse(text: str) -> Any:
         try:
             return parse_setting(declaration, text)

@@ -9,13 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
-from pathlib import Path
 from queue import SimpleQueue
 
-READY = "ready"
-"""The line that a script prints when it could answer its first request."""
+from benchmarks.script import READY
 
 LOAD = f"""
 import importlib.util, sys, torch
@@ -45,28 +42,6 @@ while data := sock.recv(65536):
 MESSAGE = b"x" * 160
 
 
-def start(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    """Start a Python process that runs ``code``; end it by closing its stdin. Does not wait for :data:`READY`."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def wait_ready(process: subprocess.Popen[str]) -> None:
-    """Block until ``process`` has said :data:`READY`; raise RuntimeError if it said anything else or ended."""
-    said = process.stdout.readline().strip() if process.stdout else ""
-    if said != READY:
-        raise RuntimeError(f"a bare script said {said!r} instead of {READY!r} and exited with {process.poll()}")
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Close the stdin of ``process`` and wait until it is gone; kill it if it stays."""
-    try:
-        process.communicate(timeout=20)
-    finally:
-        process.kill()
-        process.wait()
-
-
 class PingPong:
     """Two Python processes and one socket pair: a message there, the same message back. Use it in a ``with`` block."""
 
@@ -77,6 +52,11 @@ class PingPong:
         theirs.close()
         self.round_trip()
         return self
+
+    @property
+    def pid(self) -> int:
+        """The process on the other end."""
+        return self._process.pid
 
     def __exit__(self, *_exc: object) -> None:
         self._sock.close()
@@ -122,14 +102,3 @@ class ThreadedPingPong(PingPong):
     def _read(self) -> None:
         while data := self._sock.recv(65536):
             self._waiting.get().set_result(data)
-
-
-def seconds_until_ready(code: str, *arguments: str | Path) -> float:
-    """Run ``code`` in a new process; return the seconds from its start until it was ready. The process is ended."""
-    started = time.perf_counter()
-    process = start(code, *arguments)
-    try:
-        wait_ready(process)
-        return time.perf_counter() - started
-    finally:
-        end(process)

@@ -142,6 +142,12 @@ def test_closing_has_a_limit(manager):
     manager.gate.set()  # its thread ends, which the leak check of every test waits for
 
 
+def test_closing_an_idle_server_cuts_nobody_off():
+    """Even without any time to wait, nothing was lost where nothing was under way."""
+    with serve(FakeManager()) as server:
+        assert server.close(timeout=0) is True
+
+
 def test_closing_twice_does_nothing_more():
     """close is idempotent, from any thread."""
     with serve(FakeManager()) as server:

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 from pathlib import Path
-from urllib.parse import unquote
 
 from torchmgmt.errors import (
     DownloadFailed,
@@ -94,6 +93,8 @@ def _path_of(url: str, *, trusted: bool) -> str:
             raise _not_allowed(url, "the host of a file:// URL must be empty or localhost")
         raise InvalidArgument("url", url, "file:///path or file://localhost/path")
     # "?" and "#" stay part of the path: a digest after "#" must never be dropped unchecked.
+    from urllib.parse import unquote  # with what it imports in turn, for URLs alone
+
     path = _check_url(unquote(found["path"], errors="surrogateescape"))
     # file:///C:/models on Windows
     return path[1:] if os.name == "nt" and re.match(r"/[A-Za-z]:", path) else path

@@ -28,6 +28,8 @@ NOT_YET: Mapping[str, str] = {
     "--start": "starting in the background; leave --start away, or add --foreground",
     "--stop": "stopping another server; send it SIGTERM",
     "--ts-config": "configuration files; pass the settings as flags, see --help",
+    "--enable-token-auth": "token authorization",
+    "--contract": "following TorchServe 0.12 where it differs from its documentation",
 }
 ALIASES: Mapping[str, Sequence[str]] = {
     "--no-config-snapshots": ("--ncs",),
@@ -74,7 +76,7 @@ def _make_parser() -> _Parser:
     for flag, why in WITHOUT_EFFECT.items():
         _add_other(others, flag, f"No effect: {why}.", takes_value=flag != "--no-config-snapshots")
     for flag, what in NOT_YET.items():
-        _add_other(others, flag, f"Not in this release: {what}.", takes_value=flag == "--ts-config")
+        _add_other(others, flag, f"Not in this release: {what}.", takes_value=flag in {"--ts-config", "--contract"})
     return parser
 
 

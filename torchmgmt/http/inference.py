@@ -10,12 +10,12 @@ import falcon
 import falcon.asgi
 from attrs import frozen
 
+from torchmgmt import VersionState
 from torchmgmt.errors import ModelNotFound
 from torchmgmt.http import operations as ops
 from torchmgmt.http.middleware import RequestHeaders
 from torchmgmt.http.openapi import api_description
 from torchmgmt.http.render import Reply, render_error_async, render_reply
-from torchmgmt.lifecycle import VersionState
 from torchmgmt.records import ModelInfo
 
 if TYPE_CHECKING:

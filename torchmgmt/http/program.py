@@ -221,7 +221,7 @@ class Stopper(threading.Thread):
     def hasten(self) -> None:
         """Wait for no request and no worker any more."""
         threading.Thread(target=self._manager.close, args=(0,), daemon=True).start()
-        self._management.close(0)
+        self._management.close(1)  # enough to tell those who waited for the manager
         self._inference.close(0)
         self.join(LAST_RESORT_S)
         if self.is_alive():

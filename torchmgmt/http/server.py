@@ -159,7 +159,8 @@ class ManagementServer:
         # Guards the pipe that wakes the loop: once closed, its number may belong to somebody else.
         self._pipe_lock = threading.Lock()
         self._pipe_open = True
-        self._drained = threading.Event()
+        self._drained = threading.Event()  # set, too, when it ends without having been drained
+        self._cut_off = False
         self._may_end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="torchmgmt-management", daemon=True)
         self._thread.start()
@@ -196,7 +197,7 @@ class ManagementServer:
         Blocks for up to ``timeout`` seconds; returns whether all were. Those that were not go on.
         """
         self._begin_to_stop(float("inf"))
-        return self._drained.wait(timeout)
+        return self._drained.wait(timeout) and not self._cut_off
 
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> bool:
         """Take no further request, finish those in flight for up to ``timeout`` seconds, and cut the others off.
@@ -205,7 +206,7 @@ class ManagementServer:
         """
         self._begin_to_stop(time.monotonic() + timeout)
         self._thread.join()
-        return self._dispatcher.stop(timeout_s=0)  # the thread of a call that was cut off ends with that call
+        return not self._cut_off
 
     def _begin_to_stop(self, deadline: float) -> None:
         self._half_sent_until = min(self._half_sent_until, time.monotonic() + HALF_SENT_GRACE_S)
@@ -234,11 +235,14 @@ class ManagementServer:
             self._end()
 
     def _finish_requests(self) -> None:
-        while time.monotonic() < self._deadline:
+        while True:
             if not self._close_idle_connections():
                 self._drained.set()
                 if self._may_end.is_set():
                     return
+            if time.monotonic() >= self._deadline:
+                self._cut_off = True
+                return
             self._turn(timeout_s=0.05)
 
     def _close_idle_connections(self) -> int:
@@ -262,10 +266,12 @@ class ManagementServer:
         # In this order: a thread that answers its last request writes to the pipe, which must not be closed by then.
         for channel in self._channels():
             channel.handle_close()
-        self._dispatcher.stop(timeout_s=1 if self._drained.is_set() else 0)
+        # The thread of a call that was cut off ends with that call.
+        self._dispatcher.stop(timeout_s=0 if self._cut_off else 1)
         with self._pipe_lock:
             self._pipe_open = False
             wasyncore.close_all(self._map, ignore_all=True)
+        self._drained.set()
 
 
 class _Uvicorn(uvicorn.Server):
