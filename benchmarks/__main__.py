@@ -38,15 +38,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measure torchmgmt side by side with peers."
     )
-    parser.add_argument(
-        "suites", nargs="*", metavar="suite", choices=[*SUITES, []], help=f"of {', '.join(SUITES)}; default: all"
-    )
+    parser.add_argument("suites", nargs="*", type=_suite, metavar="suite", help=f"{', '.join(SUITES)}; default: all")
     parser.add_argument(
         "--runs", type=_at_least_one, default=5, help="rounds; each figure is their median (default: 5)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single value to a file, too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown to a file, too")
     return parser
+
+
+def _suite(text: str) -> str:
+    if text not in SUITES:
+        raise argparse.ArgumentTypeError(f"there is no suite {text!r}; there are {', '.join(SUITES)}")
+    return text
 
 
 def _at_least_one(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,16 +34,19 @@ def load() -> str:
 def pinned(cores: Mapping[int, int]) -> Iterator[None]:
     """Keep each process, by its pid, with all its threads on one core, by its place among the usable ones."""
     usable = sorted(os.sched_getaffinity(0))
-    before = {thread: os.sched_getaffinity(thread) for pid in cores for thread in _threads(pid)}
     try:
         for pid, core in cores.items():
-            for thread in _threads(pid):
-                os.sched_setaffinity(thread, {usable[core % len(usable)]})
+            _pin(pid, {usable[core % len(usable)]})
         yield
     finally:
         for pid in cores:
-            for thread in _threads(pid):
-                os.sched_setaffinity(thread, before.get(thread, set(usable)))
+            _pin(pid, set(usable))
+
+
+def _pin(pid: int, cores: set[int]) -> None:
+    for thread in _threads(pid):
+        with suppress(ProcessLookupError):  # one that was about to end
+            os.sched_setaffinity(thread, cores)
 
 
 def _threads(pid: int) -> list[int]:

@@ -12,6 +12,8 @@ from typing import TypeAlias
 import psutil
 from attrs import frozen
 
+BUDGET_S = 60.0
+
 Sample: TypeAlias = Mapping[str, float]
 """What one run of a variant measured: each figure by its name."""
 
@@ -43,8 +45,8 @@ class Series:
         return Series("x", [mine / theirs for mine, theirs in zip(self.values, base.values, strict=False)])
 
     def minus(self, base: Series) -> Series:
-        """Return the difference from ``base`` in each round."""
-        return Series(self.unit, [mine - theirs for mine, theirs in zip(self.values, base.values, strict=True)])
+        """Return the difference from ``base`` in each round that both have."""
+        return Series(self.unit, [mine - theirs for mine, theirs in zip(self.values, base.values, strict=False)])
 
 
 @frozen
@@ -68,11 +70,16 @@ def interleave(
 ) -> Result:
     """Run every variant once in each round: ``warm_ups`` rounds that do not count, then ``runs`` that do.
 
-    ``at_most`` bounds the rounds of variants that take long; they take part in the first ones.
+    ``at_most`` bounds the rounds of variants that take long; they take part in the first ones. No round is begun after
+    :data:`BUDGET_S`, so that a busy machine gives fewer rounds (each report says how many) and not an endless run.
     """
+    until = time.monotonic() + BUDGET_S
     limits = {name: (at_most or {}).get(name, runs) for name in variants}
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
     for number in range(-warm_ups, runs):
+        if number > 0 and time.monotonic() > until:
+            say(f"{title}: no more rounds, {BUDGET_S:g} s are over")
+            break
         say(f"{title}: " + ("warm-up" if number < 0 else f"round {number + 1} of {runs}"))
         for name, run in variants.items():
             if number < limits[name]:

@@ -17,7 +17,6 @@ from benchmarks.script import end, start, wait_ready
 from torchmgmt import Model, ModelManager
 
 _STEPS = (8, 4, 1)
-_BARE = ("import torch", "load")
 _BARE_ROUNDS = 2
 _WEIGHTS = models.HEAVY_WEIGHTS_MB
 _NO_TEMPLATE = (
@@ -35,19 +34,16 @@ def run(runs: int) -> list[Table]:
         variants: dict[str, Callable[[], Sample]] = {
             "noop": lambda: _scale(noop_model),
             "heavy": lambda: _scale(heavy_model),
-            "import torch": lambda: _bare(bare.IMPORT_TORCH),
             "load": lambda: _bare(bare.LOAD, heavy.model_file, heavy.model_class, heavy.state_dict),
         }
-        result = interleave("scaling", variants, runs, warm_ups=0, at_most=dict.fromkeys(_BARE, _BARE_ROUNDS))
+        result = interleave("scaling", variants, runs, warm_ups=0, at_most={"load": _BARE_ROUNDS})
     return [_times(result), _memory(result)]
 
 
 def _times(result: Result) -> Table:
-    torch = Row("7 bare processes that import torch", result.series("import torch", "up", "s"))
-    load = Row("7 bare processes that load 400 MB, too", result.series("load", "up", "s"))
+    load = Row("7 bare processes that load 400 MB", result.series("load", "up", "s"))
     rows = [
-        Row("1 → 8 workers, no-op", result.series("noop", "up", "s"), torch),
-        torch,
+        Row("1 → 8 workers, no-op", result.series("noop", "up", "s")),
         Row("1 → 8 workers, 400 MB", result.series("heavy", "up", "s"), load, Goal(0.3)),
         load,
         Row("8 → 4 workers, no-op", result.series("noop", "down", "s")),
@@ -73,8 +69,7 @@ def _memory(result: Result) -> Table:
             rows.append(Row(f"{count} workers, {what}", result.series(variant, f"pss {count}", "MB"), goal=goal))
     rows += [
         Row("torch-only process + embedding program", result.series("noop", "pss rest", "MB")),
-        Row("7 bare processes that import torch", result.series("import torch", "pss", "MB")),
-        Row("7 bare processes that load 400 MB, too", result.series("load", "pss", "MB")),
+        Row("7 bare processes that load 400 MB", result.series("load", "pss", "MB")),
     ]
     notes = (
         (

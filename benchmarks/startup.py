@@ -47,7 +47,7 @@ def run(runs: int) -> list[Table]:
 
 def _embedding(runs: int) -> Table:
     variants: dict[str, Callable[[], Sample]] = {name: partial(_interpreter, code) for name, code in _IMPORTS.items()}
-    result = interleave("startup, embedding", variants, runs)
+    result = interleave("startup, embedding", variants, runs, at_most={"import torch": 2})
     rows = []
     for figure, unit, scale, limit in (("seconds", "ms", 1000.0, 100.0), ("rss", "MB", 1.0, 10.0)):
         empty = result.series("empty interpreter", figure, unit, scale=scale)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ __all__ = [  # noqa: PLE0604, RUF022
     *sorted(_HOMES),
     "__version__",
 ]
+
+
+# Without any handler, Python would print warnings to stderr; what is shown is for the program to say.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -66,11 +66,15 @@ class Frame:
     segments: Sequence[Buffer] = field(factory=tuple)
 
 
-def encode(value: object) -> Encoded:
-    """Pickle ``value``, leaving large buffers (numpy arrays, PickleBuffer) out of the pickle. May be called anywhere."""
+def encode(value: object, *, frozen: bool = False) -> Encoded:
+    """Pickle ``value``, leaving large buffers (numpy arrays, PickleBuffer) out of the pickle. May be called anywhere.
+
+    What was left out still belongs to whoever made it; ``frozen`` copies what could be written to in the meantime.
+    """
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    return Encoded([data, *(buffer.raw() for buffer in buffers)])
+    raw = [buffer.raw() for buffer in buffers]
+    return Encoded([data, *(bytes(view) if frozen and not view.readonly else view for view in raw)])
 
 
 def decode(encoded: Encoded) -> Any:

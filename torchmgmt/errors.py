@@ -195,6 +195,10 @@ class HandlerFailed(TorchmgmtError):
     def __str__(self) -> str:
         return f"Model {self.name} version {self.version} failed: {self.reason}"
 
+    def report(self) -> str:
+        """Return all that is known: the text, the traceback and the worker's last lines."""
+        return _with_evidence(str(self), self.traceback, self.last_lines)
+
 
 @define(slots=False, eq=False, repr=False)
 class WrongNumberOfAnswers(TorchmgmtError):

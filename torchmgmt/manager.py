@@ -29,6 +29,7 @@ from torchmgmt.errors import (
     InvalidArgument,
     ManagerClosed,
     ModelNotFound,
+    ModelVersionNotFound,
     QueueFull,
     TorchmgmtError,
 )
@@ -291,7 +292,8 @@ class ModelManager:
             NoWorker, HandlerFailed, WorkerDied, DeadlineExceeded: ``customized``, and the handler could not be asked.
         """
         served = self._get(name, version)
-        metadata = _customized(served) if customized else None
+        with self._gone_is_not_found(served):
+            metadata = _customized(served) if customized else None
         with self._lock:
             default = self._registry.default(name) if name in self._registry else ""
         return _info(served, is_default=served.spec.key.version == default, metadata=metadata)
@@ -324,9 +326,11 @@ class ModelManager:
             WorkerStartFailed: ``synchronous``, and a worker could not be started.
         """
         served = self._get(name, version)
-        served.pool.scale(Scale(min_worker, min_worker if max_worker is None else max_worker), timeout=timeout)
-        if synchronous:
-            served.pool.wait_ready()
+        wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
+        with self._gone_is_not_found(served):
+            served.pool.scale(wanted, timeout=timeout)
+            if synchronous:
+                served.pool.wait_ready()
         return self.describe(name, served.spec.key.version)
 
     def set_default(self, name: str, version: str) -> None:
@@ -418,11 +422,12 @@ class ModelManager:
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
         served = self._get(name, version)
-        served.pool.check_serving()
         request = _request(data, fields, headers)
         future = AnswerFuture()
         future.keeps_alive = self  # a caller may hold nothing but the future
-        served.batcher.submit(request, timeout=timeout, future=future)
+        with self._gone_is_not_found(served):
+            served.pool.check_serving()
+            served.batcher.submit(request, timeout=timeout, future=future)
         return future
 
     def close(self, timeout: float = 30) -> CloseReport:
@@ -536,13 +541,25 @@ class ModelManager:
         """Wait until a new version's workers are ready; if they cannot be, leave nothing registered."""
         served = self._get(key.name, key.version)
         try:
-            served.pool.wait_ready()
+            with self._gone_is_not_found(served):
+                served.pool.wait_ready()
         except BaseException:
             with self._lock:
-                self._registry.withdraw(key)
-            self._announcer.tell(ModelUnregistered(key))
+                is_ours = self._registry.withdraw(key, served)
+            if is_ours:
+                self._announcer.tell(ModelUnregistered(key))
             served.close(0)
             raise
+
+    @contextlib.contextmanager
+    def _gone_is_not_found(self, served: _Version) -> Iterator[None]:
+        """A version that was unregistered meanwhile is one that does not exist, whichever of its parts noticed first."""
+        try:
+            yield
+        except (ManagerClosed, ModelNotFound):
+            key = served.spec.key
+            self._get(key.name, key.version)  # says what is so now
+            raise ModelVersionNotFound(key.name, key.version) from None
 
     def _close(self, timeout: float) -> CloseReport:
         started = time.monotonic()
@@ -682,7 +699,9 @@ class Model:
         """
         if timeout is not None:
             check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
-        self._served().pool.wait_ready(timeout)
+        served = self._served()
+        with self._manager._gone_is_not_found(served):
+            served.pool.wait_ready(timeout)
 
     def unregister(self, *, timeout: float | None = None) -> CloseReport:
         """Remove it; see :meth:`ModelManager.unregister`."""
@@ -760,7 +779,7 @@ def _request(
         raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
     row = {"body": data} if fields is None else dict(fields)
     try:
-        encoded = encode(row)
+        encoded = encode(row, frozen=True)
     except Exception as error:  # whatever a __reduce__ raises
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error

@@ -224,8 +224,8 @@ class WorkerPool:
 
     def __repr__(self) -> str:
         with self._lock:
-            ready = sum(worker.state in _SERVING for worker in self._workers.values())
-            return f"<WorkerPool of {self.spec.key}: {self._state.name}, {ready} of {len(self._workers)} workers ready>"
+            ready, workers = self._ready_locked(), len(self._workers)
+        return f"<WorkerPool of {self.spec.key}: {self._state.name}, {ready} of {workers} workers ready>"
 
     def __enter__(self) -> WorkerPool:
         self.scale(self._initial)
@@ -253,7 +253,7 @@ class WorkerPool:
 
     @property
     def last_error(self) -> WorkerStartFailed | WorkerDied | None:
-        """Why a worker ended unasked the last time; None if none did."""
+        """Why a worker ended unasked the last time; None once all wanted workers are there and one has served since."""
         return self._last_error
 
     def info(self) -> tuple[WorkerInfo, ...]:
@@ -321,7 +321,7 @@ class WorkerPool:
 
         It goes before what ``source`` has. Raises NoWorker and ManagerClosed as :meth:`run` does.
         """
-        return self._add(_OwnJob([WorkerRequest(encode(row), "") for row in rows]))
+        return self._add(_OwnJob([WorkerRequest(encode(row, frozen=True), "") for row in rows]))
 
     def describe(self) -> AnswerFuture:
         """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""
@@ -438,8 +438,10 @@ class WorkerPool:
     def _is_settled_locked(self, starts_failed_before: int) -> bool:
         if self._state in (*_OVER, VersionState.FAILED) or self._starts_failed > starts_failed_before:
             return True
-        ready = sum(worker.state in _SERVING for worker in self._workers.values())
-        return ready >= self._scale.min_workers and len(self._workers) <= self._scale.max_workers
+        return self._ready_locked() >= self._scale.min_workers and len(self._workers) <= self._scale.max_workers
+
+    def _ready_locked(self) -> int:
+        return sum(worker.state in _SERVING for worker in self._workers.values())
 
     def _is_quiet_locked(self) -> bool:
         """Whether nothing runs, and nothing waits that a worker could still take."""
@@ -578,7 +580,7 @@ class WorkerPool:
         """Bring the version's state in line with what its workers are."""
         if self._state in _OVER:
             return
-        if any(worker.state in _SERVING for worker in self._workers.values()):
+        if self._ready_locked():
             target = VersionState.READY
         elif self._is_promising_locked():
             target = VersionState.LOADING
@@ -680,10 +682,11 @@ class WorkerPool:
                 return
             worker.job = None
             worker.overdue_at = NEVER
-            self._failures = Failures()
             if worker.state is WorkerState.BUSY:
                 worker.state = advance_worker(worker.state, WorkerEvent.FINISH)
                 self._idle.append(worker)
+                if self._last_error is not None:
+                    self._note_success_locked()
             elif worker.state is WorkerState.DRAINING:
                 self._stop_locked(worker, STOP_GRACE_S)
             if self._state is VersionState.RETIRING:
@@ -728,6 +731,12 @@ class WorkerPool:
             job.fail(error)
         self._reconcile()
         self.pump()
+
+    def _note_success_locked(self) -> None:
+        """A worker has served: back-off begins anew, and once all that are wanted are there, all is well again."""
+        self._failures = Failures()
+        if self._ready_locked() >= self._scale.min_workers:
+            self._last_error = None
 
     def _note_failure_locked(self, worker: _Worker, error: WorkerStartFailed | WorkerDied) -> None:
         now = time.monotonic()

@@ -118,15 +118,20 @@ class Registry(Generic[V]):
             del self._entries[name]
         return value
 
-    def withdraw(self, key: ModelKey) -> None:
-        """Remove a version whatever it is: its registration has failed. The oldest one left becomes the default."""
+    def withdraw(self, key: ModelKey, value: V) -> bool:
+        """Remove a version whose registration has failed; False if ``value`` is not what is there any more.
+
+        The oldest version that is left becomes the default if this one was.
+        """
         entry = self._entries.get(key.name)
-        if entry is None or entry.versions.pop(key.version, None) is None:
-            return
+        if entry is None or entry.versions.get(key.version) is not value:
+            return False
+        del entry.versions[key.version]
         if not entry.versions:
             del self._entries[key.name]
         elif entry.default == key.version:
             entry.default = next(iter(entry.versions))
+        return True
 
     def _entry(self, name: str) -> _Entry[V]:
         if name not in self._entries:

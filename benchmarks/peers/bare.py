@@ -28,9 +28,6 @@ sys.stdin.read()
 """Imports torch, makes the model, loads the same file in the way BaseHandler does, then waits. Arguments: the model's
 file, its class, the state dict."""
 
-IMPORT_TORCH = f"import sys, torch; print({READY!r}, flush=True); sys.stdin.read()"
-"""What every worker of a server without a template pays before it sees its model."""
-
 _ECHO = """
 import socket, sys
 sock = socket.socket(fileno=int(sys.argv[1]))

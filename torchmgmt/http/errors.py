@@ -159,7 +159,9 @@ def answer_for(error: Exception) -> Answer:
     code, type_name = row
     if getattr(error, "out_of_memory", False):  # a worker's, not ours
         code = 507
-    return Answer(code, type_name, str(error), dict(_headers_of(error)))
+    # The one who manages a model is told all that its handler said; callers who only predict are not.
+    message = error.report() if isinstance(error, errors.HandlerFailed) else str(error)
+    return Answer(code, type_name, message, dict(_headers_of(error)))
 
 
 def is_known(error: Exception) -> bool:

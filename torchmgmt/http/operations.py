@@ -33,7 +33,7 @@ class Operation:
 URL = Parameter(
     "url",
     Kind.TEXT,
-    "The archive: the name of one in the model store, or a URL. `#sha256=...` at its end refuses any other content.",
+    "The archive: the name of one in the model store, or the `file://` URL of one.",
     required=True,
 )
 REGISTER_PARAMETERS = (

@@ -134,19 +134,25 @@ class ForkServer:
         """Report every child that ended; end the orphans that a worker left behind."""
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
-        reaped = False
+        # Asked one by one, because starting a process makes multiprocessing reap those that have ended, without a word.
+        ended = [pid for pid, (_, process) in self._children.items() if process.exitcode is not None]
         while (pid := _ended_child()) is not None:
             if pid in self._children:
-                number, process = self._children.pop(pid)
-                process.join()
-                send(self._control, Frame(Kind.EXITED, (number, process.exitcode)))
-                process.close()
-                reaped = True
+                ended.append(pid)  # it ended since
+                self._children[pid][1].join()
             else:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
-        if reaped:
+        for pid in ended:
+            self._report_exit(pid)
+        if ended:
             self._kill_strays()
+
+    def _report_exit(self, pid: int) -> None:
+        number, process = self._children.pop(pid)
+        process.join()
+        send(self._control, Frame(Kind.EXITED, (number, process.exitcode)))
+        process.close()
 
     def _kill_strays(self) -> None:
         """Kill what dead workers' handlers had started: it belongs to no model any more."""

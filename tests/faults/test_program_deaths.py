@@ -1,0 +1,217 @@
+"""The torch-only process or the embedding program dies: nothing hangs, and no process is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.handlers import EVAL, Deployer, is_gone, until, write_folder
+from torchmgmt import ModelManager, ProcessBackend
+from torchmgmt.errors import WorkerStartFailed
+
+PROGRAM = """
+import json, os, sys, threading
+import psutil
+from torchmgmt import ModelManager
+manager = ModelManager()
+model = manager.register(sys.argv[1], model_name="m", handler="handler.py", initial_workers=2)
+children = model.predict("[__import__('subprocess').Popen(['sleep', '1000']).pid]")
+if sys.argv[2] == "busy":
+    futures = [model.submit("threading.Event().wait()") for _ in range(2)]
+    while not all(future.running() for future in futures):
+        pass
+if sys.argv[2] == "starting":
+    model.scale(4, synchronous=False)
+if sys.argv[2] == "computing":
+    # Holds the interpreter lock in each worker, so that no Python thread of theirs gets to run.
+    futures = [model.submit("sum(iter(lambda: 1, 0))") for _ in range(2)]
+    while not all(future.running() for future in futures):
+        pass
+print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)] + children), flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def own() -> Iterator[ProcessBackend]:
+    """A backend that a test may break."""
+    backend = ProcessBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def deploy_own(own: ProcessBackend, tmp_path: Path) -> Iterator[Deployer]:
+    with ModelManager(backend=own) as manager:
+        yield Deployer(tmp_path, manager)
+
+
+def torch_only_process(worker: int | None) -> psutil.Process:
+    """The parent of a worker, which is a child of ours."""
+    parent = psutil.Process(worker).parent()
+    assert parent is not None
+    assert parent.ppid() == os.getpid()
+    return parent
+
+
+@pytest.mark.parametrize("what", ["idle", "busy", "starting", "computing"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_program(tmp_path: Path, what: str, number: signal.Signals) -> None:
+    """However the program dies and whatever its workers do, they, their children and the torch-only process end."""
+    if (what, number) in {("starting", signal.SIGTERM), ("computing", signal.SIGTERM)}:
+        pytest.skip("the same path as for SIGKILL")
+    folder = write_folder(tmp_path / "model", EVAL)
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), what], stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        pids: list[int] = json.loads(program.stdout.readline())
+        assert len(pids) >= 4
+        assert not any(map(is_gone, pids[:3]))
+        program.send_signal(number)
+        program.wait(20)
+    for pid in pids:
+        until(lambda pid=pid: is_gone(pid), f"process {pid} of a program that was {what} is gone")
+
+
+def test_ctrl_c_reaches_the_program_alone(tmp_path: Path) -> None:
+    """Ctrl-C in a terminal, a signal to the whole process group, interrupts the program but no running request."""
+    source = """
+import sys, time
+from torchmgmt import ModelManager
+with ModelManager() as manager:
+    model = manager.register(sys.argv[1], model_name="m", handler="handler.py")
+    future = model.submit("time.sleep(0.5) or 'finished'")
+    while not future.running():
+        pass
+    try:
+        print("ready", flush=True)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print(future.result(20), flush=True)
+"""
+    folder = write_folder(tmp_path / "model", EVAL)
+    command = [sys.executable, "-c", source, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        os.killpg(program.pid, signal.SIGINT)
+        assert program.stdout.readline() == "finished\n"
+        assert program.wait(20) == 0
+
+
+def test_workers_outlive_the_torch_only_process(deploy_own: Deployer) -> None:
+    """When the torch-only process is killed, workers go on serving, and scaling up starts another one."""
+    model = deploy_own()
+    (worker,) = model.describe().workers
+    torch_only = torch_only_process(worker.pid)
+
+    torch_only.kill()
+    until(lambda: is_gone(torch_only.pid), "the torch-only process is gone")
+
+    assert model.predict("os.getpid()", timeout=20) == worker.pid
+    info = model.scale(2)
+    assert [each.state.name for each in info.workers] == ["READY", "READY"]
+    assert info.workers[0].pid == worker.pid
+    assert torch_only_process(info.workers[1].pid).pid != torch_only.pid
+
+
+def test_an_orphaned_worker_that_dies_is_replaced(deploy_own: Deployer) -> None:
+    """A worker that outlived the torch-only process is still watched: its death is noticed, and it is replaced."""
+    model = deploy_own()
+    (worker,) = model.describe().workers
+    assert worker.pid is not None
+    torch_only = torch_only_process(worker.pid)
+    torch_only.kill()
+    until(lambda: is_gone(torch_only.pid), "the torch-only process is gone")
+    assert model.predict("1", timeout=20) == 1
+
+    os.kill(worker.pid, signal.SIGKILL)
+
+    until(lambda: [each.pid for each in model.describe().workers] not in ([worker.pid], []), "it is replaced")
+    assert model.predict("os.getpid()", timeout=30) != worker.pid
+
+
+def test_an_orphaned_worker_goes_when_it_is_not_wanted(deploy_own: Deployer) -> None:
+    """A worker that outlived the torch-only process ends like any other when it is scaled away."""
+    model = deploy_own()
+    (worker,) = model.describe().workers
+    assert worker.pid is not None
+    torch_only = torch_only_process(worker.pid)
+    torch_only.kill()
+    until(lambda: is_gone(torch_only.pid), "the torch-only process is gone")
+    model.scale(0)
+    until(lambda: is_gone(worker.pid or 0), "the worker is gone")
+
+
+def test_a_hung_torch_only_process_is_replaced(deploy_own: Deployer) -> None:
+    """A torch-only process that does not fork in time is killed; the next start gets a new one, old workers serve on."""
+    model = deploy_own(startup_timeout=1)
+    (worker,) = model.describe().workers
+    torch_only = torch_only_process(worker.pid)
+    torch_only.suspend()
+
+    with pytest.raises(WorkerStartFailed):
+        model.scale(2)
+
+    until(lambda: is_gone(torch_only.pid), "the hung torch-only process is gone")
+    assert model.predict("os.getpid()", timeout=20) == worker.pid
+    until(lambda: [each.state.name for each in model.describe().workers] == ["READY"] * 2, "there are two workers")
+
+
+def test_a_torch_only_process_that_cannot_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an interpreter that can import torch a registration fails with the reason, and leaves nothing."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    folder = write_folder(tmp_path / "model", EVAL)
+    with ModelManager() as manager:
+        with pytest.raises(WorkerStartFailed) as caught:
+            manager.register(folder, model_name="m", handler="handler.py")
+        assert "exit code 1" in caught.value.reason
+        assert len(manager) == 0
+
+
+def test_no_interpreter_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``sys.executable`` a registration fails with a reason that names it, and does not hang."""
+    monkeypatch.setattr(sys, "executable", "")
+    folder = write_folder(tmp_path / "model", EVAL)
+    with ModelManager(settings=None) as manager:
+        with pytest.raises(WorkerStartFailed, match="sys.executable"):
+            manager.register(folder, model_name="m", handler="handler.py")
+        assert len(manager) == 0
+
+
+def test_descriptors_that_run_out_are_an_error_not_a_hang(tmp_path: Path) -> None:
+    """When the program has no descriptor left, scaling fails with the reason, and works again when it has some."""
+    source = """
+import os, resource, sys
+from torchmgmt import ModelManager
+from torchmgmt.errors import TorchmgmtError
+with ModelManager() as manager:
+    model = manager.register(sys.argv[1], model_name="m", handler="handler.py")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    try:
+        model.scale(2)
+    except TorchmgmtError as error:
+        print(type(error).__name__, "Too many open files" in str(error))
+    print(model.predict("'served'"))
+    for fd in taken:
+        os.close(fd)
+    print(len(model.scale(2).workers))
+"""
+    folder = write_folder(tmp_path / "model", EVAL)
+    command: list[Any] = [sys.executable, "-c", source, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.stdout.splitlines() == ["WorkerStartFailed True", "served", "2"], done.stderr
