@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,7 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "torch": _version("torch"),
         "torchmgmt": _version("torchmgmt"),
+        "bytecode": "compiled at every start (PYTHONDONTWRITEBYTECODE)" if sys.dont_write_bytecode else "cached",
     }
 
 

@@ -183,3 +183,30 @@ def run_program(source: str, *args: object, timeout_s: float = 45, env: Mapping[
         env={**os.environ, **(env or {})},
     )
     return Program(done.returncode, done.stdout, done.stderr)
+
+
+LIGHT_TORCH = {
+    "__init__.py": """
+import random
+class OutOfMemoryError(RuntimeError): pass
+class Tensor: pass
+def set_num_threads(count): pass
+def seed(): random.seed()
+""",
+    "multiprocessing.py": "from multiprocessing import get_context\n",
+}
+
+
+@pytest.fixture
+def light_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have torch-only processes that a test starts import next to nothing as torch, in place of 2 s worth of it.
+
+    For tests about how processes begin and end, with handlers that compute nothing.
+    """
+    package = tmp_path / "light" / "torch"
+    package.mkdir(parents=True)
+    for name, text in LIGHT_TORCH.items():
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    return package.parent

@@ -215,10 +215,7 @@ def _our_descriptors() -> frozenset[tuple[int, str]]:
 def _describe(left: Snapshot, owner: str, temporary_root: Path) -> str:
     lines = [f"{owner} left behind:"]
     lines += [f"  process {_title(key.pid, parent)}" for key, parent in left.processes.items()]
-    lines += [
-        f"  thread {thread.name!r} (daemon={thread.daemon}, {type(thread).__name__})"
-        for thread in left.threads
-    ]
+    lines += [f"  thread {thread.name!r} (daemon={thread.daemon}, {type(thread).__name__})" for thread in left.threads]
     lines += [f"  temporary path {temporary_root / name}" for name in sorted(left.temporary)]
     lines += [f"  descriptor {fd} -> {target}" for fd, target in sorted(left.descriptors)]
     return "\n".join(lines)

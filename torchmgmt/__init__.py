@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torchmgmt.batcher import Batcher as Batcher
     from torchmgmt.launcher import register_model as register_model
     from torchmgmt.launcher import register_model_with_params as register_model_with_params
-    from torchmgmt.manager import Model as Model
-    from torchmgmt.manager import ModelManager as ModelManager
-    from torchmgmt.pool import WorkerPool as WorkerPool
     from torchmgmt.lifecycle import VersionState as VersionState
     from torchmgmt.lifecycle import WorkerState as WorkerState
+    from torchmgmt.manager import ModelManager as ModelManager
+    from torchmgmt.model import Model as Model
+    from torchmgmt.pool import WorkerPool as WorkerPool
     from torchmgmt.records import CloseReport as CloseReport
     from torchmgmt.records import ModelInfo as ModelInfo
     from torchmgmt.records import ModelKey as ModelKey
@@ -36,7 +36,7 @@ _HOMES = {
     "Batch": "batcher",
     "Batcher": "batcher",
     "CloseReport": "records",
-    "Model": "manager",
+    "Model": "model",
     "ModelInfo": "records",
     "ModelKey": "records",
     "ModelManager": "manager",
@@ -53,7 +53,7 @@ _HOMES = {
 """Where each public name lives. Loaded when first asked for: requests alone, which the launcher needs, costs 150 ms, and
 a worker process has no use for the manager."""
 
-__all__ = [  # noqa: PLE0604, RUF022
+__all__ = [  # noqa: PLE0604 - computed, so that it cannot differ
     *sorted(_HOMES),
     "__version__",
 ]

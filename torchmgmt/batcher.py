@@ -6,6 +6,7 @@ that a WorkerPool takes batches from: it says ``on_ready`` when there may be one
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import itertools
@@ -207,20 +208,19 @@ class Batcher(Generic[T, R]):
     def take(self) -> Batch[T, R] | None:
         """Cut the next batch if one is due: full, or its oldest item has waited long enough, or the queue drains.
 
-        Cancelled and expired items are left out. Does not block; any thread.
+        Cancelled and expired items are left out; the latter are failed by the timer that watches their deadlines, not
+        here: a caller may hold a lock, and failing one runs its callbacks. Does not block; any thread.
         """
         now = self.clock()
         entries: list[_Waiting[T, R]] = []
         with self._lock:
-            expired = self._claim_expired_locked(now)
             if self._is_ready_locked(now):
                 while self._queue and len(entries) < self.batch_size:
                     entry = self._queue.popleft()
-                    if _claim(entry):
+                    if _claim(entry, now):
                         entries.append(entry)
             wake_at = self._wake_time_locked(now)
         self._arm(wake_at)
-        self._expire(expired)
         return Batch(entries) if entries else None
 
     def drain(self, error: TorchmgmtError | None = None) -> None:
@@ -249,15 +249,21 @@ class Batcher(Generic[T, R]):
 
     def tick(self) -> None:
         """Do what is due by now: fail items past their deadline, announce a batch that is due."""
+        self.expire()
         now = self.clock()
         with self._lock:
-            expired = self._claim_expired_locked(now)
             ready = self._is_ready_locked(now)
             wake_at = self._wake_time_locked(now)
-        self._expire(expired)
         self._arm(wake_at)
         if ready:
             self._on_ready()
+
+    def expire(self) -> None:
+        """Fail the items whose deadline has passed, waiting or running. Does not block, but runs their callbacks."""
+        with self._lock:
+            expired = self._claim_expired_locked(self.clock())
+        for future, timeout_s in expired:
+            _settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s))
 
     def _check_room_locked(self) -> None:
         if self._closed is not None:
@@ -314,7 +320,9 @@ class Batcher(Generic[T, R]):
 
     def _arm(self, wake_at: float | None) -> None:
         if wake_at is not None:
-            self._call_at(wake_at, functools.partial(self._look, wake_at))
+            # Whoever closed the timers before the queue has ended those who would run what waits.
+            with contextlib.suppress(ManagerClosed):
+                self._call_at(wake_at, functools.partial(self._look, wake_at))
 
     def _sleep_until(self) -> float | None:
         """Return when the thread that runs the function is to look again; None if nothing waits.
@@ -330,10 +338,6 @@ class Batcher(Generic[T, R]):
         with self._lock:
             self._armed.remove(armed_for)
         self.tick()
-
-    def _expire(self, expired: Sequence[tuple[Future[R], float]]) -> None:
-        for future, timeout_s in expired:
-            _settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s))
 
 
 class _Runner(Generic[T, R]):
@@ -372,6 +376,7 @@ class _Runner(Generic[T, R]):
 
     def _run(self) -> None:
         while True:
+            self._batcher.expire()
             batch = self._batcher.take()
             if batch is not None:
                 self._run_batch(batch)
@@ -387,7 +392,6 @@ class _Runner(Generic[T, R]):
                     return False
                 self._condition.wait(None if due is None else self._seconds_until(due))
             self._awake = False
-        self._batcher.tick()
         return True
 
     def _seconds_until(self, due: float) -> float:
@@ -401,10 +405,11 @@ class _Runner(Generic[T, R]):
             batch.fail(error)
 
 
-def _claim(entry: _Waiting[Any, Any]) -> bool:
-    """Mark the entry as running; False if it was cancelled, or failed because its deadline has passed."""
+def _claim(entry: _Waiting[Any, Any], now: float) -> bool:
+    """Mark the entry as running; False if it was cancelled, or its deadline has passed."""
     future = entry.future
-    if entry.deadline is not None and not future.cancelled() and (future.running() or future.done()):
+    is_over = entry.deadline is not None and (entry.deadline <= now or future.running() or future.done())
+    if is_over and not future.cancelled():
         return False
     try:
         return future.set_running_or_notify_cancel()

@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 
 from attrs import field, frozen
 
-from torchmgmt.records import Encoded
+from torchmgmt.errors import HandlerFailed
+from torchmgmt.records import Encoded, ModelKey
 
 __all__ = ["AnswerFuture", "Buffer", "Frame", "FrameReader", "FrameSender", "Kind", "decode", "encode", "send"]
 
@@ -82,6 +83,9 @@ def decode(encoded: Encoded) -> Any:
     return pickle.loads(encoded.segments[0], buffers=encoded.segments[1:])
 
 
+_UNREAD = object()
+
+
 class AnswerFuture(Future[Any]):
     """The future of an :class:`Encoded` answer, or of a list of them, which gives what was encoded.
 
@@ -89,16 +93,29 @@ class AnswerFuture(Future[Any]):
     takes seconds the first time, and no other answer may have to wait for that.
     """
 
-    keeps_alive: object = None
-    """Something that must not be forgotten while somebody may wait for the answer."""
-    _answer: Any = None
+    def __init__(self, key: ModelKey, keeps_alive: object = None) -> None:
+        """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future."""
+        super().__init__()
+        self._key = key
+        self._keeps_alive = keeps_alive
+        self._answer: Any = _UNREAD
 
     def result(self, timeout: float | None = None) -> Any:
-        """Return the answer, waiting for at most ``timeout`` seconds; raise what ended the request otherwise."""
+        """Return the answer, waiting for at most ``timeout`` seconds; raise what ended the request otherwise.
+
+        Raises HandlerFailed, too, if the answer cannot be unpickled in this process.
+        """
         received = super().result(timeout)
-        if self._answer is None:
-            self._answer = [decode(each) for each in received] if isinstance(received, list) else decode(received)
+        if self._answer is _UNREAD:
+            self._answer = self._read(received)
         return self._answer
+
+    def _read(self, received: Any) -> Any:
+        try:
+            return [decode(each) for each in received] if isinstance(received, list) else decode(received)
+        except Exception as error:  # whatever a pickle may raise
+            reason = f"its answer cannot be unpickled in this process; it should answer with plain data ({error!r})"
+            raise HandlerFailed(self._key.name, self._key.version, reason, error_type=type(error).__name__) from error
 
 
 def frame_parts(frame: Frame) -> list[Buffer]:

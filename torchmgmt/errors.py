@@ -2,7 +2,7 @@
 
 One tree under :class:`TorchmgmtError`. Each class carries the facts as fields and makes its text from them, so that a
 caller can decide by type and field while a person reads what happened, what was got and what to do. Nothing here knows
-of HTTP: the codes are one table in ``torchmgmt.http``. All of them survive pickling.
+of HTTP: the codes are one table in ``torchmgmt.http``. They survive pickling where the values they carry do.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,14 @@ from torchmgmt.batcher import Batcher
 from torchmgmt.channel import AnswerFuture, encode
 from torchmgmt.errors import (
     DeadlineExceeded,
-    InvalidArchive,
     InvalidArgument,
     ManagerClosed,
     ModelNotFound,
     ModelVersionNotFound,
-    QueueFull,
     TorchmgmtError,
 )
 from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
-from torchmgmt.lifecycle import VersionState
+from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
 from torchmgmt.records import (
     CloseReport,
@@ -45,17 +42,15 @@ from torchmgmt.records import (
     Scale,
     WorkerRequest,
     check_number,
-    check_text,
+    check_truth,
 )
+from torchmgmt.registration import Wishes, scale_of, spec_of
 from torchmgmt.registry import Registry
 from torchmgmt.settings import Settings
 
-__all__ = ["Model", "ModelManager"]
+__all__ = ["ModelManager"]
 
 log = logging.getLogger(__name__)
-
-_RUNTIMES = ("python", "python3", "lsp")
-_DEFAULT_VERSION = "1.0"
 
 
 @frozen(eq=False)
@@ -119,7 +114,7 @@ class ModelManager:
         listeners: called with each event; see :mod:`torchmgmt.events`.
 
     Raises:
-        InvalidArgument: ``model_store`` is no path.
+        InvalidArgument: an argument has the wrong type.
     """
 
     def __init__(
@@ -130,11 +125,13 @@ class ModelManager:
         backend: Backend | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
+        if settings is not None and not isinstance(settings, Settings):
+            raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
         self._sources = ModelSources(self.settings.model_store if model_store is None else model_store)
         self._backend: Backend = ProcessBackend() if backend is None else backend
         self._owned_backend = self._backend if backend is None else None
-        self._announcer = _Announcer(tuple(listeners))
+        self._announcer = _Announcer(_check_listeners(listeners))
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -144,7 +141,9 @@ class ModelManager:
         self._report: CloseReport | None = None
         self._close_lock = threading.Lock()
         _open_managers.add(self)
-        self._finalizer = weakref.finalize(self, _abandon, self._registry, self._sources, self._owned_backend, self._pid)
+        self._finalizer = weakref.finalize(
+            self, _abandon, self._registry, self._sources, self._owned_backend, self._pid
+        )
         self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
 
     def __repr__(self) -> str:
@@ -171,16 +170,19 @@ class ModelManager:
         return Model(self, self._get(name).spec.key)
 
     def __contains__(self, name: object) -> bool:
+        self._check_usable()
         with self._lock:
-            return name in self._registry
+            return isinstance(name, str) and name in self._registry
 
     def __iter__(self) -> Iterator[str]:
         """The names of all models, sorted."""
+        self._check_usable()
         with self._lock:
             return iter(self._registry.names())
 
     def __len__(self) -> int:
         """The number of models, whatever number of versions each has."""
+        self._check_usable()
         with self._lock:
             return len(self._registry.names())
 
@@ -250,23 +252,30 @@ class ModelManager:
             ManagerClosed: the manager was closed.
         """
         self._check_usable()
-        wishes = {
-            "batch_size": batch_size,
-            "max_batch_delay_ms": max_batch_delay,
-            "response_timeout_s": response_timeout,
-            "startup_timeout_s": startup_timeout,
-        }
-        _check_wishes(wishes, initial_workers, max_workers, {"model_name": model_name, "version": version})
+        wishes = Wishes(
+            model_name=model_name,
+            version=version,
+            handler=handler,
+            runtime=runtime,
+            batch_size=batch_size,
+            max_batch_delay=max_batch_delay,
+            initial_workers=initial_workers,
+            max_workers=max_workers,
+            synchronous=synchronous,
+            response_timeout=response_timeout,
+            startup_timeout=startup_timeout,
+            default_workers=default_workers,
+            trusted=trusted,
+            loaded_at_startup=loaded_at_startup,
+        )
         with contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._sources.open(url, trusted=trusted))
-            key = _key(folder, model_name, version)
-            spec = self._spec(key, folder, handler, runtime, wishes, loaded_at_startup)
-            scale = self._initial_scale(folder, initial_workers, max_workers, default_workers)
-            self._add(key, spec, folder, scale)
+            spec = spec_of(folder, wishes, self.settings)
+            self._add(spec, folder, scale_of(folder, wishes, self.settings))
             undo.pop_all()  # from here on the version owns the folder
         if synchronous:
-            self._wait_or_withdraw(key)
-        return Model(self, key)
+            self._wait_or_withdraw(spec.key)
+        return Model(self, spec.key)
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return the default version of every model, sorted by name. Does not block."""
@@ -277,7 +286,7 @@ class ModelManager:
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
         """Return all versions of a model, oldest first; raise ModelNotFound. Does not block."""
-        self._check_usable()
+        self._check_usable(name)
         with self._lock:
             default, versions = self._registry.default(name), self._registry.versions(name)
         return tuple(_info(each, is_default=each.spec.key.version == default) for each in versions)
@@ -325,6 +334,7 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound: it is not registered.
             WorkerStartFailed: ``synchronous``, and a worker could not be started.
         """
+        check_truth("synchronous", synchronous)
         served = self._get(name, version)
         wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
         with self._gone_is_not_found(served):
@@ -333,13 +343,28 @@ class ModelManager:
                 served.pool.wait_ready()
         return self.describe(name, served.spec.key.version)
 
+    def wait_ready(self, name: str, version: str | None = None, *, timeout: float | None = None) -> None:
+        """Block until as many workers of a version (the default one unless given) are ready as are wanted at least.
+
+        Raises:
+            ModelNotFound, ModelVersionNotFound: it is not registered.
+            WorkerStartFailed: a worker could not be started meanwhile.
+            DeadlineExceeded: ``timeout`` seconds, at least 0, were not enough; None: no limit.
+            InvalidArgument: ``timeout`` is no such number.
+        """
+        if timeout is not None:
+            check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+        served = self._get(name, version)
+        with self._gone_is_not_found(served):
+            served.pool.wait_ready(timeout)
+
     def set_default(self, name: str, version: str) -> None:
         """Have requests that name no version go to this one from now on. Does not block.
 
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
-        self._check_usable()
+        self._check_usable(name, version)
         with self._lock:
             self._registry.set_default(name, version)
         self._announcer.tell(DefaultVersionSet(ModelKey(name, version)))
@@ -355,7 +380,7 @@ class ModelManager:
             DefaultVersionInUse: it is the default, and there are other versions.
             InvalidArgument: ``timeout`` is no number of seconds, at least 0.
         """
-        self._check_usable()
+        self._check_usable(name, version)
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
         with self._lock:
@@ -423,8 +448,7 @@ class ModelManager:
         """
         served = self._get(name, version)
         request = _request(data, fields, headers)
-        future = AnswerFuture()
-        future.keeps_alive = self  # a caller may hold nothing but the future
+        future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
         with self._gone_is_not_found(served):
             served.pool.check_serving()
             served.batcher.submit(request, timeout=timeout, future=future)
@@ -446,86 +470,40 @@ class ModelManager:
 
     # -- the rest is for this file -------------------------------------------------------------------------------------
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, name: object = "", version: object = None) -> None:
+        """Raise ManagerClosed, or InvalidArgument for a name or version that can be none. Takes no lock."""
         if os.getpid() != self._pid:
             why = "belongs to the process that this one was forked from; make a new one after the fork"
             raise ManagerClosed("This ModelManager", why)
         if self._closed:
             raise ManagerClosed
+        if not isinstance(name, str):
+            raise InvalidArgument("name", name, "text")
+        if version is not None and not isinstance(version, str):
+            raise InvalidArgument("version", version, "text, or None for the default version")
 
     def _get(self, name: str, version: str | None = None) -> _Version:
-        self._check_usable()
+        self._check_usable(name, version)
         with self._lock:
             return self._registry.get(name, version)
 
-    def _spec(
-        self,
-        key: ModelKey,
-        folder: ModelFolder,
-        handler: str | None,
-        runtime: str | None,
-        wishes: Mapping[str, Any],
-        loaded_at_startup: bool,
-    ) -> ModelSpec:
-        manifest, config, settings = folder.manifest, folder.config, self.settings
-        limits = {
-            "max_retry_timeout_s": config.get("maxRetryTimeoutInSec", settings.max_retry_timeout),
-            "job_queue_size": config.get("jobQueueSize", settings.job_queue_size),
-            "batch_size": config.get("batchSize", 1),
-            "max_batch_delay_ms": config.get("maxBatchDelay", 100),
-            "response_timeout_s": config.get("responseTimeout", settings.default_response_timeout),
-            "startup_timeout_s": config.get("startupTimeout", settings.default_startup_timeout),
-        }
-        limits.update({name: wish for name, wish in wishes.items() if wish is not None})
-        chosen = handler or (manifest.handler if manifest else None)
-        if chosen is None:
-            raise InvalidArchive(folder.url, "it names no handler; give handler=...")
-        with _blaming_the_config(folder):
-            return ModelSpec(
-                key=key,
-                model_dir=str(folder.path),
-                handler=chosen,
-                url=folder.url,
-                manifest=manifest.raw if manifest else _made_up_manifest(key, chosen),
-                config=config,
-                runtime=_runtime(runtime or (manifest.runtime if manifest else "python")),
-                loaded_at_startup=loaded_at_startup,
-                **limits,
-            )
-
-    def _initial_scale(
-        self, folder: ModelFolder, initial: int | None, most: int | None, default_workers: int
-    ) -> Scale:
-        config, default = folder.config, self.settings.default_workers_per_model
-        if initial is not None:
-            return Scale(initial, initial if most is None else most)
-        with _blaming_the_config(folder):
-            most = config.get("maxWorkers") if most is None else most
-            if most is not None:
-                check_number("maxWorkers", most, minimum=0)
-            if "minWorkers" in config:
-                return Scale(config["minWorkers"], config["minWorkers"] if most is None else most)
-            least = default_workers if default is None else default
-            return Scale(least, least) if most is None else Scale(min(least, most), most)
-
-    def _add(self, key: ModelKey, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
-        pool_of: list[WorkerPool] = []
+    def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
+        key = spec.key
+        pool = WorkerPool(
+            spec,
+            backend=self._backend,
+            worker_ids=self._worker_ids,
+            listener=self._announcer.tell,
+        )
         batcher: Batcher[WorkerRequest, Encoded] = Batcher(
             batch_size=spec.batch_size,
             max_batch_delay=spec.max_batch_delay_ms,
             capacity=spec.job_queue_size,
             name=f"model {key.name} version {key.version}",
-            on_ready=lambda: pool_of[0].pump(),
+            on_ready=pool.pump,
             call_at=self._backend.call_at,
         )
-        pool = WorkerPool(
-            spec,
-            source=batcher,
-            backend=self._backend,
-            worker_ids=self._worker_ids,
-            listener=self._announcer.tell,
-        )
-        pool_of.append(pool)
+        pool.feed_from(batcher)
         with self._lock:
             if self._closed:
                 raise ManagerClosed
@@ -583,200 +561,11 @@ class ModelManager:
         return _total(time.monotonic() - started, reports)
 
 
-class Model:
-    """One version of a registered model: what :meth:`ModelManager.register` returns. Thread-safe.
-
-    It keeps its manager alive. As a context manager it is unregistered at the end of the block. Every method raises
-    ModelNotFound or ModelVersionNotFound once the version is unregistered.
-    """
-
-    def __init__(self, manager: ModelManager, key: ModelKey) -> None:
-        self._manager = manager
-        self._key = key
-
-    def __repr__(self) -> str:
-        return f"<Model {self._key}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Model) and (self._manager, self._key) == (other._manager, other._key)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.unregister()
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self._key.name
-
-    @property
-    def version(self) -> str:
-        """The version's name."""
-        return self._key.version
-
-    @property
-    def manager(self) -> ModelManager:
-        """The manager that it is registered with."""
-        return self._manager
-
-    @property
-    def state(self) -> VersionState:
-        """Where it stands. GONE once it is unregistered; does not raise then."""
-        try:
-            return self._served().pool.state
-        except (LookupError, ManagerClosed):
-            return VersionState.GONE
-
-    def predict(
-        self,
-        data: object = None,
-        *,
-        fields: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-    ) -> Any:
-        """Run one request on this version; see :meth:`ModelManager.predict`."""
-        return self._manager.predict(
-            self.name, data, fields=fields, version=self.version, headers=headers, timeout=timeout
-        )
-
-    def submit(
-        self,
-        data: object = None,
-        *,
-        fields: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-    ) -> AnswerFuture:
-        """Queue one request for this version; see :meth:`ModelManager.submit`."""
-        return self._manager.submit(
-            self.name, data, fields=fields, version=self.version, headers=headers, timeout=timeout
-        )
-
-    def map(self, items: Iterable[object], *, timeout: float | None = None) -> Iterator[Any]:
-        """Run a request for each item and give the answers in the order of the items, as they come.
-
-        Several requests are under way at once, but never so many that they fill the queue; ``items`` may be endless.
-        ``timeout`` is that of each request, in seconds. Raises what :meth:`predict` raises, at the item's turn.
-        """
-        waiting: deque[AnswerFuture] = deque()
-        try:
-            for item in items:
-                if len(waiting) >= self._window():
-                    yield waiting.popleft().result()
-                while (future := self._submit_if_room(item, timeout, must=not waiting)) is None:
-                    yield waiting.popleft().result()
-                waiting.append(future)
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    def scale(
-        self, min_worker: int = 1, max_worker: int | None = None, *, synchronous: bool = True, timeout: float = -1
-    ) -> ModelInfo:
-        """Set how many workers it has; see :meth:`ModelManager.scale`."""
-        return self._manager.scale(
-            self.name, min_worker, max_worker, version=self.version, synchronous=synchronous, timeout=timeout
-        )
-
-    def describe(self, *, customized: bool = False) -> ModelInfo:
-        """Return what is known of it; see :meth:`ModelManager.describe`."""
-        return self._manager.describe(self.name, self.version, customized=customized)
-
-    def wait_ready(self, timeout: float | None = None) -> None:
-        """Block until as many workers as wanted are ready; at most ``timeout`` seconds.
-
-        Raises:
-            WorkerStartFailed: a worker could not be started meanwhile.
-            DeadlineExceeded: the time was over.
-        """
-        if timeout is not None:
-            check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
-        served = self._served()
-        with self._manager._gone_is_not_found(served):
-            served.pool.wait_ready(timeout)
-
-    def unregister(self, *, timeout: float | None = None) -> CloseReport:
-        """Remove it; see :meth:`ModelManager.unregister`."""
-        return self._manager.unregister(self.name, self.version, timeout=timeout)
-
-    def _served(self) -> _Version:
-        return self._manager._get(self.name, self.version)
-
-    def _window(self) -> int:
-        """How many requests keep all workers busy and the next batches ready, within half of the queue."""
-        served = self._served()
-        busy = 2 * served.spec.batch_size * max(1, served.pool.wanted.max_workers)
-        return max(1, min(busy, served.spec.job_queue_size // 2))
-
-    def _submit_if_room(self, item: object, timeout: float | None, *, must: bool) -> AnswerFuture | None:
-        try:
-            return self.submit(item, timeout=timeout)
-        except QueueFull:
-            if must:
-                raise
-            return None
-
-
-def _check_wishes(
-    wishes: Mapping[str, Any], initial: int | None, most: int | None, texts: Mapping[str, str | None]
-) -> None:
-    """Refuse a wrong argument before anything is unpacked for it."""
-    for argument, text in texts.items():
-        if text is not None:
-            check_text(argument, text)
-    given = {name: wish for name, wish in wishes.items() if wish is not None}
-    ModelSpec(key=ModelKey("-", "-"), model_dir="", handler="-", **given)
-    if initial is not None:
-        check_number("initial_workers", initial, minimum=0)
-    if most is not None:
-        check_number("max_workers", most, minimum=initial or 0)
-
-
-def _key(folder: ModelFolder, model_name: str | None, version: str | None) -> ModelKey:
-    manifest = folder.manifest
-    name = model_name or (manifest.model_name if manifest else None)
-    if name is None:
-        raise InvalidArchive(folder.url, "it has no manifest that names the model; give model_name=... and handler=...")
-    return ModelKey(name, version or (manifest.version if manifest else _DEFAULT_VERSION))
-
-
-def _runtime(given: object) -> str:
-    if not isinstance(given, str) or given.lower() not in _RUNTIMES:
-        raise InvalidArgument("runtime", given, "python, python3 or LSP")
-    return given.lower()
-
-
-def _made_up_manifest(key: ModelKey, handler: str) -> Mapping[str, Any]:
-    """What a handler finds as ``context.manifest`` of a folder without one."""
-    return {
-        "runtime": "python",
-        "model": {"modelName": key.name, "modelVersion": key.version, "handler": handler},
-        "archiverVersion": "0.12.0",
-    }
-
-
-@contextlib.contextmanager
-def _blaming_the_config(folder: ModelFolder) -> Iterator[None]:
-    """The call's own arguments were checked before, so what is wrong now came with the archive."""
-    try:
-        yield
-    except InvalidArgument as error:
-        raise InvalidArchive(folder.url, f"in its configuration, {error}") from error
-
-
-def _request(
-    data: object, fields: Mapping[str, Any] | None, headers: Mapping[str, str] | None
-) -> WorkerRequest:
+def _request(data: object, fields: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> WorkerRequest:
     if fields is not None and not isinstance(fields, Mapping):
         raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
+    if headers is not None and not _are_headers(headers):
+        raise InvalidArgument("headers", headers, "a mapping of text to text, or None")
     row = {"body": data} if fields is None else dict(fields)
     try:
         encoded = encode(row, frozen=True)
@@ -784,6 +573,17 @@ def _request(
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
     return WorkerRequest(encoded, os.urandom(16).hex(), dict(headers) if headers else None)
+
+
+def _are_headers(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(part, str) for item in value.items() for part in item)
+
+
+def _check_listeners(listeners: object) -> tuple[Listener, ...]:
+    found = tuple(listeners) if isinstance(listeners, Iterable) else (None,)
+    if not all(callable(listener) for listener in found):
+        raise InvalidArgument("listeners", listeners, "a sequence of callables that take an event")
+    return found
 
 
 def _customized(version: _Version) -> Any:

@@ -44,6 +44,7 @@ from torchmgmt.lifecycle import (
 from torchmgmt.records import (
     CloseReport,
     Encoded,
+    ModelKey,
     ModelSpec,
     Scale,
     WorkerExit,
@@ -138,10 +139,10 @@ class _Worker:
 class _OwnJob:
     """A batch that was given to the pool itself, or (``items`` is None) the wish to have the model described."""
 
-    def __init__(self, items: Sequence[WorkerRequest] | None) -> None:
+    def __init__(self, key: ModelKey, items: Sequence[WorkerRequest] | None) -> None:
         self.is_description = items is None
         self.items = items or ()
-        self.future = AnswerFuture()
+        self.future = AnswerFuture(key)
 
     def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -172,8 +173,6 @@ class WorkerPool:
     Args:
         spec: what to load, and the limits to keep.
         workers: how many workers ``with`` starts and waits for, at least 0.
-        source: where idle workers get batches from, beside :meth:`submit`; whoever owns it calls :meth:`pump` when it
-            may have one.
         backend: how workers are run. None: a ProcessBackend of the pool's own, closed with it.
         worker_ids: where the workers' ids come from.
         listener: called with each event, with no lock held.
@@ -187,7 +186,6 @@ class WorkerPool:
         spec: ModelSpec,
         *,
         workers: int = 1,
-        source: JobSource | None = None,
         backend: Backend | None = None,
         worker_ids: Iterator[int] | None = None,
         listener: Listener | None = None,
@@ -195,7 +193,7 @@ class WorkerPool:
         check_number("workers", workers, minimum=0)
         self.spec = spec
         self._initial = Scale(workers, workers)
-        self._source = source
+        self._source: JobSource | None = None
         self._owns_backend = backend is None
         self._backend: Backend = ProcessBackend() if backend is None else backend
         self._worker_ids = itertools.count(FIRST_WORKER_ID) if worker_ids is None else worker_ids
@@ -261,6 +259,13 @@ class WorkerPool:
         with self._lock:
             return tuple(_info(worker) for worker in self._workers.values())
 
+    def feed_from(self, source: JobSource) -> None:
+        """Have idle workers take batches from ``source``, after what was submitted. To be called before :meth:`scale`.
+
+        Whoever owns the source calls :meth:`pump` when it may have a batch.
+        """
+        self._source = source
+
     def scale(self, wanted: Scale, *, timeout: float = -1) -> None:
         """Set how many workers shall be; return at once. Asking again makes a pool that had given up try again.
 
@@ -321,11 +326,11 @@ class WorkerPool:
 
         It goes before what ``source`` has. Raises NoWorker and ManagerClosed as :meth:`run` does.
         """
-        return self._add(_OwnJob([WorkerRequest(encode(row, frozen=True), "") for row in rows]))
+        return self._add(_OwnJob(self.spec.key, [WorkerRequest(encode(row, frozen=True), "") for row in rows]))
 
     def describe(self) -> AnswerFuture:
         """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""
-        return self._add(_OwnJob(None))
+        return self._add(_OwnJob(self.spec.key, None))
 
     def check_serving(self) -> None:
         """Raise ManagerClosed or NoWorker if a request that came now would never be run. Does not block."""

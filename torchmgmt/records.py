@@ -7,9 +7,9 @@ parse; their source is TorchServe's Management API.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from attrs import Attribute, field, frozen
 
@@ -29,6 +29,10 @@ __all__ = [
     "WorkerRequest",
     "check_number",
     "check_text",
+    "check_truth",
+    "number",
+    "text",
+    "truth",
 ]
 
 WIRE_STATUS: Mapping[WorkerState, str] = {
@@ -58,16 +62,38 @@ def check_text(argument: str, value: object, *, forbidden: str = "/\0") -> None:
         raise InvalidArgument(argument, value, f"text that is not blank and has no {listed} in it")
 
 
-def _number(argument: str, minimum: float, unit: str = "", *, whole: bool = True) -> Any:
+def check_truth(argument: str, value: object) -> None:
+    """Raise :class:`InvalidArgument` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise InvalidArgument(argument, value, "True or False")
+
+
+Validator: TypeAlias = "Callable[[object, Attribute[Any], object], None]"  # attrs' own can only be named as text
+
+
+def number(argument: str, minimum: float, unit: str = "", *, whole: bool = True) -> Validator:
+    """Return an attrs validator that checks with :func:`check_number`."""
+
     def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
         check_number(argument, value, minimum=minimum, unit=unit, whole=whole)
 
     return validate
 
 
-def _text(argument: str) -> Any:
+def text(argument: str) -> Validator:
+    """Return an attrs validator that checks with :func:`check_text`."""
+
     def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
         check_text(argument, value)
+
+    return validate
+
+
+def truth(argument: str) -> Validator:
+    """Return an attrs validator that checks with :func:`check_truth`."""
+
+    def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+        check_truth(argument, value)
 
     return validate
 
@@ -76,8 +102,8 @@ def _text(argument: str) -> Any:
 class ModelKey:
     """The name and version that identify a model version."""
 
-    name: str = field(validator=_text("model_name"))
-    version: str = field(validator=_text("version"))
+    name: str = field(validator=text("model_name"))
+    version: str = field(validator=text("version"))
 
     def __str__(self) -> str:
         return f"{self.name}:{self.version}"
@@ -87,8 +113,8 @@ class ModelKey:
 class Scale:
     """How many workers a version shall have: always at least the one, never more than the other."""
 
-    min_workers: int = field(validator=_number("min_worker", 0))
-    max_workers: int = field(validator=_number("max_worker", 0))
+    min_workers: int = field(validator=number("min_worker", 0))
+    max_workers: int = field(validator=number("max_worker", 0))
 
     def __attrs_post_init__(self) -> None:
         if self.max_workers < self.min_workers:
@@ -102,7 +128,7 @@ class ModelSpec:
     key: ModelKey
     model_dir: str
     """The folder with the model's files: the working directory of its workers."""
-    handler: str = field(validator=_text("handler"))
+    handler: str = field(validator=text("handler"))
     """``module``, ``module.py``, ``module:function``, or the name of a shipped handler."""
     url: str = ""
     """Where the model came from, as the caller gave it."""
@@ -111,12 +137,12 @@ class ModelSpec:
     config: Mapping[str, Any] = field(factory=dict)
     """``model-config.yaml``, as found; empty if there is none."""
     runtime: str = "python"
-    batch_size: int = field(default=1, validator=_number("batch_size", 1))
-    max_batch_delay_ms: int = field(default=100, validator=_number("max_batch_delay", 0, "milliseconds"))
-    response_timeout_s: float = field(default=120, validator=_number("response_timeout", 1e-3, "seconds", whole=False))
-    startup_timeout_s: float = field(default=120, validator=_number("startup_timeout", 1e-3, "seconds", whole=False))
-    max_retry_timeout_s: float = field(default=300, validator=_number("max_retry_timeout", 0, "seconds", whole=False))
-    job_queue_size: int = field(default=100, validator=_number("job_queue_size", 1))
+    batch_size: int = field(default=1, validator=number("batch_size", 1))
+    max_batch_delay_ms: int = field(default=100, validator=number("max_batch_delay", 0, "milliseconds"))
+    response_timeout_s: float = field(default=120, validator=number("response_timeout", 1e-3, "seconds", whole=False))
+    startup_timeout_s: float = field(default=120, validator=number("startup_timeout", 1e-3, "seconds", whole=False))
+    max_retry_timeout_s: float = field(default=300, validator=number("max_retry_timeout", 0, "seconds", whole=False))
+    job_queue_size: int = field(default=100, validator=number("job_queue_size", 1))
     weights_only: bool = True
     """Whether checkpoints are loaded with ``torch.load(weights_only=True)``, which runs no code found in them."""
     loaded_at_startup: bool = False

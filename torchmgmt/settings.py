@@ -61,9 +61,7 @@ class Address:
         extra = parts.path.strip("/") or parts.query or parts.fragment or parts.username
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname or extra:
             raise InvalidArgument(argument, text, allowed)
-        return cls(
-            parts.scheme, parts.hostname, DEFAULT_PORTS[parts.scheme] if port is None else port
-        )
+        return cls(parts.scheme, parts.hostname, DEFAULT_PORTS[parts.scheme] if port is None else port)
 
     @property
     def is_loopback(self) -> bool:
@@ -184,9 +182,7 @@ def _accept_list(setting: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return _read_list(setting, value)
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise InvalidArgument(
-            setting, value, "texts separated by commas or spaces, or a list of them"
-        )
+        raise InvalidArgument(setting, value, "texts separated by commas or spaces, or a list of them")
     return tuple(part for item in value for part in _read_list(setting, item))
 
 
@@ -208,9 +204,7 @@ LOG_LEVEL_KIND = Kind("|".join(LOG_LEVELS), _as_is, _accept_log_level)
 
 
 def _setting(kind: Kind, default: Any, help: str, **more: Any) -> Any:
-    return field(
-        default=default, metadata={"declare": partial(Declaration, kind=kind, help=help, **more)}
-    )
+    return field(default=default, metadata={"declare": partial(Declaration, kind=kind, help=help, **more)})
 
 
 def _bind(_cls: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
@@ -259,9 +253,7 @@ class Settings:
         optional=True,
     )
     job_queue_size: int = _setting(_whole(1), 100, "Requests that may wait for each model version.")
-    default_response_timeout: float = _setting(
-        _seconds(1e-3), 120, "How long a batch may run.", unit="s"
-    )
+    default_response_timeout: float = _setting(_seconds(1e-3), 120, "How long a batch may run.", unit="s")
     default_startup_timeout: float = _setting(
         _seconds(1e-3), 120, "How long a worker may take to load a model.", unit="s"
     )
@@ -274,9 +266,7 @@ class Settings:
     max_retry_timeout: float = _setting(
         _seconds(0), 300, "How long workers that fail to start are tried again.", unit="s"
     )
-    enable_model_api: bool = _setting(
-        TRUTH_KIND, False, "Allow registering and unregistering over HTTP."
-    )
+    enable_model_api: bool = _setting(TRUTH_KIND, False, "Allow registering and unregistering over HTTP.")
     disable_token_authorization: bool | None = _setting(
         TRUTH_KIND,
         None,

@@ -148,11 +148,14 @@ class Api:
 
 def show(samples: Sequence[bytes], answers: Sequence[dict[str, Any]]) -> None:
     """Print some digits side by side, with what was predicted under each."""
-    pictures = [[row for row in rows(sample)] for sample in samples[:SHOWN]]
+    pictures = [list(rows(sample)) for sample in samples[:SHOWN]]
     print()
     for lines in zip(*pictures, strict=True):
         print("     " + "     ".join(lines))
-    print("     " + "     ".join(f"{answer['digit']} ({answer['probability']:.0%})".ljust(16) for answer in answers[:SHOWN]))
+    print(
+        "     "
+        + "     ".join(f"{answer['digit']} ({answer['probability']:.0%})".ljust(16) for answer in answers[:SHOWN])
+    )
 
 
 def rows(image: bytes) -> Iterator[str]:

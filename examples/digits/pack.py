@@ -63,9 +63,7 @@ def _archiver() -> str:
     scripts = sysconfig.get_path("scripts")
     found = shutil.which("torch-model-archiver", path=scripts)
     if found is None:
-        raise FileNotFoundError(
-            f"torch-model-archiver is not in {scripts}: pip install torch-model-archiver"
-        )
+        raise FileNotFoundError(f"torch-model-archiver is not in {scripts}: pip install torch-model-archiver")
     return found
 
 

@@ -95,9 +95,7 @@ def write_samples(folder: Path, images: Images, labels: Labels) -> None:
     (folder / "labels.json").write_text(json.dumps(labels.tolist()) + "\n")
 
 
-def measure(
-    model: nn.Module, held_out: tuple[Images, Labels], samples: tuple[Images, Labels]
-) -> dict[str, float]:
+def measure(model: nn.Module, held_out: tuple[Images, Labels], samples: tuple[Images, Labels]) -> dict[str, float]:
     """Held-out accuracy (0..1) and the number of samples named correctly."""
     return {
         "accuracy": round(count_right(model, *held_out) / len(held_out[1]), 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from tests.handlers import EVAL, Deployer, is_gone, until, write_folder
 from torchmgmt import ModelManager, ProcessBackend
+from torchmgmt.backends import forkserver
 from torchmgmt.errors import WorkerStartFailed
 
 PROGRAM = """
@@ -42,8 +44,8 @@ threading.Event().wait()
 
 
 @pytest.fixture
-def own() -> Iterator[ProcessBackend]:
-    """A backend that a test may break."""
+def own(light_torch: Path) -> Iterator[ProcessBackend]:
+    """A backend that a test may break; torch is a light one."""
     backend = ProcessBackend()
     yield backend
     backend.close()
@@ -63,12 +65,23 @@ def torch_only_process(worker: int | None) -> psutil.Process:
     return parent
 
 
-@pytest.mark.parametrize("what", ["idle", "busy", "starting", "computing"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_process_outlives_the_program(tmp_path: Path, what: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    "what, number",
+    [
+        ("idle", signal.SIGKILL),
+        ("idle", signal.SIGTERM),
+        ("busy", signal.SIGKILL),
+        ("busy", signal.SIGTERM),
+        ("starting", signal.SIGKILL),
+        ("computing", signal.SIGKILL),
+    ],
+)
+def test_no_process_outlives_the_program(
+    tmp_path: Path, what: str, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
     """However the program dies and whatever its workers do, they, their children and the torch-only process end."""
-    if (what, number) in {("starting", signal.SIGTERM), ("computing", signal.SIGTERM)}:
-        pytest.skip("the same path as for SIGKILL")
+    if what != "idle":
+        request.getfixturevalue("light_torch")
     folder = write_folder(tmp_path / "model", EVAL)
     with subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), what], stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
@@ -81,6 +94,7 @@ def test_no_process_outlives_the_program(tmp_path: Path, what: str, number: sign
         until(lambda pid=pid: is_gone(pid), f"process {pid} of a program that was {what} is gone")
 
 
+@pytest.mark.usefixtures("light_torch")
 def test_ctrl_c_reaches_the_program_alone(tmp_path: Path) -> None:
     """Ctrl-C in a terminal, a signal to the whole process group, interrupts the program but no running request."""
     source = """
@@ -151,19 +165,31 @@ def test_an_orphaned_worker_goes_when_it_is_not_wanted(deploy_own: Deployer) -> 
     until(lambda: is_gone(worker.pid or 0), "the worker is gone")
 
 
-def test_a_hung_torch_only_process_is_replaced(deploy_own: Deployer) -> None:
+def test_a_hung_torch_only_process_is_replaced(deploy_own: Deployer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch-only process that does not fork in time is killed; the next start gets a new one, old workers serve on."""
-    model = deploy_own(startup_timeout=1)
+    monkeypatch.setattr(forkserver, "_FORK_LIMIT_S", 0.5)
+    model = deploy_own()
     (worker,) = model.describe().workers
     torch_only = torch_only_process(worker.pid)
     torch_only.suspend()
 
     with pytest.raises(WorkerStartFailed):
-        model.scale(2)
+        deploy_own(model_name="other", startup_timeout=1)
 
     until(lambda: is_gone(torch_only.pid), "the hung torch-only process is gone")
     assert model.predict("os.getpid()", timeout=20) == worker.pid
-    until(lambda: [each.state.name for each in model.describe().workers] == ["READY"] * 2, "there are two workers")
+    assert deploy_own(model_name="other").predict("1") == 1
+
+
+def test_an_impatient_model_does_not_fail_the_start_of_others(deploy_own: Deployer, light_torch: Path) -> None:
+    """That one model's startup_timeout is shorter than importing torch takes fails the start of no other model."""
+    with (light_torch / "torch" / "__init__.py").open("a") as file:
+        file.write("import time\ntime.sleep(1)\n")
+    patient = deploy_own(model_name="patient", synchronous=False)
+    with contextlib.suppress(WorkerStartFailed):
+        deploy_own(model_name="impatient", startup_timeout=0.2)
+    patient.wait_ready(40)
+    assert patient.describe().last_error == ""
 
 
 def test_a_torch_only_process_that_cannot_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,12 +207,13 @@ def test_no_interpreter_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Without ``sys.executable`` a registration fails with a reason that names it, and does not hang."""
     monkeypatch.setattr(sys, "executable", "")
     folder = write_folder(tmp_path / "model", EVAL)
-    with ModelManager(settings=None) as manager:
-        with pytest.raises(WorkerStartFailed, match="sys.executable"):
+    with ModelManager() as manager:
+        with pytest.raises(WorkerStartFailed, match=r"sys\.executable"):
             manager.register(folder, model_name="m", handler="handler.py")
         assert len(manager) == 0
 
 
+@pytest.mark.usefixtures("light_torch")
 def test_descriptors_that_run_out_are_an_error_not_a_hang(tmp_path: Path) -> None:
     """When the program has no descriptor left, scaling fails with the reason, and works again when it has some."""
     source = """

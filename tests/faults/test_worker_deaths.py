@@ -129,6 +129,7 @@ def test_all_workers_of_a_version_may_die_at_once(deploy: Deployer) -> None:
     until(whole, "there are three workers again")
 
 
+@pytest.mark.usefixtures("light_torch")
 def test_an_end_that_coincides_with_a_start_is_not_overlooked(tmp_path: Path) -> None:
     """A worker that dies while the torch-only process is about to fork another is reported like any other."""
     own = ProcessBackend()
@@ -142,8 +143,10 @@ def test_an_end_that_coincides_with_a_start_is_not_overlooked(tmp_path: Path) ->
             model.scale(2, synchronous=False)
             torch_only.resume()
             until(
-                lambda: [worker.state.name for worker in model.describe().workers] == ["READY"] * 2
-                and old not in [worker.pid for worker in model.describe().workers],
+                lambda: (
+                    [worker.state.name for worker in model.describe().workers] == ["READY"] * 2
+                    and old not in [worker.pid for worker in model.describe().workers]
+                ),
                 "the dead worker is replaced",
             )
     finally:
@@ -192,7 +195,9 @@ def test_a_worker_that_does_not_load_in_time_is_killed(deploy: Deployer, manager
     """A worker that is not ready within startup_timeout is killed; the error names the limit and shows the stack."""
     hang = "threading.Event().wait()"
     source = f"{TOOLS}\ndef load_for_ever():\n    {hang}\n" + (
-        "load_for_ever()\n" if place == "import" else "class H:\n    def initialize(self, context):\n        load_for_ever()\n"
+        "load_for_ever()\n"
+        if place == "import"
+        else "class H:\n    def initialize(self, context):\n        load_for_ever()\n"
     )
     if place == "initialize":
         source += "    def handle(self, data, context):\n        return data\n"
@@ -307,7 +312,7 @@ def test_a_worker_that_only_lost_its_channel_is_replaced(deploy: Deployer, tmp_p
 def test_a_handler_may_print_without_end(deploy: Deployer) -> None:
     """A flood of output, long lines and bytes that are no text block neither the worker nor its answer."""
     model = deploy()
-    flood = "[print('x' * 1000) for _ in range(5000)] and os.write(1, bytes(range(256)) * 1000) and 'done'"
+    flood = "[print('x' * 1000) for _ in range(5000)] and os.write(1, bytes(range(256)) * 1000 + b'\\n') and 'done'"
     assert model.predict(flood, timeout=30) == "done"
     with pytest.raises(HandlerFailed) as caught:
         model.predict("print('the last line') or fail(ValueError())")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.handlers import ECHO, SIZES, TOOLS, Deployer, Gate, lines_of, until, write_folder
-from torchmgmt import ModelManager
+from torchmgmt import ModelManager, WorkerPool
 from torchmgmt.errors import AlreadyRegistered, ManagerClosed, ModelNotFound, ModelVersionNotFound, TorchmgmtError
 
 GATED_SIZES = """
@@ -159,6 +160,33 @@ def test_who_predicts_while_the_manager_closes_is_answered_or_told_so(deploy: De
 
     assert {type(end) for end in ends} == {ManagerClosed}, ends
     assert report.clean, report
+
+
+def test_a_registration_that_was_undone_takes_no_later_one_with_it(
+    manager: ModelManager, deploy: Deployer, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registration whose version is unregistered while it waits fails; one that took the name since stays."""
+    original = WorkerPool.wait_ready
+    waits, resume = threading.Event(), threading.Event()
+
+    def hear_of_it_late(pool: WorkerPool, timeout: float | None = None) -> None:
+        waits.set()
+        try:
+            original(pool, timeout)
+        except TorchmgmtError:
+            resume.wait(20)
+            raise
+
+    monkeypatch.setattr(WorkerPool, "wait_ready", hear_of_it_late)
+    with ThreadPoolExecutor(1) as threads:
+        undone = threads.submit(deploy, f"{TOOLS}\nwait_for({gate.path!r})\n{ECHO}")
+        assert waits.wait(20)
+        manager.unregister("m")
+        later = deploy(ECHO)
+        resume.set()
+        assert isinstance(undone.exception(20), TorchmgmtError)
+    assert list(manager) == ["m"]
+    assert later.predict("still here") == "still here"
 
 
 def test_a_batch_is_full_when_enough_wait_and_never_larger(deploy: Deployer, gate: Gate) -> None:

@@ -256,6 +256,8 @@ def test_a_scale_call_can_run_a_model_with_its_number_of_threads(deploy: Deploye
 def test_loads_are_as_many_as_workers(deploy: Deployer, tmp_path: Path) -> None:
     """The handler is initialised exactly once in each worker."""
     loads = tmp_path / "loads"
-    source = f"{TOOLS}\ndef handle(data, context):\n    if data is None:\n        return note({str(loads)!r}, os.getpid())\n"
+    source = (
+        f"{TOOLS}\ndef handle(data, context):\n    if data is None:\n        return note({str(loads)!r}, os.getpid())\n"
+    )
     model = deploy(source + "    return data\n", initial_workers=3)
     assert sorted(lines_of(loads)) == sorted(map(str, pids(model)))

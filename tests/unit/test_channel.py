@@ -30,7 +30,7 @@ from torchmgmt.channel import (
     frame_parts,
     send,
 )
-from torchmgmt.records import Encoded
+from torchmgmt.records import Encoded, ModelKey
 
 MANY = 100_000
 WAIT_S = 30
@@ -511,7 +511,7 @@ def nothing_decoded() -> None:
 
 def test_an_answer_is_decoded_once_by_whoever_asks():
     """The thread that receives an answer never unpickles it; who asks twice gets the same object."""
-    future = AnswerFuture()
+    future = AnswerFuture(ModelKey("m", "1.0"))
     with ThreadPoolExecutor(1) as receiver:
         receiver.submit(future.set_result, encode(NotesItsDecoding(42))).result(WAIT_S)
     assert future.done()
@@ -524,14 +524,14 @@ def test_an_answer_is_decoded_once_by_whoever_asks():
 
 def test_a_list_of_answers_is_a_list_of_values():
     """What gathers several answers gives all of them, in order."""
-    future = AnswerFuture()
+    future = AnswerFuture(ModelKey("m", "1.0"))
     future.set_result([encode(n) for n in range(5)])
     assert future.result() == [0, 1, 2, 3, 4]
 
 
 def test_asking_for_the_error_decodes_nothing():
     """exception() and callbacks may run anywhere: they leave the answer alone."""
-    future = AnswerFuture()
+    future = AnswerFuture(ModelKey("m", "1.0"))
     called: list[object] = []
     future.add_done_callback(called.append)
     future.set_result(encode(NotesItsDecoding(1)))
@@ -542,7 +542,11 @@ def test_asking_for_the_error_decodes_nothing():
 
 def test_what_ended_the_request_is_raised():
     """Errors, cancellation and a time that is over are those of any future."""
-    failed, cancelled, pending = AnswerFuture(), AnswerFuture(), AnswerFuture()
+    failed, cancelled, pending = (
+        AnswerFuture(ModelKey("m", "1.0")),
+        AnswerFuture(ModelKey("m", "1.0")),
+        AnswerFuture(ModelKey("m", "1.0")),
+    )
     failed.set_exception(KeyError("no"))
     with pytest.raises(KeyError):
         failed.result()
@@ -555,7 +559,7 @@ def test_what_ended_the_request_is_raised():
 
 def test_an_answer_that_cannot_be_decoded_says_so_each_time():
     """A broken answer is an error for who asks, not for who received it."""
-    future = AnswerFuture()
+    future = AnswerFuture(ModelKey("m", "1.0"))
     future.set_result(Encoded([b"\x80\x05not a pickle"]))
     for _ in range(2):
         with pytest.raises(pickle.UnpicklingError):

@@ -38,9 +38,7 @@ def post(monkeypatch, tmp_path) -> Recorder:
 
 
 def write_key(path, key: object) -> None:
-    path.write_text(
-        json.dumps({"management": {"key": key, "expiration time": "2026-11-23T00:00:00Z"}})
-    )
+    path.write_text(json.dumps({"management": {"key": key, "expiration time": "2026-11-23T00:00:00Z"}}))
 
 
 def test_register_model_asks_for_one_worker_and_waits(post):
@@ -58,9 +56,7 @@ def test_register_model_asks_for_one_worker_and_waits(post):
     assert post.sent["headers"] is None
 
 
-@pytest.mark.parametrize(
-    "params", [{"url": "a.mar", "batch_size": 4}, [("url", "a.mar"), ("x", "1")]]
-)
+@pytest.mark.parametrize("params", [{"url": "a.mar", "batch_size": 4}, [("url", "a.mar"), ("x", "1")]])
 def test_params_go_as_given(post, params):
     """register_model_with_params adds nothing and drops nothing."""
     launcher.register_model_with_params(params)
@@ -97,9 +93,7 @@ def test_the_key_file_is_read_again_each_time(post, tmp_path):
         assert post.sent["headers"] == {"Authorization": f"Bearer {key}"}
 
 
-@pytest.mark.parametrize(
-    "address", ["http://example.org:8081", "http://10.0.0.1", "nonsense", "http://[x"]
-)
+@pytest.mark.parametrize("address", ["http://example.org:8081", "http://10.0.0.1", "nonsense", "http://[x"])
 def test_the_key_file_goes_to_loopback_only(post, tmp_path, address):
     """A key found in a file is never sent to another machine."""
     write_key(tmp_path / "key_file.json", "secret")
@@ -107,9 +101,7 @@ def test_the_key_file_goes_to_loopback_only(post, tmp_path, address):
     assert post.sent["headers"] is None
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"management": 1}', '{"management": {"key": 1}}', "\xff"]
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"management": 1}', '{"management": {"key": 1}}', "\xff"])
 def test_a_broken_key_file_is_no_key(post, tmp_path, text):
     """A key file that cannot be used raises nothing: only requests may raise."""
     (tmp_path / "key_file.json").write_text(text, "latin-1")

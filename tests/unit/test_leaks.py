@@ -176,9 +176,7 @@ def inner(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> InnerRu
 
 
 @pytest.mark.parametrize("name", LEAKING)
-def test_a_test_that_leaks_fails_and_the_message_names_what_leaked(
-    inner: InnerRun, name: str
-) -> None:
+def test_a_test_that_leaks_fails_and_the_message_names_what_leaked(inner: InnerRun, name: str) -> None:
     """Whatever a test leaves behind fails that test, by name."""
     failure = inner.failures[name]
     assert failure is not None

@@ -47,9 +47,7 @@ def blocks_of(markdown: str) -> list[Block]:
         before = markdown[: match.start()].rstrip()
         following = matches[index + 1] if index + 1 < len(matches) else None
         is_shown = (
-            following is not None
-            and following[1] == "text"
-            and not markdown[match.end() : following.start()].strip()
+            following is not None and following[1] == "text" and not markdown[match.end() : following.start()].strip()
         )
         blocks.append(
             Block(
@@ -71,10 +69,7 @@ def _readme_blocks() -> list[Block]:
 BLOCKS = _readme_blocks()
 RUN = [block for block in BLOCKS if block.is_run]
 SHELL_LINES = [
-    (block, line)
-    for block in BLOCKS
-    if block.language == "sh"
-    for line in block.text.replace("\\\n", " ").splitlines()
+    (block, line) for block in BLOCKS if block.language == "sh" for line in block.text.replace("\\\n", " ").splitlines()
 ]
 
 
@@ -130,9 +125,7 @@ def assert_output(expected: str, got: str) -> None:
         pytest.fail(checker.output_difference(example, got, flags), pytrace=False)
 
 
-@pytest.mark.parametrize(
-    "line", [pytest.param(line, id=f"{block}: {line}") for block, line in SHELL_LINES]
-)
+@pytest.mark.parametrize("line", [pytest.param(line, id=f"{block}: {line}") for block, line in SHELL_LINES])
 def test_a_shell_line_names_what_exists(line: str) -> None:
     """No command of the README starts a module, a script, a make target or an extra that is not there."""
     assert missing_in(line) == []

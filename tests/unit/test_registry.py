@@ -131,23 +131,34 @@ def test_setting_an_unknown_default_changes_nothing():
 def test_withdrawing_the_default_makes_the_oldest_left_the_default():
     """A registration that failed late takes its version out even if that was the default."""
     registry = registry_with("a:1", "a:2", "a:3")
-    registry.withdraw(ModelKey("a", "1"))
+    assert registry.withdraw(ModelKey("a", "1"), registry.get("a", "1"))
     assert (registry.default("a"), registry.versions("a")) == ("2", ["a:2", "a:3"])
 
 
 def test_withdrawing_what_is_not_there_is_nothing():
-    """withdraw cleans up: it may be called for what never came to be."""
+    """withdraw cleans up: it may be called for what never came to be, or was removed meanwhile."""
     registry = registry_with("a:1")
-    registry.withdraw(ModelKey("a", "2"))
-    registry.withdraw(ModelKey("b", "1"))
+    assert not registry.withdraw(ModelKey("a", "2"), "a:2")
+    assert not registry.withdraw(ModelKey("b", "1"), "b:1")
     assert list(registry) == ["a:1"]
+
+
+def test_a_failed_registration_does_not_withdraw_its_successor():
+    """If the version was unregistered and registered again meanwhile, the new one stays."""
+    registry: Registry[object] = Registry()
+    failed, successor = object(), object()
+    registry.add(ModelKey("a", "1"), failed)
+    registry.remove("a", "1")
+    registry.add(ModelKey("a", "1"), successor)
+    assert not registry.withdraw(ModelKey("a", "1"), failed)
+    assert registry.get("a") is successor
 
 
 def test_a_listing_is_a_copy():
     """Whoever walks over models or versions may remove some on the way."""
     registry = registry_with("a:1", "b:1", "b:2")
     for value in registry:
-        registry.withdraw(ModelKey(*value.split(":")))
+        registry.withdraw(ModelKey(*value.split(":")), value)
     assert len(registry) == 0
 
 
@@ -246,12 +257,14 @@ class RegistryRules(RuleBasedStateMachine):
             assert removed is self.value(ModelKey(name, wanted))
             self.forget(ModelKey(name, wanted))
 
-    @rule(key=KEYS)
-    def withdraw(self, key: ModelKey) -> None:
-        was_there = key in self.keys(key.name)
-        self.registry.withdraw(key)
+    @rule(key=KEYS, is_current=st.booleans())
+    def withdraw(self, key: ModelKey, is_current: bool) -> None:
+        was_there = is_current and key in self.keys(key.name)
+        assert self.registry.withdraw(key, self.value(key) if was_there else object()) is was_there
+        if not was_there:
+            return
         self.forget(key)
-        if was_there and self.defaults[key.name] == key.version and self.keys(key.name):
+        if self.defaults[key.name] == key.version and self.keys(key.name):
             self.defaults[key.name] = self.keys(key.name)[0].version
 
     @invariant()

@@ -159,9 +159,7 @@ def test_loopback_names_are_loopback(host):
     assert is_loopback_host(host)
 
 
-@pytest.mark.parametrize(
-    "host", ["", "0.0.0.0", "::", "example.org", "localhost.evil.org", "1.2.3.4"]
-)
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "example.org", "localhost.evil.org", "1.2.3.4"])
 def test_other_names_are_not_loopback(host):
     """A name that merely looks local is not trusted."""
     assert not is_loopback_host(host)

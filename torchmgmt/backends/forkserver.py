@@ -14,10 +14,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
-from attrs import define
+from attrs import define, field
 
 from torchmgmt.backends.output import Output
 from torchmgmt.channel import Frame, FrameReader, FrameSender, Kind
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 
 _MODULE = "torchmgmt.worker.forkserver"
 # The path is set before anything is imported, so that a file in the working directory cannot stand in for a module.
-_BOOTSTRAP = f"import sys; sys.path[:] = sys.argv[3].split('\\n'); from {_MODULE} import main; main()"
+# Without collections meanwhile, importing torch takes a tenth less.
+_BOOTSTRAP = f"import gc, sys; gc.disable(); sys.path[:] = sys.argv[3].split('\\n'); from {_MODULE} import main; main()"
 # One thread while the process may still be forked: a child of a process that ran a multi-threaded operation hangs in its
 # own first one, and importing numpy starts a pool unless told not to. NVML only looks at the GPUs; CUDA must never be
 # initialised before a fork.
@@ -41,6 +44,9 @@ _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 _CLOSE_TIMEOUT_S = 5.0
+# A fork takes milliseconds, importing torch seconds. One that takes longer than this hangs.
+_FORK_LIMIT_S = 10.0
+_IMPORT_LIMIT_S = 120.0
 
 
 class ForkListener(Protocol):
@@ -72,7 +78,12 @@ class _Server:
     sender: FrameSender
     reader: FrameReader
     output: Output
-    listeners: dict[int, ForkListener]
+    started_at: float
+    is_ready: bool = False
+    """Whether it has imported torch and serves."""
+    listeners: dict[int, ForkListener] = field(factory=dict)
+    unanswered: set[int] = field(factory=set)
+    """The numbers of the forks that it was asked for and said nothing of yet; noted before it is sent."""
 
 
 class ForkServer:
@@ -110,19 +121,13 @@ class ForkServer:
                 server = self._ensure_running_locked()
                 number = next(self._numbers)
                 server.listeners[number] = listener
+                server.unanswered.add(number)
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
         server.sender.send(Frame(Kind.FORK, (number, job)), fds)
-
-    def kill(self, reason: str) -> None:
-        """Kill the torch-only process: it does not answer. Its children live on; the next fork starts another."""
-        with self._lock:
-            server = self._server
-        if server is not None:
-            log.error("Killing the torch-only process %d: %s", server.process.pid, reason)
-            server.process.kill()
+        self._look_later(server, number)
 
     def close(self) -> None:
         """End the torch-only process and, with it, every child that is left. Blocks until it is gone; idempotent."""
@@ -163,7 +168,7 @@ class ForkServer:
             sender=sender,
             reader=FrameReader(max_fds=16),
             output=Output(output_reader, self._output_dispatcher, log),
-            listeners={},
+            started_at=time.monotonic(),
         )
         sender.send(Frame(Kind.HELLO, _environment_to_restore()))
         self._dispatcher.watch(ours, lambda: self._on_readable(server))
@@ -184,12 +189,31 @@ class ForkServer:
         for frame in frames:
             self._on_frame(server, frame)
 
+    def _look_later(self, server: _Server, number: int) -> None:
+        with contextlib.suppress(ManagerClosed):
+            self._dispatcher.call_at(time.monotonic() + _FORK_LIMIT_S, lambda: self._check_fork(server, number))
+
+    def _check_fork(self, server: _Server, number: int) -> None:
+        """Kill a torch-only process that does not answer: it hangs. Its children live on; the next fork starts another."""
+        if number not in server.unanswered or self._server is not server:
+            return
+        if not server.is_ready and time.monotonic() < server.started_at + _IMPORT_LIMIT_S:
+            self._look_later(server, number)  # it may well be importing torch still, on a slow disk
+            return
+        log.error("Killing the torch-only process %d: it did not fork a worker in time", server.process.pid)
+        server.process.kill()
+
     def _on_frame(self, server: _Server, frame: Frame) -> None:
+        if frame.kind is Kind.READY:
+            server.is_ready = True
+            return
         if frame.kind is Kind.FORKED:
             number, pid, has_pidfd = frame.head
+            server.unanswered.discard(number)
             server.listeners[number].forked(pid, server.reader.fds.pop(0) if has_pidfd else None)
         elif frame.kind is Kind.NOT_FORKED:
             number, reason = frame.head
+            server.unanswered.discard(number)
             server.listeners.pop(number).fork_failed(reason, server.output.last_lines())
         elif frame.kind is Kind.EXITED:
             number, exitcode = frame.head
@@ -219,7 +243,7 @@ def _popen(control: socket.socket, output_fd: int) -> subprocess.Popen[bytes]:
         raise OSError("sys.executable is empty, so no interpreter is known that could load a model")
     pidfd = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
     passed = [control.fileno()] if pidfd is None else [control.fileno(), pidfd]
-    path = [entry or os.getcwd() for entry in sys.path]
+    path = [entry or str(Path.cwd()) for entry in sys.path]
     fds = [str(control.fileno()), str(-1 if pidfd is None else pidfd)]
     try:
         return subprocess.Popen(
@@ -249,5 +273,3 @@ def _reap(process: subprocess.Popen[bytes]) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-

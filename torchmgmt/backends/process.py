@@ -112,10 +112,6 @@ class ProcessBackend:
         """The dispatcher that reads channels; for this backend's own workers."""
         return self._dispatcher
 
-    def hang_suspected(self, reason: str) -> None:
-        """Note that the torch-only process did not do what it was asked for in time; it is killed and started anew."""
-        self._forkserver.kill(reason)
-
     def _sample_memory(self) -> None:
         with self._lock:
             workers = list(self._workers)
@@ -146,7 +142,6 @@ class ProcessWorker:
 
     def start(self) -> None:
         """Have the process forked. What it is sent before it runs waits in the socket."""
-        self._fork_by = time.monotonic() + self._job.spec.startup_timeout_s
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
         self._sender = FrameSender(self._channel, self._watch_writable)
@@ -186,9 +181,10 @@ class ProcessWorker:
         if self._send_signal(signal.SIGUSR2):
             self._backend.call_at(time.monotonic() + _LAST_WORDS_S, lambda: self._send_signal(signal.SIGKILL))
             return
+        # Not forked yet, perhaps because torch is being imported. Nobody shall wait for that; if the process still comes
+        # to be, it is killed at once.
         self._send_signal(signal.SIGKILL)
-        if self.pid is None and time.monotonic() >= self._fork_by:
-            self._backend.hang_suspected("it did not fork a worker in time")
+        self._dispatcher.call_soon(self._give_up_if_not_forked)
 
     def sample_memory(self) -> None:
         """Read how much memory the worker uses. Takes milliseconds; not for a thread that carries answers."""
@@ -204,18 +200,28 @@ class ProcessWorker:
     def forked(self, pid: int, pidfd: int | None) -> None:
         """The process runs."""
         with self._lock:
+            was_given_up, self._gone = self._gone, False
             self.pid, self._pidfd = pid, pidfd
             waiting = self._signal
-        self._dispatcher.watch(self._channel, self._on_readable)
+        if not was_given_up:
+            self._dispatcher.watch(self._channel, self._on_readable)
         if waiting is not None:
             self._send_signal(waiting)
+        if was_given_up:
+            self._forget_process()
 
     def fork_failed(self, reason: str, last_lines: list[str]) -> None:
         """There is no process."""
         self._finish(WorkerExit(0, None, reason, last_lines))
 
+    def _give_up_if_not_forked(self) -> None:
+        if self.pid is None:
+            self._finish(WorkerExit(0, None, "it was not forked in time"))
+
     def process_exited(self, exitcode: int | None) -> None:
         """The process is gone; what it sent before is read first, so that no finished batch is lost with it."""
+        if self._gone:
+            return  # it was given up before it came to be
         self._read_the_rest()
         lines = self.last_lines()
         self._finish(WorkerExit(self.pid or 0, exitcode, _describe_exit(exitcode), lines, self._fault))
@@ -274,12 +280,18 @@ class ProcessWorker:
         elif frame.kind is Kind.FAILED:
             self._fault = frame.head
 
-    def _finish(self, exit: WorkerExit) -> None:
+    def _forget_process(self) -> None:
+        """Signal it no more: its pid may soon be another's."""
         with self._lock:
             self._gone = True
             pidfd, self._pidfd = self._pidfd, None
         if pidfd is not None:
             os.close(pidfd)
+
+    def _finish(self, exit: WorkerExit) -> None:
+        if self._gone:
+            return
+        self._forget_process()
         self._sender.close()
         self._dispatcher.unwatch(self._channel, self._channel.close)
         self._output.close()

@@ -1,4 +1,4 @@
-"""The handlers that ship, by the names under which an archive may ask for them."""
+"""The handlers that ship, by the names under which an archive may ask for them, and what every handler is given."""
 
 from __future__ import annotations
 

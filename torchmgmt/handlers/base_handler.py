@@ -94,7 +94,9 @@ class BaseHandler:
             path = folder / serialized if serialized else None
             return self._load_pickled_model(str(folder), model_file, str(path) if path else "")
         if not serialized:
-            raise RuntimeError("the manifest names neither a serializedFile nor a modelFile, so there is nothing to load")
+            raise RuntimeError(
+                "the manifest names neither a serializedFile nor a modelFile, so there is nothing to load"
+            )
         return self._load_torchscript_model(str(folder / serialized))
 
     def _load_torchscript_model(self, model_pt_path: str) -> Any:

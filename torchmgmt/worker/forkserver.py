@@ -52,6 +52,7 @@ class ForkServer:
     def run(self) -> None:
         """Serve until the embedding process closes the channel or is gone; then leave no child behind."""
         self._listen()
+        send(self._control, Frame(Kind.READY))
         try:
             while self._serve(self._selector.select(timeout=self._poll_period_s())):
                 pass
@@ -135,18 +136,18 @@ class ForkServer:
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
         # Asked one by one, because starting a process makes multiprocessing reap those that have ended, without a word.
-        ended = [pid for pid, (_, process) in self._children.items() if process.exitcode is not None]
+        ended = {pid for pid, (_, process) in self._children.items() if process.exitcode is not None}
         while (pid := _ended_child()) is not None:
-            if pid in self._children:
-                ended.append(pid)  # it ended since
+            ended.add(pid)
+            if pid in self._children:  # it ended since
                 self._children[pid][1].join()
             else:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
-        for pid in ended:
+        for pid in ended & self._children.keys():
             self._report_exit(pid)
         if ended:
-            self._kill_strays()
+            self._kill_strays()  # an orphan that is ended may leave children of its own, which come here in turn
 
     def _report_exit(self, pid: int) -> None:
         number, process = self._children.pop(pid)
@@ -176,9 +177,10 @@ def main() -> NoReturn:
     control = socket.socket(fileno=int(sys.argv[1]))
     torch.set_num_threads(1)
     _become_subreaper()
-    # A collection in a worker would otherwise touch, and so copy, every page of what was imported here.
-    gc.collect()
+    # A collection in a worker would otherwise touch, and so copy, every page of what was imported here. What is garbage of
+    # it stays: to find it costs 0.1 s of every first start, and gains less than a megabyte.
     gc.freeze()
+    gc.enable()
     try:
         ForkServer(control, int(sys.argv[2])).run()
     except OSError:

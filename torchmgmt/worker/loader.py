@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torchmgmt.handlers import SHIPPED
-from torchmgmt.worker.context import Context
+from torchmgmt.handlers.context import Context
 
 if TYPE_CHECKING:
     from torchmgmt.records import ModelSpec

@@ -21,8 +21,8 @@ import torch
 
 from torchmgmt.channel import Buffer, Frame, FrameReader, Kind, decode, encode, send
 from torchmgmt.compat import install_ts
+from torchmgmt.handlers.context import Context
 from torchmgmt.records import Encoded, WorkerFault
-from torchmgmt.worker.context import Context
 from torchmgmt.worker.loader import Handler, load_handler
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class WorkerProcess:
         try:
             status = self._run()
         except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            status = _status_of(error)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -77,6 +77,9 @@ class WorkerProcess:
         os.register_at_fork(after_in_child=channel.close)
         try:
             handler = self._load()
+        except SystemExit:
+            traceback.print_exc()  # where it was called is worth as much as the status
+            raise
         except Exception as error:
             send(channel, Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
@@ -186,11 +189,26 @@ def fault_of(error: BaseException) -> WorkerFault:
     code = getattr(error, "error_code", None)
     return WorkerFault(
         error_type=name,
-        reason=f"{name}: {error}",
+        reason=f"{name}: {_text_of(error)}",
         traceback="".join(traceback.format_exception(kind, error, _without_our_frames(error.__traceback__))),
         error_code=code if isinstance(code, int) else None,
         out_of_memory=isinstance(error, (MemoryError, torch.OutOfMemoryError)),
     )
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as reason:  # it has a __str__ of its own
+        return f"(its text cannot be read: {type(reason).__name__})"
+
+
+def _status_of(error: SystemExit) -> int:
+    """Return the exit status that Python gives ``error``, and print its text, if it has one, as Python does."""
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    sys.stderr.write(f"{error.code}\n")
+    return 1
 
 
 def _without_our_frames(trace: TracebackType | None) -> TracebackType | None:
@@ -246,5 +264,3 @@ def _die_with(root_pidfd: int) -> None:
 
     if root_pidfd >= 0:
         threading.Thread(target=watch, name="torchmgmt-parent-watch", daemon=True).start()
-
-

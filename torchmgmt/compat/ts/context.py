@@ -1,5 +1,5 @@
 """``ts.context``."""
 
-from torchmgmt.worker.context import Context, RequestProcessor
+from torchmgmt.handlers.context import Context, RequestProcessor
 
 __all__ = ["Context", "RequestProcessor"]

@@ -9,7 +9,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchmgmt.worker.metrics import Metrics
+from torchmgmt.handlers.metrics import Metrics
 
 if TYPE_CHECKING:
     from torchmgmt.records import ModelSpec

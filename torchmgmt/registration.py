@@ -1,0 +1,159 @@
+"""What a registration asks for: the call's own arguments, then the archive's, then the settings', checked and joined.
+
+Pure: it opens nothing and starts nothing. What is wrong in a call is an InvalidArgument that names the argument; what is
+wrong in an archive is an InvalidArchive that names the key of its ``model-config.yaml``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from attrs import Attribute, field, frozen
+from attrs.validators import optional
+
+from torchmgmt.archive import ModelFolder
+from torchmgmt.errors import InvalidArchive, InvalidArgument
+from torchmgmt.records import ModelKey, ModelSpec, Scale, check_number, number, text, truth
+from torchmgmt.settings import Settings
+
+__all__ = ["Wishes", "key_of", "scale_of", "spec_of"]
+
+RUNTIMES = ("python", "python3", "lsp")
+DEFAULT_VERSION = "1.0"
+CONFIG_KEYS: Mapping[str, str] = {
+    "batch_size": "batchSize",
+    "max_batch_delay": "maxBatchDelay",
+    "response_timeout": "responseTimeout",
+    "startup_timeout": "startupTimeout",
+    "max_retry_timeout": "maxRetryTimeoutInSec",
+    "job_queue_size": "jobQueueSize",
+    "min_worker": "minWorkers",
+    "max_worker": "maxWorkers",
+}
+"""From the names of our arguments to TorchServe's keys in ``model-config.yaml``."""
+
+
+def _runtime(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, str) or value.lower() not in RUNTIMES:
+        raise InvalidArgument("runtime", value, "python, python3 or LSP, in any case")
+
+
+@frozen(kw_only=True)
+class Wishes:
+    """The arguments of ``ModelManager.register`` beside the url; None is what the call leaves open."""
+
+    model_name: str | None = field(default=None, validator=optional(text("model_name")))
+    version: str | None = field(default=None, validator=optional(text("version")))
+    handler: str | None = field(default=None, validator=optional(text("handler")))
+    runtime: str | None = field(default=None, validator=optional(_runtime))
+    batch_size: int | None = field(default=None, validator=optional(number("batch_size", 1)))
+    max_batch_delay: int | None = field(default=None, validator=optional(number("max_batch_delay", 0, "milliseconds")))
+    initial_workers: int | None = field(default=None, validator=optional(number("initial_workers", 0)))
+    max_workers: int | None = field(default=None, validator=optional(number("max_workers", 0)))
+    response_timeout: float | None = field(
+        default=None, validator=optional(number("response_timeout", 1e-3, "seconds", whole=False))
+    )
+    startup_timeout: float | None = field(
+        default=None, validator=optional(number("startup_timeout", 1e-3, "seconds", whole=False))
+    )
+    synchronous: bool = field(default=True, validator=truth("synchronous"))
+    default_workers: int = field(default=1, validator=number("default_workers", 0))
+    trusted: bool = field(default=True, validator=truth("trusted"))
+    loaded_at_startup: bool = field(default=False, validator=truth("loaded_at_startup"))
+
+    def __attrs_post_init__(self) -> None:
+        if self.initial_workers is not None and self.max_workers is not None:
+            check_number("max_workers", self.max_workers, minimum=self.initial_workers)
+
+
+def key_of(folder: ModelFolder, wishes: Wishes) -> ModelKey:
+    """Return the name and version to register; raise InvalidArchive if nobody names the model."""
+    manifest = folder.manifest
+    name = wishes.model_name or (manifest.model_name if manifest else None)
+    if name is None:
+        raise InvalidArchive(folder.url, "it has no manifest that names the model; give model_name=... and handler=...")
+    return ModelKey(name, wishes.version or (manifest.version if manifest else DEFAULT_VERSION))
+
+
+def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpec:
+    """Return what the workers are to load, and the limits to keep.
+
+    Raises:
+        InvalidArchive: a value in the archive is wrong, or nobody names the model or the handler.
+    """
+    key, manifest, config = key_of(folder, wishes), folder.manifest, folder.config
+    handler = wishes.handler or (manifest.handler if manifest else None)
+    if handler is None:
+        raise InvalidArchive(folder.url, "it names no handler; give handler=...")
+
+    def value(argument: str, wish: object, default: object) -> Any:
+        return config.get(CONFIG_KEYS[argument], default) if wish is None else wish
+
+    with _blaming_the_archive(folder):
+        return ModelSpec(
+            key=key,
+            model_dir=str(folder.path),
+            handler=handler,
+            url=folder.url,
+            manifest=manifest.raw if manifest else _made_up_manifest(key, handler),
+            config=config,
+            runtime=(wishes.runtime or (manifest.runtime if manifest else "python")).lower(),
+            batch_size=value("batch_size", wishes.batch_size, 1),
+            max_batch_delay_ms=value("max_batch_delay", wishes.max_batch_delay, 100),
+            response_timeout_s=value("response_timeout", wishes.response_timeout, settings.default_response_timeout),
+            startup_timeout_s=value("startup_timeout", wishes.startup_timeout, settings.default_startup_timeout),
+            max_retry_timeout_s=value("max_retry_timeout", None, settings.max_retry_timeout),
+            job_queue_size=value("job_queue_size", None, settings.job_queue_size),
+            loaded_at_startup=wishes.loaded_at_startup,
+        )
+
+
+def scale_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> Scale:
+    """Return how many workers to begin with; raise InvalidArchive if the archive's own numbers are wrong.
+
+    A call that says how many to start says thereby how many there may be, unless it says that, too. Where only one of
+    two numbers is the archive's, it gives way to the other.
+    """
+    if wishes.initial_workers is not None:
+        most = wishes.initial_workers if wishes.max_workers is None else wishes.max_workers
+        return Scale(wishes.initial_workers, most)
+    per_model = settings.default_workers_per_model
+    default = wishes.default_workers if per_model is None else per_model
+    with _blaming_the_archive(folder):
+        stated_least, stated_most = _stated(folder, "minWorkers"), _stated(folder, "maxWorkers")
+        if stated_least is not None and stated_most is not None and wishes.max_workers is None:
+            return Scale(stated_least, stated_most)
+    begin_with = default if stated_least is None else stated_least
+    limit = stated_most if wishes.max_workers is None else wishes.max_workers
+    return Scale(begin_with, begin_with) if limit is None else Scale(min(begin_with, limit), limit)
+
+
+def _stated(folder: ModelFolder, key: str) -> int | None:
+    """Return a number of workers that the archive states, checked; None if it does not."""
+    if key not in folder.config:
+        return None
+    check_number(key, folder.config[key], minimum=0)
+    return int(folder.config[key])
+
+
+@contextlib.contextmanager
+def _blaming_the_archive(folder: ModelFolder) -> Iterator[None]:
+    """The call's own arguments were checked before, so what is wrong now came with the archive."""
+    try:
+        yield
+    except InvalidArgument as error:
+        key = CONFIG_KEYS.get(error.argument, error.argument)
+        raise InvalidArchive(
+            folder.url, f"{key} in its configuration is {error.given!r}, but must be {error.allowed}"
+        ) from error
+
+
+def _made_up_manifest(key: ModelKey, handler: str) -> Mapping[str, Any]:
+    """What a handler finds as ``context.manifest`` of a folder without one."""
+    return {
+        "runtime": "python",
+        "model": {"modelName": key.name, "modelVersion": key.version, "handler": handler},
+        "archiverVersion": "0.12.0",
+    }
