@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Any
 
 from attrs import define
 
@@ -25,7 +25,6 @@ from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.channel import AnswerFuture, encode
 from torchmgmt.errors import (
     DeadlineExceeded,
-    HandlerFailed,
     ManagerClosed,
     NoWorker,
     TorchmgmtError,
@@ -33,6 +32,7 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 from torchmgmt.events import Event, Listener, VersionStateChanged, WorkerReady, WorkerStopped
+from torchmgmt.job import Job, JobSource, OwnJob, answers_of, error_of_death
 from torchmgmt.lifecycle import (
     VersionEvent,
     VersionState,
@@ -43,8 +43,6 @@ from torchmgmt.lifecycle import (
 )
 from torchmgmt.records import (
     CloseReport,
-    Encoded,
-    ModelKey,
     ModelSpec,
     Scale,
     WorkerExit,
@@ -55,7 +53,7 @@ from torchmgmt.records import (
 )
 from torchmgmt.scaling import Failures, Plan, Situation, WorkerFacts, decide
 
-__all__ = ["Job", "JobSource", "WorkerPool"]
+__all__ = ["WorkerPool"]
 
 log = logging.getLogger(__name__)
 
@@ -88,33 +86,6 @@ _ROUTES: Mapping[tuple[VersionState, VersionState], Sequence[VersionEvent]] = {
 }
 
 
-class Job(Protocol):
-    """Requests that a worker runs together. Exactly one of ``finish`` and ``fail`` is called, once."""
-
-    @property
-    def items(self) -> Sequence[WorkerRequest]:
-        """The requests."""
-
-    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
-        """Take one outcome for each request, in order."""
-
-    def fail(self, error: BaseException) -> None:
-        """Take the error that ended all of them."""
-
-
-class JobSource(Protocol):
-    """Where a pool gets its batches from; a :class:`torchmgmt.Batcher` is one. None of its methods may block."""
-
-    def take(self) -> Job | None:
-        """Return the next batch if one is due. Called with the pool's lock held."""
-
-    def fail_waiting(self, error: BaseException) -> int:
-        """Answer all that waits with ``error``; return how many requests that were."""
-
-    def __len__(self) -> int:
-        """The number of requests that wait."""
-
-
 @define(eq=False)
 class _Worker:
     """One worker as its pool sees it. All of it is guarded by the pool's lock."""
@@ -134,25 +105,6 @@ class _Worker:
     """Why it was made to end, if it was."""
     is_unwanted: bool = False
     is_terminated: bool = False
-
-
-class _OwnJob:
-    """A batch that was given to the pool itself, or (``items`` is None) the wish to have the model described."""
-
-    def __init__(self, key: ModelKey, items: Sequence[WorkerRequest] | None) -> None:
-        self.is_description = items is None
-        self.items = items or ()
-        self.future = AnswerFuture(key)
-
-    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
-        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if errors:
-            self.future.set_exception(errors[0])
-        else:
-            self.future.set_result(outcomes[0] if self.is_description else list(outcomes))
-
-    def fail(self, error: BaseException) -> None:
-        self.future.set_exception(error)
 
 
 class WorkerPool:
@@ -204,7 +156,7 @@ class WorkerPool:
         # guarded by _lock
         self._workers: dict[str, _Worker] = {}
         self._idle: deque[_Worker] = deque()  # the last one in is the first one out: its caches are warm
-        self._jobs: deque[_OwnJob] = deque()
+        self._jobs: deque[OwnJob] = deque()
         self._scale = Scale(0, 0)
         self._state = VersionState.REGISTERED
         self._is_ending = False
@@ -326,11 +278,11 @@ class WorkerPool:
 
         It goes before what ``source`` has. Raises NoWorker and ManagerClosed as :meth:`run` does.
         """
-        return self._add(_OwnJob(self.spec.key, [WorkerRequest(encode(row, frozen=True), "") for row in rows]))
+        return self._add(OwnJob(self.spec.key, [WorkerRequest(encode(row, frozen=True), "") for row in rows]))
 
     def describe(self) -> AnswerFuture:
         """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""
-        return self._add(_OwnJob(self.spec.key, None))
+        return self._add(OwnJob(self.spec.key, None))
 
     def check_serving(self) -> None:
         """Raise ManagerClosed or NoWorker if a request that came now would never be run. Does not block."""
@@ -344,7 +296,7 @@ class WorkerPool:
         """Hand waiting batches to idle workers. To be called when there may be one; does not block."""
         while (worker := self._assign()) is not None:
             handle, job = worker.handle, worker.job
-            if isinstance(job, _OwnJob) and job.is_description and handle is not None:
+            if isinstance(job, OwnJob) and job.is_description and handle is not None:
                 handle.describe(worker.number)
             elif job is not None and handle is not None:
                 handle.run(worker.number, job.items)
@@ -407,7 +359,7 @@ class WorkerPool:
             while self._idle and self._idle[-1].state is not WorkerState.READY:
                 self._idle.pop()  # it was told to go since
             if self._idle:
-                job = self._jobs.popleft() if self._jobs else self._source.take() if self._source is not None else None
+                job = self._next_job_locked()
                 return None if job is None else self._assign_locked(self._idle.pop(), job)
             # In this order: counting what waits takes its time, and under load this is asked for every request.
             if self._is_promising_locked() or self._waiting_locked() == 0:
@@ -418,6 +370,13 @@ class WorkerPool:
         else:
             self._reconcile()  # nobody is there for what waits, and somebody may be
         return None
+
+    def _next_job_locked(self) -> Job | None:
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.begin():
+                return job
+        return self._source.take() if self._source is not None else None
 
     def _assign_locked(self, worker: _Worker, job: Job) -> _Worker:
         worker.state = advance_worker(worker.state, WorkerEvent.ASSIGN)
@@ -633,7 +592,7 @@ class WorkerPool:
         if is_stopping:
             handle.terminate()
 
-    def _add(self, job: _OwnJob) -> AnswerFuture:
+    def _add(self, job: OwnJob) -> AnswerFuture:
         with self._lock:
             if self._state in _OVER:
                 raise self._closed_error()
@@ -697,27 +656,9 @@ class WorkerPool:
             if self._state is VersionState.RETIRING:
                 self._changed.notify_all()
         self.pump()  # first, so that the worker computes while the answers are handed out
-        job.finish(self._answers(worker, outcomes))
-
-    def _answers(self, worker: _Worker, outcomes: Sequence[Outcome]) -> list[Encoded | BaseException]:
-        faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
-        lines = worker.handle.last_lines() if faults and worker.handle is not None else ()
-        return [
-            self._handler_failed(outcome, lines) if isinstance(outcome, WorkerFault) else outcome
-            for outcome in outcomes
-        ]
-
-    def _handler_failed(self, fault: WorkerFault, last_lines: Sequence[str]) -> HandlerFailed:
-        return HandlerFailed(
-            self.spec.key.name,
-            self.spec.key.version,
-            fault.reason,
-            error_type=fault.error_type,
-            error_code=fault.error_code,
-            out_of_memory=fault.out_of_memory,
-            traceback=fault.traceback,
-            last_lines=tuple(last_lines),
-        )
+        has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
+        lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
+        job.finish(answers_of(self.spec.key, outcomes, lines))
 
     def _on_exited(self, worker: _Worker, exit: WorkerExit) -> None:
         with self._lock:
@@ -725,7 +666,9 @@ class WorkerPool:
             self._workers.pop(worker.id, None)
             self._stopped += 1
             job, worker.job = worker.job, None
-            error = self._death(worker, exit, was_loading=worker.ready_at == NEVER)
+            error = error_of_death(
+                self.spec.key, exit, end_reason=worker.end_reason, was_loading=worker.ready_at == NEVER
+            )
             if not worker.is_unwanted:
                 self._note_failure_locked(worker, error)
             self._follow_workers_locked()
@@ -751,16 +694,6 @@ class WorkerPool:
         self._last_error = error
         self._starts_failed += isinstance(error, WorkerStartFailed)
         self._actions.append(lambda: log.warning("%s", error))
-
-    def _death(self, worker: _Worker, exit: WorkerExit, *, was_loading: bool) -> WorkerStartFailed | WorkerDied:
-        name, version = self.spec.key.name, self.spec.key.version
-        reason = worker.end_reason or exit.reason
-        if not was_loading:
-            return WorkerDied(name, version, exit.pid, exit.exitcode, reason, tuple(exit.last_lines))
-        fault, lines = exit.fault, tuple(exit.last_lines)
-        if fault is None or worker.end_reason:
-            return WorkerStartFailed(name, version, reason, "", lines)
-        return WorkerStartFailed(name, version, fault.reason, fault.traceback, lines, fault.out_of_memory)
 
 
 class _WorkerEvents:

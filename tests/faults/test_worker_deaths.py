@@ -250,6 +250,20 @@ def test_the_children_of_what_a_handler_started_die_too(deploy: Deployer) -> Non
     until(lambda: is_gone(sleep), "its child is gone", timeout_s=5)
 
 
+def test_what_a_handler_detached_lives_as_long_as_its_worker(deploy: Deployer) -> None:
+    """A daemon that a handler started is not ended because a worker of some other model is; only with its own."""
+    model, other = deploy(), deploy(model_name="other")
+    shell = "setsid sleep 1000 >/dev/null 2>&1 & echo $!"
+    daemon = int(model.predict(f"__import__('subprocess').run({shell!r}, shell=True, stdout=-1).stdout"))
+    bystander = only_pid(other)
+    other.unregister()
+    until(lambda: is_gone(bystander), "the other model's worker is gone")
+    deploy(model_name="other").unregister()  # by now the end of the first one has been dealt with
+    assert not is_gone(daemon)
+    os.kill(only_pid(model), signal.SIGKILL)
+    until(lambda: is_gone(daemon), "the daemon is gone with its worker")
+
+
 def test_a_forked_child_of_a_handler_does_not_keep_a_dead_worker_alive(deploy: Deployer) -> None:
     """A worker whose handler forked a child that holds every descriptor is known to be dead at once when it dies."""
     model = deploy()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,43 +34,39 @@ HUGE = 10**400
 NAN = float("nan")
 
 REGISTER = [
-    *[("batch_size", value) for value in (0, -2, 1.5, "8", True, [], HUGE)],
-    *[("max_batch_delay", value) for value in (-1, 0.5, "100", False, HUGE)],
-    *[("initial_workers", value) for value in (-1, 1.0, "2", True, HUGE)],
-    *[("max_workers", value) for value in (-1, 1.0, "2", True)],
-    *[("response_timeout", value) for value in (0, -1, "120", NAN, float("inf"), True, [], HUGE)],
-    *[("startup_timeout", value) for value in (0, -1, "120", NAN, float("inf"), True, HUGE)],
-    *[("model_name", value) for value in ("a/b", "", "  ", "a\0b", 5, b"m", [])],
-    *[("version", value) for value in ("1/2", "", "  ", 2, 1.0, b"1")],
-    *[("handler", value) for value in (5, b"handler", [], "", "  ")],
-    *[("runtime", value) for value in ("cobol", 3, "")],
-    *[("synchronous", value) for value in ("yes", 1, None)],
-    *[("default_workers", value) for value in (-1, "1", 1.5)],
-    *[("trusted", value) for value in ("no", None)],
-    *[("loaded_at_startup", value) for value in ("no", None)],
-    *[("url", value) for value in (5, None, "", b"model", "a\0b", [])],
+    ("batch_size", (0, -2, 1.5, "8", True, [], HUGE)),
+    ("max_batch_delay", (-1, 0.5, "100", False, HUGE)),
+    ("initial_workers", (-1, 1.0, "2", True, HUGE)),
+    ("max_workers", (-1, 1.0, "2", True)),
+    ("response_timeout", (0, -1, "120", NAN, float("inf"), True, [], HUGE)),
+    ("startup_timeout", (0, -1, "120", NAN, float("inf"), True, HUGE)),
+    ("model_name", ("a/b", "", "  ", "a\0b", 5, b"m", [])),
+    ("version", ("1/2", "", "  ", 2, 1.0, b"1")),
+    ("handler", (5, b"handler", [], "", "  ")),
+    ("runtime", ("cobol", 3, "")),
+    ("synchronous", ("yes", 1, None)),
+    ("default_workers", (-1, "1", 1.5)),
+    ("trusted", ("no", None)),
+    ("loaded_at_startup", ("no", None)),
+    ("url", (5, None, "", b"model", "a\0b", [])),
 ]
 SCALE = [
-    *[("min_worker", value) for value in (-1, 1.5, "2", None, True, [], HUGE)],
-    *[("max_worker", value) for value in (-1, 1.5, "2", True, 0, [])],
-    *[("timeout", value) for value in (-2, "1", NAN, None, True, float("inf"), HUGE)],
-    *[("version", value) for value in (5, [], b"1.0")],
-    *[("name", value) for value in (5, None, [], b"m")],
-    *[("synchronous", value) for value in ("yes", None)],
+    ("min_worker", (-1, 1.5, "2", None, True, [], HUGE)),
+    ("max_worker", (-1, 1.5, "2", True, 0, [])),
+    ("timeout", (-2, "1", NAN, None, True, float("inf"), HUGE)),
+    ("version", (5, [], b"1.0")),
+    ("name", (5, None, [], b"m")),
+    ("synchronous", ("yes", None)),
 ]
 SUBMIT = [
-    *[("timeout", value) for value in (-1, "1", NAN, True, [], float("inf"), HUGE)],
-    *[("fields", value) for value in (5, "text", [1], b"x")],
-    *[("headers", value) for value in (5, "text", [1, 2], {1: "x"}, {"x": 1}, {None: None})],
-    ("data", lambda: None),
-    *[("version", value) for value in (5, [])],
-    *[("name", value) for value in (5, None, [], {})],
+    ("timeout", (-1, "1", NAN, True, [], float("inf"), HUGE)),
+    ("fields", (5, "text", [1], b"x")),
+    ("headers", (5, "text", [1, 2], {1: "x"}, {"x": 1}, {None: None})),
+    ("data", (lambda: None,)),
+    ("version", (5, [])),
+    ("name", (5, None, [], {})),
 ]
-NAMED = [
-    (call, argument, value)
-    for call in ("unregister", "describe", "set_default")
-    for argument, value in [("name", 5), ("name", []), ("name", None), ("version", 5), ("version", [])]
-]
+NAMED = [("name", (5, [], None, b"m")), ("version", (5, [], b"1.0"))]
 
 
 def identify(value: object) -> str:
@@ -92,75 +89,75 @@ def model(deploy: Deployer) -> Model:
     return deploy(ECHO, initial_workers=0, max_workers=1)
 
 
-@pytest.mark.parametrize("argument, value", REGISTER, ids=identify)
-def test_register_refuses(tmp_path: Path, manager: ModelManager, argument: str, value: Any) -> None:
+@pytest.mark.parametrize("argument, values", REGISTER, ids=identify)
+def test_register_refuses(tmp_path: Path, manager: ModelManager, argument: str, values: Sequence[Any]) -> None:
     """A wrong argument of register is named, with what was given and what is allowed; nothing is registered."""
-    arguments = {
-        "url": write_folder(tmp_path / "m", ECHO),
-        "model_name": "m",
-        "handler": "handler",
-        "initial_workers": 0,
-    }
+    folder = write_folder(tmp_path / "m", ECHO)
+    arguments = {"url": folder, "model_name": "m", "handler": "handler", "initial_workers": 0}
     if argument == "max_workers":
         del arguments["initial_workers"]
-    with pytest.raises(TorchmgmtError) as caught:
-        manager.register(**{**arguments, argument: value})
-    assert len(manager) == 0
-    check(caught.value, argument, value)
-
-
-@pytest.mark.parametrize("argument, value", SCALE, ids=identify)
-def test_scale_refuses(manager: ModelManager, model: Model, argument: str, value: Any) -> None:
-    """A wrong argument of scale is named, with what was given and what is allowed; what was wanted stays."""
-    arguments = {"name": "m", "min_worker": 1, "synchronous": False}
-    before = model.describe().scale
-    with pytest.raises(TorchmgmtError) as caught:
-        manager.scale(**{**arguments, argument: value})
-    assert model.describe().scale == before
-    if argument in {"name", "version"}:
-        assert isinstance(caught.value, (InvalidArgument, ModelNotFound, ModelVersionNotFound))
-    else:
+    for value in values:
+        with pytest.raises(TorchmgmtError) as caught:
+            manager.register(**{**arguments, argument: value})
+        assert len(manager) == 0
         check(caught.value, argument, value)
 
 
-@pytest.mark.parametrize("call", ["submit", "predict"])
-@pytest.mark.parametrize("argument, value", SUBMIT, ids=identify)
-def test_submit_and_predict_refuse(manager: ModelManager, model: Model, call: str, argument: str, value: Any) -> None:
+@pytest.mark.parametrize("argument, values", SCALE, ids=identify)
+def test_scale_refuses(manager: ModelManager, model: Model, argument: str, values: Sequence[Any]) -> None:
+    """A wrong argument of scale is named, with what was given and what is allowed; what was wanted stays."""
+    arguments = {"name": "m", "min_worker": 1, "synchronous": False}
+    before = model.describe().scale
+    for value in values:
+        with pytest.raises(TorchmgmtError) as caught:
+            manager.scale(**{**arguments, argument: value})
+        assert model.describe().scale == before
+        if argument in {"name", "version"}:
+            assert isinstance(caught.value, (InvalidArgument, ModelNotFound, ModelVersionNotFound))
+        else:
+            check(caught.value, argument, value)
+
+
+@pytest.mark.parametrize("argument, values", SUBMIT, ids=identify)
+def test_submit_and_predict_refuse(manager: ModelManager, model: Model, argument: str, values: Sequence[Any]) -> None:
     """A wrong argument of a request is named, with what was given and what is allowed; nothing waits in the queue."""
-    arguments = {"name": "m", "data": 1}
-    with pytest.raises(TorchmgmtError) as caught:
-        getattr(manager, call)(**{**arguments, argument: value})
-    info = model.describe()
-    assert (info.queue_length, len(info.workers)) == (0, 0)
-    assert isinstance(caught.value, (InvalidArgument, ModelNotFound, ModelVersionNotFound))
-    if argument not in {"name", "version"}:
-        assert isinstance(caught.value, InvalidArgument)
-        assert caught.value.argument == argument
-        assert argument in str(caught.value)
+    calls: list[Callable[..., object]] = [manager.submit, manager.predict]
+    for call, value in itertools.product(calls, values):
+        with pytest.raises(TorchmgmtError) as caught:
+            call(**{"name": "m", "data": 1, argument: value})
+        info = model.describe()
+        assert (info.queue_length, len(info.workers)) == (0, 0)
+        assert isinstance(caught.value, (InvalidArgument, ModelNotFound, ModelVersionNotFound))
+        if argument not in {"name", "version"}:
+            assert isinstance(caught.value, InvalidArgument)
+            assert caught.value.argument == argument
+            assert argument in str(caught.value)
 
 
-@pytest.mark.parametrize("call, argument, value", NAMED, ids=identify)
+@pytest.mark.parametrize("call", ["unregister", "describe", "set_default"])
+@pytest.mark.parametrize("argument, values", NAMED, ids=identify)
 def test_names_of_a_wrong_type_are_not_found_or_refused(
-    manager: ModelManager, model: Model, call: str, argument: str, value: Any
+    manager: ModelManager, model: Model, call: str, argument: str, values: Sequence[Any]
 ) -> None:
     """A name or version that is no text is an error of our own in every call, and changes nothing."""
-    with pytest.raises((InvalidArgument, ModelNotFound, ModelVersionNotFound)):
-        getattr(manager, call)(**{"name": "m", "version": "1.0", argument: value})
+    for value in values:
+        with pytest.raises((InvalidArgument, ModelNotFound, ModelVersionNotFound)):
+            getattr(manager, call)(**{"name": "m", "version": "1.0", argument: value})
     assert manager.describe("m").is_default
     assert model.state is VersionState.REGISTERED
 
 
-@pytest.mark.parametrize("value", [-1, "1", NAN, float("inf"), True, [], HUGE], ids=identify)
 @pytest.mark.parametrize("call", ["manager.close", "manager.unregister", "model.unregister", "model.wait_ready"])
-def test_times_that_are_none_are_refused(manager: ModelManager, model: Model, call: str, value: Any) -> None:
+def test_times_that_are_none_are_refused(manager: ModelManager, model: Model, call: str) -> None:
     """A timeout that is no number of seconds is refused by name, and nothing is closed or unregistered."""
     what, method = call.split(".")
     target: Any = {"manager": manager, "model": model}[what]
     arguments = ("m",) if call == "manager.unregister" else ()
-    with pytest.raises(InvalidArgument) as caught:
-        getattr(target, method)(*arguments, timeout=value)
-    check(caught.value, "timeout", value)
-    assert "m" in manager
+    for value in (-1, "1", NAN, float("inf"), True, [], HUGE):
+        with pytest.raises(InvalidArgument) as caught:
+            getattr(target, method)(*arguments, timeout=value)
+        check(caught.value, "timeout", value)
+        assert "m" in manager
 
 
 @pytest.mark.parametrize("value", [1e7, 1e10, 1e300], ids=identify)

@@ -30,6 +30,7 @@ from torchmgmt.channel import (
     frame_parts,
     send,
 )
+from torchmgmt.errors import HandlerFailed
 from torchmgmt.records import Encoded, ModelKey
 
 MANY = 100_000
@@ -562,5 +563,5 @@ def test_an_answer_that_cannot_be_decoded_says_so_each_time():
     future = AnswerFuture(ModelKey("m", "1.0"))
     future.set_result(Encoded([b"\x80\x05not a pickle"]))
     for _ in range(2):
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(HandlerFailed):
             future.result()

@@ -16,7 +16,7 @@ PACKAGE = "torchmgmt"
 LAYERS: dict[int, frozenset[str]] = {
     1: frozenset({"errors", "lifecycle", "records", "events"}),
     2: frozenset({"settings", "archive", "registry", "scaling", "state", "channel", "dispatcher"}),
-    3: frozenset({"batcher", "backends", "pool"}),
+    3: frozenset({"batcher", "backends", "job", "pool"}),
     4: frozenset({"manager", "model", "registration"}),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
@@ -32,7 +32,8 @@ NEIGHBOURS = {
     "lifecycle": {"errors"},
     "records": {"errors", "lifecycle"},
     "events": {"errors", "lifecycle", "records"},
-    "pool": {"backends"},
+    "job": {"backends"},
+    "pool": {"backends", "job"},
     "manager": {"model", "registration"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},

@@ -23,7 +23,7 @@ import torch
 import torch.multiprocessing
 
 from torchmgmt.channel import Frame, FrameReader, Kind, send
-from torchmgmt.worker.main import WorkerProcess
+from torchmgmt.worker.main import WORKER_VARIABLE, WorkerProcess
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -159,8 +159,22 @@ class ForkServer:
         """Kill what dead workers' handlers had started: it belongs to no model any more."""
         for child in psutil.Process().children():
             if child.pid not in self._children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    if not self._may_stay(child):
+                        child.kill()
+
+    def _may_stay(self, orphan: psutil.Process) -> bool:
+        """Whether an orphan belongs to a worker that lives: by its session, or by the variable that workers set.
+
+        One that left both behind cannot be told from another's; it stays while there is any worker.
+        """
+        session = os.getsid(orphan.pid)
+        owner = orphan.environ().get(WORKER_VARIABLE)
+        if session in self._children:
+            return True
+        if owner is not None:
+            return int(owner) in self._children
+        return bool(self._children) and psutil.pid_exists(session)
 
     def _kill_children(self) -> None:
         signal.set_wakeup_fd(-1)

@@ -28,7 +28,10 @@ from torchmgmt.worker.loader import Handler, load_handler
 if TYPE_CHECKING:
     from torchmgmt.records import ModelSpec
 
-__all__ = ["WorkerProcess"]
+__all__ = ["WORKER_VARIABLE", "WorkerProcess"]
+
+WORKER_VARIABLE = "TORCHMGMT_WORKER_PID"
+"""Set in every worker to its own pid, so that what its handler starts can be told from what another one's does."""
 
 EXIT_STOPPED = 0
 EXIT_NOT_LOADED = 1
@@ -102,6 +105,8 @@ class WorkerProcess:
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         _log_to_stderr()
         self._restore_environment()
+        os.setsid()
+        os.environ[WORKER_VARIABLE] = str(os.getpid())
         _reseed()
         torch.set_num_threads(self._threads)
         _die_with(self._root_pidfd)
