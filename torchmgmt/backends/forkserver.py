@@ -44,6 +44,8 @@ _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 _CLOSE_TIMEOUT_S = 5.0
+# What it gets to exit once its channel is closed. The thread that waits for it carries answers, too.
+_EXIT_TIMEOUT_S = 0.5
 # A fork takes milliseconds, importing torch seconds. One that takes longer than this hangs.
 _FORK_LIMIT_S = 10.0
 _IMPORT_LIMIT_S = 120.0
@@ -93,6 +95,7 @@ class ForkServer:
         self._dispatcher = dispatcher
         self._output_dispatcher = output_dispatcher
         self._numbers = itertools.count(1)
+        # Held while the process is started, too: of two who need it at once, the second waits for those milliseconds.
         self._lock = threading.Lock()
         # guarded by _lock
         self._server: _Server | None = None
@@ -138,7 +141,7 @@ class ForkServer:
             self._dispatcher.unwatch(server.sock, server.sock.close)
             with contextlib.suppress(OSError):
                 server.sock.shutdown(socket.SHUT_RDWR)
-            _reap(server.process)
+            _reap(server.process, _CLOSE_TIMEOUT_S)
             server.sender.close()
             server.output.close()
 
@@ -226,7 +229,7 @@ class ForkServer:
             self._server = None
         self._dispatcher.unwatch(server.sock, server.sock.close)
         server.sender.close()
-        exitcode = _reap(server.process)
+        exitcode = _reap(server.process, _EXIT_TIMEOUT_S)
         reason = f"the torch-only process {server.process.pid} ended with exit code {exitcode}"
         log.error("%s; the next worker starts another", reason)
         last_lines = server.output.last_lines()
@@ -266,10 +269,10 @@ def _environment_to_restore() -> Mapping[str, str | None]:
     return {name: os.environ.get(name) for name in _ENVIRONMENT}
 
 
-def _reap(process: subprocess.Popen[bytes]) -> int:
-    """Wait until the process is gone; make sure that it goes."""
+def _reap(process: subprocess.Popen[bytes], timeout_s: float) -> int:
+    """Wait until the process is gone; kill it after ``timeout_s`` seconds."""
     try:
-        return process.wait(_CLOSE_TIMEOUT_S)
+        return process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
