@@ -138,17 +138,21 @@ class Batcher(Generic[T, R]):
         check_number("batch_size", batch_size, minimum=1)
         check_number("max_batch_delay", max_batch_delay, minimum=0, unit="milliseconds")
         check_number("capacity", capacity, minimum=1)
-        if function is None and (on_ready is None or call_at is None):
+        self._on_ready: Callable[[], object]
+        self._call_at: Callable[[float, Callable[[], object]], object]
+        self._runner: _Runner[T, R] | None = None
+        if function is not None:
+            self._runner = _Runner(self, function)
+            self._on_ready, self._call_at = self._runner.wake, self._runner.call_at
+        elif on_ready is not None and call_at is not None:
+            self._on_ready, self._call_at = on_ready, call_at
+        else:
             raise InvalidArgument("function", function, "callable, unless on_ready and call_at are both given")
         self.batch_size = batch_size
         self.capacity = capacity
         self.name = name
-        self._delay_s = max_batch_delay / 1000
         self.clock = clock
-        runner = None if function is None else _Runner(self, function)
-        self._runner = runner
-        self._on_ready: Callable[[], object] = runner.wake if runner else on_ready  # type: ignore[assignment]
-        self._call_at: Callable[[float, Callable[[], object]], object] = runner.call_at if runner else call_at  # type: ignore[assignment]
+        self._delay_s = max_batch_delay / 1000
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         # guarded by _lock

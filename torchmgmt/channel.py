@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from attrs import field, frozen
 
-from torchmgmt.errors import HandlerFailed
+from torchmgmt.errors import HandlerFailed, ManagerClosed
 from torchmgmt.records import Encoded, ModelKey
 
 __all__ = ["AnswerFuture", "Buffer", "Frame", "FrameReader", "FrameSender", "Kind", "decode", "encode", "send"]
@@ -98,17 +98,30 @@ class AnswerFuture(Future[Any]):
         super().__init__()
         self._key = key
         self._keeps_alive = keeps_alive
+        self._pid = os.getpid()
         self._answer: Any = _UNREAD
 
     def result(self, timeout: float | None = None) -> Any:
         """Return the answer, waiting for at most ``timeout`` seconds; raise what ended the request otherwise.
 
-        Raises HandlerFailed, too, if the answer cannot be unpickled in this process.
+        Raises HandlerFailed, too, if the answer cannot be unpickled in this process, and ManagerClosed in one that was
+        forked before the answer was read: it may never come there.
         """
+        self._check_process()
         received = super().result(timeout)
         if self._answer is _UNREAD:
             self._answer = self._read(received)
         return self._answer
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""
+        self._check_process()
+        return super().exception(timeout)
+
+    def _check_process(self) -> None:
+        # No lock is asked for: in a forked copy it may be held by a thread that is not there.
+        if os.getpid() != self._pid and self._answer is _UNREAD:
+            raise ManagerClosed("This future", "belongs to the process that this one was forked from")
 
     def _read(self, received: Any) -> Any:
         try:

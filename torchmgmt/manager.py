@@ -431,6 +431,8 @@ class ModelManager:
     ) -> AnswerFuture:
         """Queue one request and return the future of its answer. Does not block; any thread.
 
+        Callbacks of the future run on the thread that reads all answers, so they must not wait for another one.
+
         Args:
             name: the model.
             data: what the handler gets as ``{"body": data}``; must be picklable.

@@ -49,8 +49,12 @@ WIRE_STATUS: Mapping[WorkerState, str] = {
 
 def check_number(argument: str, value: object, *, minimum: float, unit: str = "", whole: bool = True) -> None:
     """Raise :class:`InvalidArgument` unless ``value`` is a number (an int if ``whole``) of at least ``minimum``."""
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value <= sys.float_info.max:  # type: ignore[operator]
+    if (
+        isinstance(value, bool)  # which Python takes for an int
+        or not isinstance(value, (int, float))
+        or (whole and not isinstance(value, int))
+        or not minimum <= value <= sys.float_info.max
+    ):
         what = "a whole number" if whole else "a number"
         raise InvalidArgument(argument, value, f"{what}{' of ' + unit if unit else ''}, at least {minimum}")
 

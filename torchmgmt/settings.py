@@ -146,7 +146,8 @@ def _seconds(minimum: float) -> Kind:
 
     def accept(setting: str, value: Any) -> float:
         check_number(setting, value, minimum=minimum, unit="seconds", whole=False)
-        return value  # type: ignore[no-any-return]
+        seconds: float = value
+        return seconds
 
     return Kind("SECONDS", read, accept)
 

@@ -533,3 +533,32 @@ def test_a_local_module_cannot_stand_in_for_one_that_workers_need(tmp_path: Path
         HEADER + f"with ModelManager() as manager:\n    print(manager.{REGISTER}.predict('1'))\n", folder
     )
     assert (program.stdout, program.stderr) == ("1\n", "")
+
+
+def test_a_forked_copy_of_a_future_never_waits(folder: Path) -> None:
+    """In a forked child the future of a request under way raises ManagerClosed; in the parent it gets its answer."""
+    program = run_program(
+        HEADER
+        + f"""
+import os, warnings
+from torchmgmt.errors import ManagerClosed
+warnings.simplefilter("ignore")
+manager = ModelManager()
+model = manager.{REGISTER}
+future = model.submit("time.sleep(0.5) or 'late'")
+child = os.fork()
+if child == 0:
+    import signal
+    signal.alarm(5)
+    for wait in (future.result, future.exception):
+        try:
+            wait()
+        except ManagerClosed as error:
+            print("fork" in str(error), flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(status, future.result(), flush=True)
+""",
+        folder,
+    )
+    assert (program.stdout, program.stderr) == ("True\nTrue\n0 late\n", "")

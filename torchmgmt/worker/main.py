@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import io
 import logging
 import os
 import select
@@ -100,7 +101,8 @@ class WorkerProcess:
         # SIGINT from a terminal does not reach this session; a stray one is not to end a batch.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True)
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         _log_to_stderr()
