@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from enum import IntEnum
 from typing import Any, TypeAlias
 
-from attrs import field, frozen
+from attrs import define, field
 
 from torchmgmt.errors import HandlerFailed, ManagerClosed
 from torchmgmt.records import Encoded, ModelKey
@@ -58,9 +58,15 @@ class Kind(IntEnum):
     EXITED = 32
 
 
-@frozen
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+@define
 class Frame:
-    """One message. ``head`` is any picklable value; ``segments`` are the raw buffers that go with it."""
+    """One message. ``head`` is any picklable value; ``segments`` are the raw buffers that go with it.
+
+    Not frozen, as other facts are: that costs a microsecond, and four of them are made for each prediction.
+    """
 
     kind: Kind
     head: Any = None
@@ -134,17 +140,21 @@ class AnswerFuture(Future[Any]):
 def frame_parts(frame: Frame) -> list[Buffer]:
     """Return the buffers that make up ``frame`` on the wire, in order; a small frame is a single one."""
     segments: list[Buffer] = [pickle.dumps(frame.head, protocol=5), *frame.segments]
-    lengths = [memoryview(segment).nbytes for segment in segments]
+    lengths = [_size(segment) for segment in segments]
     table = struct.pack(f"<{len(lengths)}Q", *lengths)
     total = len(table) + sum(lengths)
     parts: list[Buffer] = [_HEADER.pack(frame.kind, len(segments), total) + table, *segments]
     return [b"".join(parts)] if total <= _JOIN_LIMIT else parts
 
 
+def _size(part: Buffer) -> int:
+    return len(part) if isinstance(part, bytes) else memoryview(part).nbytes
+
+
 def advance(parts: list[Buffer], sent: int) -> list[Buffer]:
     """Return what is left of ``parts`` after their first ``sent`` bytes."""
     for index, part in enumerate(parts):
-        size = memoryview(part).nbytes
+        size = _size(part)
         if sent < size:
             return [memoryview(part).cast("B")[sent:], *parts[index + 1 :]]
         sent -= size
@@ -220,6 +230,9 @@ class FrameSender:
 
 def _send_some(sock: socket.socket, parts: list[Buffer], fds: Sequence[int]) -> list[Buffer]:
     """Send once; return what is left."""
+    if len(parts) == 1 and not fds:
+        sent = sock.send(parts[0], _NO_SIGNAL)
+        return [] if sent == _size(parts[0]) else advance(parts, sent)
     vector = parts[:_MAX_VECTOR]
     if fds:
         return advance(parts, socket.send_fds(sock, vector, list(fds), _NO_SIGNAL))
@@ -235,11 +248,10 @@ class FrameReader:
     def __init__(self, *, max_fds: int = 0) -> None:
         self._max_fds = max_fds
         self.fds: list[int] = []
-        self._pending = bytearray()
+        self._pending = b""
         self._body: bytearray | None = None
         self._filled = 0
-        self._kind = 0
-        self._count = 0
+        self._head = (0, 0)  # kind and number of segments of the frame whose body is being received
 
     def read(self, sock: socket.socket) -> list[Frame] | None:
         """Receive once; return the frames that are complete now, or None if the other end is closed.
@@ -255,8 +267,7 @@ class FrameReader:
             return None
         if not data:
             return None
-        self._pending += data
-        return self._split()
+        return self._split(self._pending + data if self._pending else data)
 
     def _receive(self, sock: socket.socket) -> bytes:
         if not self._max_fds:
@@ -273,35 +284,38 @@ class FrameReader:
         if self._filled < len(body):
             return []
         self._body = None
-        return [self._parse(body)]
+        return [_parse(memoryview(body), *self._head)]
 
-    def _split(self) -> list[Frame]:
+    def _split(self, data: bytes) -> list[Frame]:
+        """Return the frames that are whole in ``data``, and keep the rest."""
         frames = []
-        pending = self._pending
-        while len(pending) >= _HEADER.size:
-            self._kind, self._count, size = _HEADER.unpack_from(pending)
-            end = _HEADER.size + size
-            if len(pending) < end:
-                if size > _READ_SIZE:
-                    self._start_body(size)
-                break
-            frames.append(self._parse(pending[_HEADER.size : end]))
-            del pending[:end]
+        view = memoryview(bytearray(data))  # an array that arrives can be written to, as one that did not travel
+        start = 0
+        while len(data) - start >= _HEADER.size:
+            kind, count, size = _HEADER.unpack_from(data, start)
+            end = start + _HEADER.size + size
+            if len(data) >= end:
+                frames.append(_parse(view[start + _HEADER.size : end], kind, count))
+                start = end
+                continue
+            if size > _READ_SIZE:
+                self._head = kind, count
+                self._start_body(size, view[start + _HEADER.size :])
+                start = len(data)
+            break
+        self._pending = data[start:]
         return frames
 
-    def _start_body(self, size: int) -> None:
-        body = bytearray(size)
-        rest = self._pending[_HEADER.size :]
-        body[: len(rest)] = rest
-        self._body, self._filled = body, len(rest)
-        self._pending = bytearray()
+    def _start_body(self, size: int, beginning: memoryview) -> None:
+        self._body = bytearray(size)
+        self._body[: len(beginning)] = beginning
+        self._filled = len(beginning)
 
-    def _parse(self, body: bytearray) -> Frame:
-        view = memoryview(body)
-        lengths = struct.unpack_from(f"<{self._count}Q", body)
-        start = self._count * _LENGTH.size
-        segments = []
-        for length in lengths:
-            segments.append(view[start : start + length])
-            start += length
-        return Frame(Kind(self._kind), pickle.loads(segments[0]), segments[1:])
+
+def _parse(body: memoryview, kind: int, count: int) -> Frame:
+    segments = []
+    start = count * _LENGTH.size
+    for length in struct.unpack_from(f"<{count}Q", body):
+        segments.append(body[start : start + length])
+        start += length
+    return Frame(_KINDS[kind], pickle.loads(segments[0]), segments[1:])
