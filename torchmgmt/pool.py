@@ -257,8 +257,10 @@ class WorkerPool:
                 raise DeadlineExceeded(f"Scaling {self.spec.key}", timeout or 0)
             if self._state in _OVER:
                 raise self._closed_error()
-            if self._starts_failed > before or self._state is VersionState.FAILED:
-                raise self._last_error or self._no_worker_error_locked() or self._closed_error()
+            # A start may have failed and the next one not; then all is as it was asked for.
+            error = None if self._is_as_wanted_locked() else self._last_error or self._no_worker_error_locked()
+            if error is not None:
+                raise error
 
     def run(self, rows: Sequence[Any], *, timeout: float | None = None) -> list[Any]:
         """Run one batch and return its answers, in order; block for at most ``timeout`` seconds.
@@ -402,6 +404,9 @@ class WorkerPool:
     def _is_settled_locked(self, starts_failed_before: int) -> bool:
         if self._state in (*_OVER, VersionState.FAILED) or self._starts_failed > starts_failed_before:
             return True
+        return self._is_as_wanted_locked()
+
+    def _is_as_wanted_locked(self) -> bool:
         return self._ready_locked() >= self._scale.min_workers and len(self._workers) <= self._scale.max_workers
 
     def _ready_locked(self) -> int:
@@ -456,7 +461,8 @@ class WorkerPool:
             self._remove_locked(self._workers[worker_id])
         if plan.give_up:
             self._gave_up = True
-            log.error("Starting workers of %s was given up: %s", self.spec.key, self._last_error)
+            error = self._last_error
+            self._actions.append(lambda: log.error("Starting workers of %s was given up: %s", self.spec.key, error))
             self._actions.append(self.pump)  # fails what waits, if nobody is left to take it
 
     def _spawn_locked(self, worker: _Worker) -> None:
