@@ -4,16 +4,20 @@
                      `make demo`: model_store/ holds the archives of examples/digits, and examples/ is there
 ```text              directly after it: exactly what it prints; `...` stands for anything
 ```sh                its `python`, `make` and `pip install` lines name what exists
-<!-- not run -->     on the line before a python block: shown only
+<!-- beside a server -->   on the line before a python block: it needs one, started as the README says
 """
 
 from __future__ import annotations
 
 import doctest
+import itertools
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import attrs
@@ -21,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 90
-NOT_RUN = "<!-- not run -->"
+BESIDE_A_SERVER = "<!-- beside a server -->"
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -32,7 +36,7 @@ class Block:
     language: str
     text: str
     line: int
-    is_run: bool
+    needs_server: bool
     expected: str | None
 
     def __str__(self) -> str:
@@ -54,7 +58,7 @@ def blocks_of(markdown: str) -> list[Block]:
                 language=match[1],
                 text=match[2],
                 line=markdown.count("\n", 0, match.start()) + 1,
-                is_run=match[1] == "python" and not before.endswith(NOT_RUN),
+                needs_server=before.endswith(BESIDE_A_SERVER),
                 expected=following[2] if following is not None and is_shown else None,
             )
         )
@@ -67,7 +71,7 @@ def _readme_blocks() -> list[Block]:
 
 
 BLOCKS = _readme_blocks()
-RUN = [block for block in BLOCKS if block.is_run]
+RUN = [block for block in BLOCKS if block.language == "python"]
 SHELL_LINES = [
     (block, line) for block in BLOCKS if block.language == "sh" for line in block.text.replace("\\\n", " ").splitlines()
 ]
@@ -101,18 +105,36 @@ def test_the_readme_has_something_to_run() -> None:
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_a_block_runs_as_pasted_and_prints_what_is_shown(block: Block, checkout: Path) -> None:
     """Every block of Python runs by itself, and its output is the one that the README shows."""
-    finished = subprocess.run(
-        [sys.executable, "-"],
-        check=False,
-        input=block.text,
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    with server_in(checkout) if block.needs_server else nullcontext(dict(os.environ)) as environment:
+        finished = subprocess.run(
+            [sys.executable, "-"],
+            check=False,
+            input=block.text,
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     if block.expected is not None:
         assert_output(block.expected, finished.stdout)
+
+
+@contextmanager
+def server_in(folder: Path) -> Iterator[dict[str, str]]:
+    """Run the server as the README starts it, but on ports of the system's choice; yield the environment to find it."""
+    command = [sys.executable, "-m", "torchmgmt.http", "--model-store", "model_store", "--enable-model-api"]
+    ports = ["--management-address", "http://127.0.0.1:0", "--inference-address", "http://127.0.0.1:0"]
+    with subprocess.Popen(command + ports, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = list(itertools.takewhile(lambda line: line != "Model server started\n", server.stdout))
+            address = next(line.split()[-1] for line in lines if line.startswith("Management address"))
+            yield {**os.environ, "TORCHMGMT_MANAGEMENT_ADDRESS": address}
+        finally:
+            server.terminate()
+            server.wait(TIMEOUT_S)
 
 
 def assert_output(expected: str, got: str) -> None:
@@ -168,9 +190,9 @@ print("one")
 o...e
 ```
 
-<!-- not run -->
+<!-- beside a server -->
 ```python
-raise SystemExit
+call()
 ```
 
 Words between.
@@ -186,12 +208,12 @@ make demo
 
 
 def test_blocks_are_told_apart() -> None:
-    """The reader of the page knows what is run, what is shown, and what is output."""
+    """The reader of the page knows what is run, what it needs, and what is output."""
     blocks = blocks_of(PAGE)
-    assert [(b.language, b.is_run, b.expected, b.line) for b in blocks] == [
-        ("python", True, "o...e\n", 3),
+    assert [(b.language, b.needs_server, b.expected, b.line) for b in blocks] == [
+        ("python", False, "o...e\n", 3),
         ("text", False, None, 7),
-        ("python", False, None, 12),
+        ("python", True, None, 12),
         ("text", False, None, 18),
         ("sh", False, None, 22),
     ]
