@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,13 @@ HEAVY = ("torch", "falcon", "waitress", "uvicorn", "multiprocessing", "requests"
 NAMES = "from torchmgmt import ModelManager, WorkerPool, Batcher"
 RUNS = 5
 
+# What `import torchmgmt` may cost beside an empty interpreter.
 LIMIT_MEMORY_KIB = 10 * 1024
-# Beside an empty interpreter, as the limit above. Time is processor time (that of the clock on a busy machine says more
-# about its neighbours), and is held against a module that everybody knows, measured in the same run: absolute figures
-# are in benchmarks/RESULTS.md.
+# Its parts are loaded when they are first asked for, so its names are measured, too: against a module that everybody
+# knows, in the same run. Time is processor time, since that of the clock on a busy machine says more about its
+# neighbours. Absolute figures are in benchmarks/RESULTS.md.
 PEER = "import requests"
+NOISE = 1.3
 
 REPORT = f"""
 import json, sys
@@ -63,14 +64,18 @@ class FreshInterpreter:
         report: dict[str, Any] = json.loads(finished.stdout)
         return report
 
-    def medians(self, code: str) -> tuple[float, float]:
-        """(processor seconds, KiB in memory) over `RUNS` interpreters, after one that compiles."""
-        self.run(code)
-        reports = [self.run(code) for _ in range(RUNS)]
-        return (
-            statistics.median(report["cpu_s"] for report in reports),
-            statistics.median(report["memory_kib"] for report in reports),
-        )
+    def least(self, *codes: str) -> list[tuple[float, float]]:
+        """(processor seconds, KiB in memory) of each code: the least of `RUNS` interpreters that take turns.
+
+        What a busy machine adds only makes a run longer, so the least one says most.
+        """
+        for code in codes:
+            self.run(code)  # compiles
+        rounds = [[self.run(code) for code in codes] for _ in range(RUNS)]
+        return [
+            (min(report["cpu_s"] for report in reports), min(report["memory_kib"] for report in reports))
+            for reports in zip(*rounds, strict=True)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +89,15 @@ def test_importing_loads_nothing_heavy(interpreter: FreshInterpreter, code: str)
     assert interpreter.run(code)["heavy"] == []
 
 
+def test_importing_the_package_costs_little_memory(interpreter: FreshInterpreter) -> None:
+    """Having torchmgmt in a program costs under 10 MB beside an empty interpreter."""
+    (_, empty_kib), (_, memory_kib) = interpreter.least("", "import torchmgmt")
+    assert memory_kib - empty_kib < LIMIT_MEMORY_KIB
+
+
 @pytest.mark.parametrize("code", ["import torchmgmt", NAMES])
-def test_importing_costs_little(interpreter: FreshInterpreter, code: str) -> None:
-    """Having torchmgmt in a program costs less time than having requests in it, and under 10 MB."""
-    _, empty_memory_kib = interpreter.medians("")
-    peer_cpu_s, _ = interpreter.medians(PEER)
-    cpu_s, memory_kib = interpreter.medians(code)
-    assert cpu_s < peer_cpu_s
-    assert memory_kib - empty_memory_kib < LIMIT_MEMORY_KIB
+def test_importing_costs_no_more_than_a_well_known_module(interpreter: FreshInterpreter, code: str) -> None:
+    """Having torchmgmt in a program, and its classes, costs less memory than having requests, and no more time."""
+    (peer_cpu_s, peer_kib), (cpu_s, memory_kib) = interpreter.least(PEER, code)
+    assert memory_kib < peer_kib
+    assert cpu_s < NOISE * peer_cpu_s

@@ -34,6 +34,9 @@ __all__ = ["WORKER_VARIABLE", "WorkerProcess"]
 WORKER_VARIABLE = "TORCHMGMT_WORKER_PID"
 """Set in every worker to its own pid, so that what its handler starts can be told from what another one's does."""
 
+_DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
+"""Where it stands since torch 2.5, and where it stood before."""
+_OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
 EXIT_STOPPED = 0
 EXIT_NOT_LOADED = 1
 
@@ -199,7 +202,7 @@ def fault_of(error: BaseException) -> WorkerFault:
         reason=f"{name}: {_text_of(error)}",
         traceback="".join(traceback.format_exception(kind, error, _without_our_frames(error.__traceback__))),
         error_code=code if isinstance(code, int) else None,
-        out_of_memory=isinstance(error, (MemoryError, torch.OutOfMemoryError)),
+        out_of_memory=isinstance(error, _OUT_OF_MEMORY),
     )
 
 
