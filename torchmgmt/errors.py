@@ -29,6 +29,7 @@ __all__ = [
     "TorchmgmtError",
     "WorkerDied",
     "WorkerStartFailed",
+    "WouldWaitForever",
     "WrongNumberOfAnswers",
 ]
 
@@ -258,6 +259,22 @@ class ManagerClosed(TorchmgmtError):
 
     def __str__(self) -> str:
         return f"{self.what} {self.why}"
+
+
+@define(slots=False, eq=False, repr=False)
+class WouldWaitForever(TorchmgmtError):
+    """A call that waits for a worker was made on the thread that hears from the workers: it would never end.
+
+    Callbacks of futures and listeners of events run on that thread.
+    """
+
+    call: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.call} waits for a worker, but was called on the thread that hears from the workers (in a future's"
+            " callback, or in a listener); use submit and synchronous=False there, or another thread"
+        )
 
 
 def _with_evidence(head: str, traceback: str, last_lines: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 A listener is any callable that takes one event. It is called after the fact, on the thread that caused it, with no lock
 of torchmgmt held. That thread may be the one that reads all answers: so a listener may call what does not block, such as
-``describe`` or ``submit``, but must not wait for anything that a worker does. What it raises is logged and goes no further.
+``describe`` or ``submit``, but must not wait for anything that a worker does (``predict`` raises WouldWaitForever there).
+What it raises is logged and goes no further.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from torchmgmt.errors import (
     ModelNotFound,
     ModelVersionNotFound,
     TorchmgmtError,
+    WouldWaitForever,
 )
 from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
 from torchmgmt.model import Model
@@ -268,6 +269,8 @@ class ModelManager:
             trusted=trusted,
             loaded_at_startup=loaded_at_startup,
         )
+        if synchronous:
+            self._check_may_wait("register")
         with contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._sources.open(url, trusted=trusted))
             spec = spec_of(folder, wishes, self.settings)
@@ -301,6 +304,8 @@ class ModelManager:
             NoWorker, HandlerFailed, WorkerDied, DeadlineExceeded: ``customized``, and the handler could not be asked.
         """
         served = self._get(name, version)
+        if customized:
+            self._check_may_wait("describe(customized=True)")
         with self._gone_is_not_found(served):
             metadata = _customized(served) if customized else None
         with self._lock:
@@ -335,6 +340,8 @@ class ModelManager:
             WorkerStartFailed: ``synchronous``, and a worker could not be started.
         """
         check_truth("synchronous", synchronous)
+        if synchronous:
+            self._check_may_wait("scale")
         served = self._get(name, version)
         wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
         with self._gone_is_not_found(served):
@@ -354,6 +361,7 @@ class ModelManager:
         """
         if timeout is not None:
             check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+        self._check_may_wait("wait_ready")
         served = self._get(name, version)
         with self._gone_is_not_found(served):
             served.pool.wait_ready(timeout)
@@ -381,6 +389,7 @@ class ModelManager:
             InvalidArgument: ``timeout`` is no number of seconds, at least 0.
         """
         self._check_usable(name, version)
+        self._check_may_wait("unregister")
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
         with self._lock:
@@ -412,6 +421,7 @@ class ModelManager:
             WorkerDied: the worker ended while it ran the request.
             DeadlineExceeded: there was no answer within ``timeout``.
         """
+        self._check_may_wait("predict")
         future = self.submit(name, data, fields=fields, version=version, headers=headers, timeout=timeout)
         try:
             return future.result()
@@ -431,7 +441,8 @@ class ModelManager:
     ) -> AnswerFuture:
         """Queue one request and return the future of its answer. Does not block; any thread.
 
-        Callbacks of the future run on the thread that reads all answers, so they must not wait for another one.
+        Callbacks of the future run on the thread that reads all answers, so they must not wait for another one:
+        ``predict`` and other calls that wait raise WouldWaitForever there.
 
         Args:
             name: the model.
@@ -465,6 +476,7 @@ class ModelManager:
         check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
         if os.getpid() != self._pid:
             return CloseReport(0.0)
+        self._check_may_wait("close")
         with self._close_lock:
             if self._report is None:
                 self._report = self._close(timeout)
@@ -483,6 +495,10 @@ class ModelManager:
             raise InvalidArgument("name", name, "text")
         if version is not None and not isinstance(version, str):
             raise InvalidArgument("version", version, "text, or None for the default version")
+
+    def _check_may_wait(self, call: str) -> None:
+        if self._backend.on_own_thread():
+            raise WouldWaitForever(call)
 
     def _get(self, name: str, version: str | None = None) -> _Version:
         self._check_usable(name, version)

@@ -8,8 +8,9 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torchmgmt.errors import (
     ModelNotFound,
     QueueFull,
     WorkerStartFailed,
+    WouldWaitForever,
 )
 from torchmgmt.events import (
     DefaultVersionSet,
@@ -285,3 +287,34 @@ def test_a_listener_may_ask_the_manager(backend: ProcessBackend, tmp_path: Path)
         model: Model = Deployer(tmp_path, manager)(ECHO)
         model.scale(2)
     assert [name for name, _, _ in seen].count("WorkerReady") == 2
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda model: model.predict(1),
+        lambda model: model.scale(1),
+        lambda model: model.wait_ready(),
+        lambda model: model.describe(customized=True),
+        lambda model: model.unregister(),
+        lambda model: model.manager.close(),
+        lambda model: model.manager.register("x", model_name="y", handler="z"),
+    ],
+    ids=["predict", "scale", "wait_ready", "describe", "unregister", "close", "register"],
+)
+def test_waiting_where_answers_are_read_is_refused(deploy: Deployer, wait: Callable[[Model], object]) -> None:
+    """A call that waits for a worker, made in a future's callback, raises instead of stopping everything for ever."""
+    model = deploy(EVAL)
+    errors: Queue[BaseException | None] = Queue()
+
+    def callback(_future: object) -> None:
+        try:
+            wait(model)
+        except WouldWaitForever as error:
+            errors.put(error)
+        else:
+            errors.put(None)
+
+    model.submit("time.sleep(0.1)").add_done_callback(callback)
+    assert isinstance(errors.get(timeout=15), WouldWaitForever)
+    assert model.predict("2") == 2

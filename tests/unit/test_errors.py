@@ -27,6 +27,7 @@ from torchmgmt.errors import (
     TorchmgmtError,
     WorkerDied,
     WorkerStartFailed,
+    WouldWaitForever,
     WrongNumberOfAnswers,
 )
 
@@ -68,6 +69,13 @@ EXAMPLES = [
     (
         HandlerFailed("m", "1.0", "ValueError: no", "builtins.ValueError", 507, True, TRACEBACK, ["last"]),
         "Model m version 1.0 failed: ValueError: no",
+    ),
+    (
+        WouldWaitForever("predict"),
+        (
+            "predict waits for a worker, but was called on the thread that hears from the workers (in a future's callback, or"
+            " in a listener); use submit and synchronous=False there, or another thread"
+        ),
     ),
     (WrongNumberOfAnswers(3, 2), "a batch of 3 was answered with 2 answers; there must be one for each, in order"),
     (

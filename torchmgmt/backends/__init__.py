@@ -76,6 +76,9 @@ class Backend(Protocol):
     def call_at(self, when: float, callback: Callable[[], object]) -> object:
         """Run ``callback`` at a time of the monotonic clock, on the thread that calls listeners."""
 
+    def on_own_thread(self) -> bool:
+        """Return whether the caller runs on the thread that calls listeners; one that waits there waits for ever."""
+
     def warm(self) -> None:
         """Prepare for a first worker in the background. Does not block; idempotent."""
 

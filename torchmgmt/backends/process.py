@@ -78,6 +78,10 @@ class ProcessBackend:
         """Run ``callback`` at a time of ``time.monotonic``, on the thread that reads answers; it must not block."""
         return self._dispatcher.call_at(when, callback)
 
+    def on_own_thread(self) -> bool:
+        """Return whether the caller runs on the thread that reads answers."""
+        return self._dispatcher.on_thread()
+
     def worker(self, spec: ModelSpec, worker_id: str, threads: int, listener: WorkerListener) -> ProcessWorker:
         """Return a worker, not started yet; see :class:`torchmgmt.backends.Backend`."""
         return ProcessWorker(self, WorkerJob(spec, worker_id, threads), listener)

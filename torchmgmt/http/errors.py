@@ -108,6 +108,7 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     errors.HandlerFailed: (500, "InternalServerException"),
     errors.WrongNumberOfAnswers: (500, "InternalServerException"),
     errors.DeadlineExceeded: (500, "InternalServerException"),
+    errors.WouldWaitForever: (500, "InternalServerException"),
     errors.NoWorker: (503, "ServiceUnavailableException"),
     errors.QueueFull: (503, "ServiceUnavailableException"),
     errors.ManagerClosed: (503, "ServiceUnavailableException"),
