@@ -138,6 +138,7 @@ class ModelManager:
         self._lock = threading.Lock()
         # guarded by _lock
         self._registry: Registry[_Version] = Registry()
+        self._leaving: set[_Version] = set()  # no longer registered, but not finished yet
         self._closed = False
         self._report: CloseReport | None = None
         self._close_lock = threading.Lock()
@@ -396,11 +397,13 @@ class ModelManager:
             served = self._registry.remove(name, version)
             key = served.spec.key
             self._registry.reserve(key)  # its name is free when this is over, not before
+            self._leaving.add(served)
         try:
             self._announcer.tell(ModelUnregistered(key))
             return served.close(limit)
         finally:
             with self._lock:
+                self._leaving.discard(served)
                 self._registry.release(key)
 
     def predict(
@@ -542,9 +545,14 @@ class ModelManager:
         except BaseException:
             with self._lock:
                 is_ours = self._registry.withdraw(key, served)
+                self._leaving.add(served)
             if is_ours:
                 self._announcer.tell(ModelUnregistered(key))
-            served.close(0)
+            try:
+                served.close(0)
+            finally:
+                with self._lock:
+                    self._leaving.discard(served)
             raise
 
     @contextlib.contextmanager
@@ -561,7 +569,7 @@ class ModelManager:
         started = time.monotonic()
         with self._lock:
             self._closed = True
-            versions = list(self._registry)
+            versions = [*self._registry, *self._leaving]
         # Each phase for all of them before the next one: their workers finish and end side by side.
         for version in versions:
             version.refuse()
@@ -614,6 +622,7 @@ def _customized(version: _Version) -> Any:
         # Raised by the wait; before Python 3.11 it is no TimeoutError. The worker's own errors are of our tree.
         if isinstance(error, TorchmgmtError):
             raise
+        future.cancel()
         raise DeadlineExceeded(f"Asking the handler of {version.spec.key} to describe its model", limit) from None
 
 

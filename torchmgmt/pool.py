@@ -346,7 +346,7 @@ class WorkerPool:
     def join(self, started: float) -> CloseReport:
         """Block until no worker is left, after :meth:`end`; return what closing, begun at ``started``, has done."""
         with self._changed:
-            # No time limit: whoever was told to end and does not is killed, and the kernel sees to that.
+            # No time limit: whoever does not end when told to is killed, and a backend reports every end, its own included.
             self._changed.wait_for(lambda: not self._workers)
             if self._state is VersionState.RETIRING:
                 self._advance_locked(VersionEvent.VANISH)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.handlers import ECHO, EVAL, Deployer, Gate, until
+from tests.handlers import ECHO, EVAL, Deployer, Gate, until, write_folder
 from torchmgmt import Model, ModelManager, ProcessBackend, Settings
 from torchmgmt.errors import (
     DeadlineExceeded,
@@ -23,6 +23,7 @@ from torchmgmt.errors import (
     InvalidArgument,
     ModelNotFound,
     QueueFull,
+    WorkerDied,
     WorkerStartFailed,
     WouldWaitForever,
 )
@@ -318,3 +319,34 @@ def test_waiting_where_answers_are_read_is_refused(deploy: Deployer, wait: Calla
     model.submit("time.sleep(0.1)").add_done_callback(callback)
     assert isinstance(errors.get(timeout=15), WouldWaitForever)
     assert model.predict("2") == 2
+
+
+def test_closing_ends_an_unregistering_that_still_waits(tmp_path: Path) -> None:
+    """Closing the manager ends the wait of another thread that is unregistering a version whose batch runs on."""
+    folder = write_folder(tmp_path / "model", EVAL)
+    manager = ModelManager()
+    model = manager.register(folder, model_name="m", handler="handler.py")
+    future = model.submit("time.sleep(60)")
+    until(future.running, "the batch runs")
+    thread = threading.Thread(target=model.unregister)
+    thread.start()
+    until(lambda: "m" not in manager, "the version is being unregistered")
+    manager.close(0.1)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert future.exception(timeout=5) is not None
+
+
+def test_a_manager_outlives_the_backend_that_it_was_lent(tmp_path: Path) -> None:
+    """A manager whose backend was closed under it closes all the same, and the request that ran there is answered."""
+    folder = write_folder(tmp_path / "model", EVAL)
+    backend = ProcessBackend()
+    manager = ModelManager(backend=backend)
+    future = manager.register(folder, model_name="m", handler="handler.py").submit("time.sleep(60)")
+    until(future.running, "the batch runs")
+    backend.close()
+    assert isinstance(future.exception(timeout=5), WorkerDied)
+    thread = threading.Thread(target=manager.close, args=(1,))
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()

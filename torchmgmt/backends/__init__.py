@@ -83,4 +83,7 @@ class Backend(Protocol):
         """Prepare for a first worker in the background. Does not block; idempotent."""
 
     def close(self) -> None:
-        """End everything that the backend runs for itself; workers still alive are killed. Blocks shortly; idempotent."""
+        """End everything that the backend runs for itself. Blocks shortly; idempotent.
+
+        Workers still alive are killed, and their listeners told, before this returns.
+        """

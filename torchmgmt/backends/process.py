@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from torchmgmt.backends.forkserver import ForkServer
 from torchmgmt.backends.output import Output
 from torchmgmt.channel import Buffer, Frame, FrameReader, FrameSender, Kind
 from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import Encoded, ModelSpec, WorkerExit, WorkerFault, WorkerRequest
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class ProcessBackend:
         # Lines go to the program's log handlers, which may be slow; answers must not wait for them.
         self._output_dispatcher = Dispatcher("torchmgmt-output")
         self._forkserver = ForkServer(self._dispatcher, self._output_dispatcher)
+        self._close_lock = threading.Lock()
         self._lock = threading.Lock()
         # guarded by _lock
         self._workers: set[ProcessWorker] = set()
@@ -102,9 +105,27 @@ class ProcessBackend:
 
     def close(self) -> None:
         """End the torch-only process, every worker that is left, and the two threads. Blocks shortly; idempotent."""
-        self._forkserver.close()
-        self._dispatcher.close()
-        self._output_dispatcher.close()
+        with self._close_lock:  # one after the other: the second must not close what the first still tells workers with
+            self._forkserver.close()
+            self._report_the_rest()
+            self._dispatcher.close()
+            self._output_dispatcher.close()
+
+    def _report_the_rest(self) -> None:
+        """Tell of the workers that ended with the torch-only process: nobody else does, and their pools wait for it."""
+        with self._lock:
+            workers = list(self._workers)
+        if not workers:
+            return
+        told = threading.Event()
+        try:
+            for worker in workers:
+                self._dispatcher.call_soon(functools.partial(worker.process_exited, None))
+            self._dispatcher.call_soon(told.set)
+        except ManagerClosed:
+            return  # it was closed before, and they were told then
+        if not self._dispatcher.on_thread():
+            told.wait()
 
     def forget(self, worker: ProcessWorker) -> None:
         """Drop a worker that is gone."""

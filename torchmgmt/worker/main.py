@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import io
 import logging
 import os
@@ -99,7 +98,7 @@ class WorkerProcess:
         os.dup2(self._output_fd, 1)
         os.dup2(self._output_fd, 2)
         os.close(self._output_fd)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         # SIGINT from a terminal does not reach this session; a stray one is not to end a batch.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -127,11 +126,7 @@ class WorkerProcess:
         install_ts()
         os.chdir(self._spec.model_dir)
         sys.path.insert(0, self._spec.model_dir)
-        # Pages that loading shares with the other workers are not to be copied by a collection either.
-        handler = load_handler(self._spec, Context.for_model(self._spec))
-        gc.collect()
-        gc.freeze()
-        return handler
+        return load_handler(self._spec, Context.for_model(self._spec))
 
 
 def _serve(channel: socket.socket, handler: Handler) -> None:
