@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from enum import Enum
 from typing import Any, TypeAlias
 
 from attrs import Attribute, field, frozen
+from attrs.validators import optional
 
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
@@ -23,6 +25,8 @@ __all__ = [
     "ModelKey",
     "ModelSpec",
     "Scale",
+    "ShareWeights",
+    "Sharing",
     "WorkerExit",
     "WorkerFault",
     "WorkerInfo",
@@ -125,6 +129,36 @@ class Scale:
             raise InvalidArgument("max_worker", self.max_workers, f"at least min_worker, which is {self.min_workers}")
 
 
+class ShareWeights(Enum):
+    """Whether workers are forked from a process that has loaded the model once, and so share its memory."""
+
+    AUTO = "auto"
+    """If loading it left nothing behind that forked processes must not share."""
+    ALWAYS = "always"
+    """Even then; the handler's author vouches for it. Only what cannot work at all is refused."""
+    NEVER = "never"
+    """Each worker loads the model by itself."""
+
+    @classmethod
+    def of(cls, value: object) -> ShareWeights:
+        """Return the member that ``value`` is or names, in any case; raise InvalidArgument for anything else."""
+        if isinstance(value, cls):
+            return value
+        for member in cls:
+            if isinstance(value, str) and value.lower() == member.value:
+                return member
+        raise InvalidArgument("share_weights", value, "auto, always or never")
+
+
+@frozen
+class Sharing:
+    """Which way a version's workers get their weights, and why."""
+
+    is_shared: bool | None = None
+    """True: forked from a template that loaded them once. False: each loads its own. None: not known yet."""
+    reason: str = "no worker has been started yet"
+
+
 @frozen(kw_only=True)
 class ModelSpec:
     """All that a worker needs to serve a version, and the limits it was registered with."""
@@ -150,6 +184,23 @@ class ModelSpec:
     weights_only: bool = True
     """Whether checkpoints are loaded with ``torch.load(weights_only=True)``, which runs no code found in them."""
     loaded_at_startup: bool = False
+    backend: str = "process"
+    """How its workers are run: the name of a backend of the manager."""
+    share_weights: ShareWeights = field(default=ShareWeights.AUTO, converter=ShareWeights.of)
+    threads_per_worker: int | None = field(default=None, validator=optional(number("threads_per_worker", 1)))
+    """Threads that one operation may use (intra-op); None: the cores divided by the most workers."""
+    batches_in_flight: int = field(default=4, validator=number("batches_in_flight", 1))
+    """The most batches that may be with a worker at once, the one that it computes included."""
+    max_requests: int | None = field(default=None, validator=optional(number("max_requests", 1)))
+    """A worker that has answered so many requests is replaced; None: no limit."""
+    max_memory_bytes: int | None = field(default=None, validator=optional(number("max_memory", 1, "bytes")))
+    """A worker that has more private memory is replaced; None: no limit."""
+    scale_down_delay_s: float = field(default=60, validator=number("scale_down_delay", 0, "seconds", whole=False))
+    """For how long a worker above the least number must not have been needed before it goes."""
+    template_idle_timeout_s: float = field(
+        default=600, validator=number("template_idle_timeout", 0, "seconds", whole=False)
+    )
+    """For how long there may be no worker before what is kept loaded for the next one is given up."""
 
 
 @frozen
@@ -166,6 +217,8 @@ class WorkerRequest:
     row: Encoded
     request_id: str
     headers: Mapping[str, str] | None = None
+    deadline: float | None = None
+    """When nobody waits for it any more, on the monotonic clock of the machine (s); it is not begun after that."""
 
 
 @frozen
@@ -193,6 +246,10 @@ class WorkerExit:
     last_lines: Sequence[str] = ()
     fault: WorkerFault | None = None
     """What it said before it went, if loading its model failed."""
+    last_started: int | None = None
+    """The number of the last batch that it began, 0 for none; None if nobody can tell, so that all may have begun."""
+    is_final: bool = False
+    """Whether another worker must not be started in its place: what ended it would end that one, too."""
 
 
 @frozen(kw_only=True)
@@ -232,6 +289,7 @@ class ModelInfo:
     workers: Sequence[WorkerInfo] = ()
     queue_capacity: int = 0
     queue_length: int = 0
+    sharing: Sharing = field(factory=Sharing)
     last_error: str = ""
     """Why a worker failed last: its reason, traceback and last lines; empty if none did since it last was well."""
     customized_metadata: Any = None
@@ -282,6 +340,9 @@ class ModelInfo:
             },
             "state": self.state.value,
             "defaultVersion": self.is_default,
+            "shareWeights": spec.share_weights.value,
+            "weightsShared": self.sharing.is_shared,
+            "weightsSharedReason": self.sharing.reason,
         }
         if self.last_error:
             item["lastError"] = self.last_error

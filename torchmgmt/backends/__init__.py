@@ -1,7 +1,9 @@
 """How a worker is run, as one small interface; each file here is a way to do it.
 
 A pool decides when a worker starts, which batch it gets and when it goes. A backend knows how: what a worker is made
-of, how a batch reaches it, how one learns that it is gone. Processes are the one way there is now.
+of, how a batch reaches it, how one learns that it is gone. A :class:`Backend` gives a :class:`ModelHost` for each model
+version, and that one :class:`WorkerHandle` for each of its workers. Processes and threads are the two ways there are;
+an actor of a cluster engine could be the third: nothing here says that a worker is on this machine.
 """
 
 from __future__ import annotations
@@ -9,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torchmgmt.records import Encoded, ModelSpec, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.records import Encoded, ModelSpec, Sharing, WorkerExit, WorkerFault, WorkerRequest
 
-__all__ = ["Backend", "Outcome", "WorkerHandle", "WorkerListener"]
+__all__ = ["Backend", "ModelHost", "Outcome", "WorkerHandle", "WorkerListener"]
 
 Outcome = Encoded | WorkerFault
 """What a worker answers to one request."""
@@ -38,6 +40,7 @@ class WorkerHandle(Protocol):
 
         Raises:
             OSError: nothing was started, and the listener will hear nothing.
+            ManagerClosed: the backend was closed; the same.
         """
 
     @property
@@ -48,11 +51,18 @@ class WorkerHandle(Protocol):
     def memory_bytes(self) -> int:
         """Its proportional (else resident) set size when last sampled; 0 before that."""
 
+    @property
+    def private_bytes(self) -> int:
+        """The memory that would be free without it (its unique set size) when last sampled; 0 before that."""
+
     def last_lines(self) -> Sequence[str]:
         """Return the last lines that it printed."""
 
     def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
-        """Hand it a batch, to be answered by ``done(number, …)``."""
+        """Hand it a batch, to be answered by ``done(number, …)``.
+
+        It may be handed more while it computes; it runs them in the order in which it got them. Numbers ascend.
+        """
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``, to be answered by ``done(number, [answer])``."""
@@ -67,11 +77,31 @@ class WorkerHandle(Protocol):
         """End it now; it first says in its last lines where it was."""
 
 
+class ModelHost(Protocol):
+    """How a backend runs the workers of one model version, and what it keeps for them. Thread-safe."""
+
+    @property
+    def sharing(self) -> Sharing:
+        """Which way the workers get their weights, and why."""
+
+    def worker(self, worker_id: str, threads: int, listener: WorkerListener) -> WorkerHandle:
+        """Return a worker, not started yet, that will compute with ``threads`` threads. Starts nothing."""
+
+    def rest(self) -> None:
+        """Give up what is kept for further workers; the next one loads the model anew. Does not block; idempotent.
+
+        Workers that run are not touched.
+        """
+
+    def close(self) -> None:
+        """Give up everything, and block until it is gone. To be called when no worker is left; idempotent."""
+
+
 class Backend(Protocol):
     """A way to run workers. Thread-safe."""
 
-    def worker(self, spec: ModelSpec, worker_id: str, threads: int, listener: WorkerListener) -> WorkerHandle:
-        """Return a worker, not started yet, that will load ``spec`` and compute with ``threads`` threads."""
+    def host(self, spec: ModelSpec) -> ModelHost:
+        """Return what will run the workers of ``spec``. Starts nothing."""
 
     def call_at(self, when: float, callback: Callable[[], object]) -> object:
         """Run ``callback`` at a time of the monotonic clock, on the thread that calls listeners."""
