@@ -51,8 +51,9 @@ class Kind(IntEnum):
     DONE = 12
     # to the torch-only process
     HELLO = 19
-    FORK = 20
-    # from the torch-only process
+    FORK = 20  # to a template, too
+    ADOPT = 21
+    # from the torch-only process, or a template
     FORKED = 30
     NOT_FORKED = 31
     EXITED = 32

@@ -14,15 +14,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from torchmgmt.channel import Buffer, Frame, FrameReader, Kind, decode, encode, send
+from torchmgmt.channel import Frame, FrameReader, Kind, send
 from torchmgmt.compat import install_ts
 from torchmgmt.handlers.context import Context
 from torchmgmt.records import Encoded, WorkerFault
+from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.loader import Handler, load_handler
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ __all__ = ["WORKER_VARIABLE", "WorkerProcess"]
 WORKER_VARIABLE = "TORCHMGMT_WORKER_PID"
 """Set in every worker to its own pid, so that what its handler starts can be told from what another one's does."""
 
-_DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
-"""Where it stands since torch 2.5, and where it stood before."""
-_OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
 EXIT_STOPPED = 0
 EXIT_NOT_LOADED = 1
 
@@ -138,47 +135,9 @@ def _serve(channel: socket.socket, handler: Handler) -> None:
                 number, requests = frame.head
                 _answer(channel, number, run_batch(handler, requests, frame.segments))
             elif frame.kind is Kind.DESCRIBE:
-                _answer(channel, frame.head, [_try(handler.describe)])
+                _answer(channel, frame.head, [attempt(handler.describe)])
             elif frame.kind is Kind.STOP:
                 return
-
-
-def run_batch(
-    handler: Handler, requests: Sequence[tuple[str, Mapping[str, str] | None, int]], segments: Sequence[Buffer]
-) -> list[Encoded | WorkerFault]:
-    """Run one batch; return an answer or a fault for each of its requests, in order. Raises nothing of the handler's."""
-    outcomes: list[Encoded | WorkerFault | None] = []
-    rows, ids, headers = [], [], []
-    start = 0
-    for request_id, request_headers, count in requests:
-        row = _try(lambda at=start, n=count: decode(Encoded(segments[at : at + n])), encoded=False)
-        start += count
-        outcomes.append(row if isinstance(row, WorkerFault) else None)
-        if not isinstance(row, WorkerFault):
-            rows.append(row)
-            ids.append(request_id)
-            headers.append(request_headers or {})
-    answers = iter(_run_rows(handler, rows, ids, headers) if rows else ())
-    return [outcome if outcome is not None else next(answers) for outcome in outcomes]
-
-
-def _run_rows(
-    handler: Handler, rows: list[Any], ids: list[str], headers: list[Mapping[str, str]]
-) -> list[Encoded | WorkerFault]:
-    try:
-        answers = handler.run(rows, ids, headers)
-    except Exception as error:
-        fault = fault_of(error)
-        return [fault] * len(rows)
-    return [_try(lambda answer=answer: answer) for answer in answers]
-
-
-def _try(make: Any, *, encoded: bool = True) -> Any:
-    """Return what ``make`` returns, pickled if ``encoded``; if either raises, return that as a fault."""
-    try:
-        return encode(make()) if encoded else make()
-    except Exception as error:
-        return fault_of(error)
 
 
 def _answer(channel: socket.socket, number: int, outcomes: Sequence[Encoded | WorkerFault]) -> None:
@@ -187,41 +146,12 @@ def _answer(channel: socket.socket, number: int, outcomes: Sequence[Encoded | Wo
     send(channel, Frame(Kind.DONE, (number, head), segments))
 
 
-def fault_of(error: BaseException) -> WorkerFault:
-    """Return what the embedding process is to know of ``error``: text only, since its class may not exist over there."""
-    kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    code = getattr(error, "error_code", None)
-    return WorkerFault(
-        error_type=name,
-        reason=f"{name}: {_text_of(error)}",
-        traceback="".join(traceback.format_exception(kind, error, _without_our_frames(error.__traceback__))),
-        error_code=code if isinstance(code, int) else None,
-        out_of_memory=isinstance(error, _OUT_OF_MEMORY),
-    )
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as reason:  # it has a __str__ of its own
-        return f"(its text cannot be read: {type(reason).__name__})"
-
-
 def _status_of(error: SystemExit) -> int:
     """Return the exit status that Python gives ``error``, and print its text, if it has one, as Python does."""
     if error.code is None or isinstance(error.code, int):
         return error.code or 0
     sys.stderr.write(f"{error.code}\n")
     return 1
-
-
-def _without_our_frames(trace: TracebackType | None) -> TracebackType | None:
-    """Drop the frames above the handler's own: they are the same every time and say nothing of what went wrong."""
-    inner = trace
-    while inner is not None and inner.tb_frame.f_globals.get("__name__", "").startswith("torchmgmt.worker"):
-        inner = inner.tb_next
-    return inner or trace
 
 
 def _log_to_stderr() -> None:
