@@ -189,7 +189,9 @@ LIGHT_TORCH = {
     "__init__.py": """
 import random
 class OutOfMemoryError(RuntimeError): pass
-class Tensor: pass
+class Tensor:
+    def sum(self): return self
+def ones(*shape): return Tensor()
 def set_num_threads(count): pass
 def seed(): random.seed()
 """,

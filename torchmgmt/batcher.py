@@ -209,8 +209,15 @@ class Batcher(Generic[T, R]):
             self._on_ready()
         return entry.future
 
-    def take(self) -> Batch[T, R] | None:
+    def waited_s(self) -> float:
+        """For how many seconds the oldest item has waited; 0 if none does."""
+        with self._lock:
+            return max(0.0, self.clock() - self._queue[0].since) if self._queue else 0.0
+
+    def take(self, *, full: bool = False) -> Batch[T, R] | None:
         """Cut the next batch if one is due: full, or its oldest item has waited long enough, or the queue drains.
+
+        With ``full``, only the first of these counts: for a taker that is in no hurry.
 
         Cancelled and expired items are left out; the latter are failed by the timer that watches their deadlines, not
         here: a caller may hold a lock, and failing one runs its callbacks. Does not block; any thread.
@@ -218,7 +225,7 @@ class Batcher(Generic[T, R]):
         now = self.clock()
         entries: list[_Waiting[T, R]] = []
         with self._lock:
-            if self._is_ready_locked(now):
+            if len(self._queue) >= self.batch_size or (not full and self._is_ready_locked(now)):
                 while self._queue and len(entries) < self.batch_size:
                     entry = self._queue.popleft()
                     if _claim(entry, now):

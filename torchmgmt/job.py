@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from torchmgmt.channel import AnswerFuture
 from torchmgmt.errors import HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.records import Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
-__all__ = ["Job", "JobSource", "OwnJob", "answers_of", "error_of_death"]
+__all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "answers_of", "error_of_death", "size_of"]
 
 
 class Job(Protocol):
@@ -32,14 +33,70 @@ class Job(Protocol):
 class JobSource(Protocol):
     """Where a pool gets its batches from; a :class:`torchmgmt.Batcher` is one. None of its methods may block."""
 
-    def take(self) -> Job | None:
-        """Return the next batch if one is due. Called with the pool's lock held."""
+    def take(self, *, full: bool = False) -> Job | None:
+        """Return the next batch if one is due; with ``full``, only one as large as may be.
+
+        Called with the pool's lock held.
+        """
 
     def fail_waiting(self, error: BaseException) -> int:
         """Answer all that waits with ``error``; return how many requests that were."""
 
+    def waited_s(self) -> float:
+        """For how many seconds the oldest request has waited; 0 if none does."""
+
     def __len__(self) -> int:
         """The number of requests that wait."""
+
+
+class JobQueue:
+    """What a pool has to run, in this order: what a dead worker gave back, what it was given itself, what its source has.
+
+    Guarded by the pool's lock.
+    """
+
+    def __init__(self) -> None:
+        self.source: JobSource | None = None
+        self._returned: deque[Job] = deque()
+        self._own: deque[OwnJob] = deque()
+
+    def add(self, job: OwnJob) -> None:
+        """Queue a batch of the pool's own."""
+        self._own.append(job)
+
+    def give_back(self, jobs: Iterable[Job]) -> None:
+        """Queue batches that were taken and not begun; they go before all others, in their order."""
+        self._returned.extendleft(reversed(list(jobs)))
+
+    def take(self, *, full: bool = False) -> Job | None:
+        """Return the next batch if there is one; with ``full``, from the source only one as large as may be."""
+        if self._returned:
+            return self._returned.popleft()
+        while self._own:
+            job = self._own.popleft()
+            if job.begin():
+                return job
+        return self.source.take(full=full) if self.source is not None else None
+
+    def waited_s(self) -> float:
+        """For how many seconds the oldest request has waited at the source; 0 if none does."""
+        return self.source.waited_s() if self.source is not None else 0.0
+
+    def clear(self) -> list[Job]:
+        """Take away all but what the source has, and return it."""
+        jobs = [*self._returned, *self._own]
+        self._returned.clear()
+        self._own.clear()
+        return jobs
+
+    def __len__(self) -> int:
+        """The number of requests that wait."""
+        return size_of((*self._returned, *self._own)) + (len(self.source) if self.source is not None else 0)
+
+
+def size_of(jobs: Iterable[Job]) -> int:
+    """Return how many requests these batches hold; the wish for a description counts as one."""
+    return sum(max(1, len(job.items)) for job in jobs)
 
 
 class OwnJob:

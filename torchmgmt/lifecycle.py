@@ -82,7 +82,7 @@ class WorkerState(Enum):
     READY = "READY"
     """Idle; may be handed a batch."""
     BUSY = "BUSY"
-    """A batch is assigned to it."""
+    """At least one batch is assigned to it."""
     DRAINING = "DRAINING"
     """Finishes its batch and gets no other."""
     STOPPING = "STOPPING"
@@ -150,6 +150,8 @@ WORKER_TRANSITIONS: Mapping[WorkerState, Mapping[WorkerEvent, WorkerState]] = {
         WorkerEvent.EXIT: WorkerState.EXITED,
     },
     WorkerState.BUSY: {
+        # A further batch that lies with it until this one is done.
+        WorkerEvent.ASSIGN: WorkerState.BUSY,
         WorkerEvent.FINISH: WorkerState.READY,
         WorkerEvent.DRAIN: WorkerState.DRAINING,
         # A batch that ran past its limit, or a drain whose time is over.

@@ -463,7 +463,7 @@ class ModelManager:
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
         served = self._get(name, version)
-        request = _request(data, fields, headers)
+        request = _request(data, fields, headers, None if timeout is None else _deadline(timeout))
         future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
         with self._gone_is_not_found(served):
             served.pool.check_serving()
@@ -587,7 +587,14 @@ class ModelManager:
         return _total(time.monotonic() - started, reports)
 
 
-def _request(data: object, fields: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> WorkerRequest:
+def _deadline(timeout: float) -> float:
+    check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+    return time.monotonic() + timeout
+
+
+def _request(
+    data: object, fields: Mapping[str, Any] | None, headers: Mapping[str, str] | None, deadline: float | None
+) -> WorkerRequest:
     if fields is not None and not isinstance(fields, Mapping):
         raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
     if headers is not None and not _are_headers(headers):
@@ -598,7 +605,7 @@ def _request(data: object, fields: Mapping[str, Any] | None, headers: Mapping[st
     except Exception as error:  # whatever a __reduce__ raises
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
-    return WorkerRequest(encoded, os.urandom(16).hex(), dict(headers) if headers else None)
+    return WorkerRequest(encoded, os.urandom(16).hex(), dict(headers) if headers else None, deadline)
 
 
 def _are_headers(value: object) -> bool:
@@ -636,6 +643,7 @@ def _info(version: _Version, *, is_default: bool, metadata: object = None) -> Mo
         workers=pool.info(),
         queue_capacity=version.spec.job_queue_size,
         queue_length=len(version.batcher),
+        sharing=pool.sharing,
         last_error=str(pool.last_error or ""),
         customized_metadata=metadata,
     )

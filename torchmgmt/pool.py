@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from attrs import define
-
-from torchmgmt.backends import Backend, Outcome, WorkerHandle
+from torchmgmt.backends import Backend, Outcome
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.channel import AnswerFuture, encode
 from torchmgmt.errors import (
@@ -32,32 +30,26 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 from torchmgmt.events import Event, Listener, VersionStateChanged, WorkerReady, WorkerStopped
-from torchmgmt.job import Job, JobSource, OwnJob, answers_of, error_of_death
-from torchmgmt.lifecycle import (
-    VersionEvent,
-    VersionState,
-    WorkerEvent,
-    WorkerState,
-    advance_version,
-    advance_worker,
-)
+from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, answers_of, error_of_death, size_of
+from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState, advance_version
+from torchmgmt.pool_worker import NEVER, PROMISING, SERVING, PoolWorker
 from torchmgmt.records import (
     CloseReport,
     ModelSpec,
     Scale,
+    Sharing,
     WorkerExit,
     WorkerFault,
     WorkerInfo,
     WorkerRequest,
     check_number,
 )
-from torchmgmt.scaling import Failures, Plan, Situation, WorkerFacts, decide
+from torchmgmt.scaling import Failures, Load, Observation, Plan, Situation, decide, default_threads
 
 __all__ = ["WorkerPool"]
 
 log = logging.getLogger(__name__)
 
-NEVER = float("inf")
 # What a worker that was told to end may take before SIGTERM, and then before SIGKILL.
 STOP_GRACE_S = 5.0
 TERMINATE_GRACE_S = 2.0
@@ -65,8 +57,13 @@ TERMINATE_GRACE_S = 2.0
 WELL_AFTER_S = 10.0
 FIRST_WORKER_ID = 9000
 
-_SERVING = (WorkerState.READY, WorkerState.BUSY)
-_PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *_SERVING)
+# Further batches are handed to a busy worker only where a batch takes no longer than this: what a worker would lose by
+# waiting for the next one is nothing beside a longer one, and a batch that lies there cannot go to whoever is free first.
+_SHORT_RUN_S = 0.02
+_NEW_SHARE = 0.1  # of each new run time in their moving average
+# The load is looked at so soon after a request came that may call for another worker.
+_FIRST_LOOK_S = 0.25
+
 _OVER = (VersionState.RETIRING, VersionState.GONE)
 # The steps of a version from where it stands to where its workers say it is.
 _ROUTES: Mapping[tuple[VersionState, VersionState], Sequence[VersionEvent]] = {
@@ -84,27 +81,6 @@ _ROUTES: Mapping[tuple[VersionState, VersionState], Sequence[VersionEvent]] = {
     (VersionState.FAILED, VersionState.LOADING): (VersionEvent.WANT,),
     (VersionState.FAILED, VersionState.READY): (VersionEvent.SERVE,),
 }
-
-
-@define(eq=False)
-class _Worker:
-    """One worker as its pool sees it. All of it is guarded by the pool's lock."""
-
-    id: str
-    wanted_at: datetime
-    state: WorkerState = WorkerState.WANTED
-    handle: WorkerHandle | None = None
-    spawned_at: float = 0.0
-    ready_at: float = NEVER
-    number: int = 0
-    """The number of its batch; an answer that carries another one is void."""
-    job: Job | None = None
-    overdue_at: float = NEVER
-    """When it has to be ready, done with its batch, or gone."""
-    end_reason: str = ""
-    """Why it was made to end, if it was."""
-    is_unwanted: bool = False
-    is_terminated: bool = False
 
 
 class WorkerPool:
@@ -145,18 +121,19 @@ class WorkerPool:
         check_number("workers", workers, minimum=0)
         self.spec = spec
         self._initial = Scale(workers, workers)
-        self._source: JobSource | None = None
         self._owns_backend = backend is None
         self._backend: Backend = ProcessBackend() if backend is None else backend
+        self._host = self._backend.host(spec)
         self._worker_ids = itertools.count(FIRST_WORKER_ID) if worker_ids is None else worker_ids
         self._listener = listener
         self._numbers = itertools.count(1)
+        self._wears = spec.max_requests is not None or spec.max_memory_bytes is not None
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
-        self._workers: dict[str, _Worker] = {}
-        self._idle: deque[_Worker] = deque()  # the last one in is the first one out: its caches are warm
-        self._jobs: deque[OwnJob] = deque()
+        self._workers: dict[str, PoolWorker] = {}
+        self._idle: deque[PoolWorker] = deque()  # the last one in is the first one out: its caches are warm
+        self._queue = JobQueue()
         self._scale = Scale(0, 0)
         self._state = VersionState.REGISTERED
         self._is_ending = False
@@ -165,6 +142,11 @@ class WorkerPool:
         self._jitter = 1.0
         self._starts_failed = 0
         self._gave_up = False
+        self._load = Load()
+        self._past_busy_s = 0.0  # of workers that are gone
+        self._run_s = 0.0  # what a batch takes, as a moving average
+        self._empty_since: float | None = time.monotonic()
+        self._is_loaded = False  # whether something may be kept loaded for further workers
         self._last_error: WorkerStartFailed | WorkerDied | None = None
         self._look_at = NEVER
         self._stopped = 0
@@ -202,6 +184,11 @@ class WorkerPool:
         return self._scale
 
     @property
+    def sharing(self) -> Sharing:
+        """Which way the workers get their weights, and why."""
+        return self._host.sharing
+
+    @property
     def last_error(self) -> WorkerStartFailed | WorkerDied | None:
         """Why a worker ended unasked the last time; None once all wanted workers are there and one has served since."""
         return self._last_error
@@ -209,14 +196,14 @@ class WorkerPool:
     def info(self) -> tuple[WorkerInfo, ...]:
         """Return what is known of each worker, oldest first. Does not block."""
         with self._lock:
-            return tuple(_info(worker) for worker in self._workers.values())
+            return tuple(worker.info() for worker in self._workers.values())
 
     def feed_from(self, source: JobSource) -> None:
         """Have idle workers take batches from ``source``, after what was submitted. To be called before :meth:`scale`.
 
         Whoever owns the source calls :meth:`pump` when it may have a batch.
         """
-        self._source = source
+        self._queue.source = source
 
     def scale(self, wanted: Scale, *, timeout: float = -1) -> None:
         """Set how many workers shall be; return at once. Asking again makes a pool that had given up try again.
@@ -295,13 +282,16 @@ class WorkerPool:
                 raise error
 
     def pump(self) -> None:
-        """Hand waiting batches to idle workers. To be called when there may be one; does not block."""
-        while (worker := self._assign()) is not None:
-            handle, job = worker.handle, worker.job
-            if isinstance(job, OwnJob) and job.is_description and handle is not None:
-                handle.describe(worker.number)
-            elif job is not None and handle is not None:
-                handle.run(worker.number, job.items)
+        """Hand waiting batches to workers. To be called when there may be one; does not block."""
+        while (assigned := self._assign()) is not None:
+            worker, number, job = assigned
+            handle = worker.handle
+            if handle is None:
+                continue
+            if isinstance(job, OwnJob) and job.is_description:
+                handle.describe(number)
+            else:
+                handle.run(number, job.items)
         self._flush()
 
     def close(self, timeout: float = 30, *, drain: bool = True) -> CloseReport:
@@ -348,6 +338,8 @@ class WorkerPool:
         with self._changed:
             # No time limit: whoever does not end when told to is killed, and a backend reports every end, its own included.
             self._changed.wait_for(lambda: not self._workers)
+        self._host.close()
+        with self._lock:
             if self._state is VersionState.RETIRING:
                 self._advance_locked(VersionEvent.VANISH)
         self._flush()
@@ -355,16 +347,19 @@ class WorkerPool:
 
     # -- deciding: under the lock --------------------------------------------------------------------------------------
 
-    def _assign(self) -> _Worker | None:
-        """Assign the next batch to an idle worker; None if there is no such pair."""
+    def _assign(self) -> tuple[PoolWorker, int, Job] | None:
+        """Assign the next batch to a worker; None if there is no such pair."""
         with self._lock:
             while self._idle and self._idle[-1].state is not WorkerState.READY:
                 self._idle.pop()  # it was told to go since
             if self._idle:
-                job = self._next_job_locked()
+                job = self._queue.take()
                 return None if job is None else self._assign_locked(self._idle.pop(), job)
+            busy = self._busy_worker_with_room_locked()
+            if busy is not None and (job := self._queue.take(full=True)) is not None:
+                return self._assign_locked(busy, job)
             # In this order: counting what waits takes its time, and under load this is asked for every request.
-            if self._is_promising_locked() or self._waiting_locked() == 0:
+            if self._is_promising_locked() or len(self._queue) == 0:
                 return None
             unservable = self._no_worker_error_locked()
         if unservable is not None:
@@ -373,19 +368,21 @@ class WorkerPool:
             self._reconcile()  # nobody is there for what waits, and somebody may be
         return None
 
-    def _next_job_locked(self) -> Job | None:
-        while self._jobs:
-            job = self._jobs.popleft()
-            if job.begin():
-                return job
-        return self._source.take() if self._source is not None else None
+    def _busy_worker_with_room_locked(self) -> PoolWorker | None:
+        """Return a worker that computes, with which a further batch may lie meanwhile: the one with the fewest."""
+        most = self.spec.batches_in_flight
+        if most < 2 or not 0 < self._run_s < _SHORT_RUN_S:
+            return None
+        busy = [each for each in self._workers.values() if each.state is WorkerState.BUSY and len(each.jobs) < most]
+        return min(busy, key=lambda each: len(each.jobs), default=None)
 
-    def _assign_locked(self, worker: _Worker, job: Job) -> _Worker:
-        worker.state = advance_worker(worker.state, WorkerEvent.ASSIGN)
-        worker.number, worker.job = next(self._numbers), job
-        worker.overdue_at = time.monotonic() + self.spec.response_timeout_s
+    def _assign_locked(self, worker: PoolWorker, job: Job) -> tuple[PoolWorker, int, Job]:
+        number, now = next(self._numbers), time.monotonic()
+        worker.assign(number, job, now, self.spec.response_timeout_s)
         self._look_by_locked(worker.overdue_at)
-        return worker
+        if self._scale.min_workers < self._scale.max_workers:
+            self._look_by_locked(now + _FIRST_LOOK_S)
+        return worker, number, job
 
     def _no_worker_error_locked(self) -> NoWorker | None:
         key = self.spec.key
@@ -410,95 +407,118 @@ class WorkerPool:
         return self._ready_locked() >= self._scale.min_workers and len(self._workers) <= self._scale.max_workers
 
     def _ready_locked(self) -> int:
-        return sum(worker.state in _SERVING for worker in self._workers.values())
+        return sum(worker.state in SERVING for worker in self._workers.values())
 
     def _is_quiet_locked(self) -> bool:
         """Whether nothing runs, and nothing waits that a worker could still take."""
-        if any(worker.job is not None for worker in self._workers.values()):
+        if any(worker.jobs for worker in self._workers.values()):
             return False
-        return self._waiting_locked() == 0 or self._no_worker_error_locked() is not None
-
-    def _waiting_locked(self) -> int:
-        return len(self._jobs) + (len(self._source) if self._source is not None else 0)
+        return len(self._queue) == 0 or self._no_worker_error_locked() is not None
 
     def _is_promising_locked(self) -> bool:
         """Whether there is a worker that takes batches, or will."""
-        return any(worker.state in _PROMISING for worker in self._workers.values())
+        return any(worker.state in PROMISING for worker in self._workers.values())
 
     def _reconcile(self) -> None:
         """Bring what is nearer to what is wanted."""
         with self._lock:
+            self._load = self._load.observed(self._observation_locked())
             while not self._is_ending:
                 plan = decide(self._situation_locked())
                 self._apply_locked(plan)
-                if plan.wake_at is not None:
-                    self._look_by_locked(plan.wake_at)
-                if plan.wake_at is not None or plan.is_empty:
+                if plan.is_empty:
+                    if plan.wake_at is not None:
+                        self._look_by_locked(plan.wake_at)
                     break
             self._follow_workers_locked()
             self._changed.notify_all()
         self._flush()
 
+    def _observation_locked(self) -> Observation:
+        now = time.monotonic()
+        workers = self._workers.values()
+        return Observation(
+            now=now,
+            busy_s=self._past_busy_s + sum(worker.computed_s(now) for worker in workers),
+            serving=self._ready_locked(),
+            busy=sum(worker.state is WorkerState.BUSY for worker in workers),
+            waiting=len(self._queue),
+            waited_s=self._queue.waited_s(),
+        )
+
     def _situation_locked(self) -> Situation:
         return Situation(
             scale=self._scale,
-            workers=[WorkerFacts(worker.id, worker.state) for worker in self._workers.values()],
-            waiting=self._waiting_locked(),
+            workers=[worker.facts() for worker in self._workers.values()],
+            waiting=len(self._queue),
             now=time.monotonic(),
+            load=self._load,
+            scale_down_delay_s=self.spec.scale_down_delay_s,
             failures=self._failures,
             jitter=self._jitter,
             max_retry_timeout_s=self.spec.max_retry_timeout_s,
             gave_up=self._gave_up,
+            is_loaded=self._is_loaded,
+            empty_since=self._empty_since,
+            template_idle_timeout_s=self.spec.template_idle_timeout_s,
         )
 
     def _apply_locked(self, plan: Plan) -> None:
         for _ in range(plan.add):
-            worker = _Worker(str(next(self._worker_ids)), datetime.now(timezone.utc))
+            worker = PoolWorker(str(next(self._worker_ids)), datetime.now(timezone.utc))
             self._workers[worker.id] = worker
+            self._empty_since = None
         for worker_id in plan.spawn:
             self._spawn_locked(self._workers[worker_id])
         for worker_id in plan.remove:
             self._remove_locked(self._workers[worker_id])
         if plan.give_up:
-            self._gave_up = True
-            error = self._last_error
-            self._actions.append(lambda: log.error("Starting workers of %s was given up: %s", self.spec.key, error))
-            self._actions.append(self.pump)  # fails what waits, if nobody is left to take it
+            self._give_up_locked()
+        if plan.rest:
+            self._is_loaded = False
+            self._actions.append(self._host.rest)
 
-    def _spawn_locked(self, worker: _Worker) -> None:
-        worker.state = advance_worker(worker.state, WorkerEvent.SPAWN)
+    def _give_up_locked(self) -> None:
+        self._gave_up = True
+        error = self._last_error
+        self._actions.append(lambda: log.error("Starting workers of %s was given up: %s", self.spec.key, error))
+        self._actions.append(self.pump)  # fails what waits, if nobody is left to take it
+
+    def _spawn_locked(self, worker: PoolWorker) -> None:
+        worker.advance(WorkerEvent.SPAWN)
         worker.spawned_at = time.monotonic()
         worker.overdue_at = worker.spawned_at + self.spec.startup_timeout_s
         self._look_by_locked(worker.overdue_at)
-        threads = max(1, (os.cpu_count() or 1) // max(1, self._scale.max_workers))
+        self._is_loaded = True
+        threads = self.spec.threads_per_worker or default_threads(_cores(), self._scale.max_workers)
         self._actions.append(lambda: self._start(worker, threads))
 
-    def _remove_locked(self, worker: _Worker) -> None:
+    def _remove_locked(self, worker: PoolWorker) -> None:
         """Let a worker go: at once if it does nothing, else when its batch is done or the time for that is over."""
         worker.is_unwanted = True
         if worker.state is WorkerState.BUSY:
-            worker.state = advance_worker(worker.state, WorkerEvent.DRAIN)
+            worker.advance(WorkerEvent.DRAIN)
             self._hurry_locked(worker, self._drain_until, "the pool was scaled down and its time to finish was over")
         else:
             self._stop_locked(worker, STOP_GRACE_S)
 
-    def _hurry_locked(self, worker: _Worker, overdue_at: float, reason: str) -> None:
+    def _hurry_locked(self, worker: PoolWorker, overdue_at: float, reason: str) -> None:
         """Give a worker that runs a batch no longer than until ``overdue_at``."""
         if overdue_at < worker.overdue_at:
             worker.overdue_at, worker.end_reason = overdue_at, reason
             self._look_by_locked(overdue_at)
 
-    def _stop_locked(self, worker: _Worker, grace_s: float) -> None:
+    def _stop_locked(self, worker: PoolWorker, grace_s: float) -> None:
         """Tell a worker without a batch to end."""
         worker.is_unwanted = True
         if worker.state is WorkerState.WANTED:
-            worker.state = advance_worker(worker.state, WorkerEvent.EXIT)
-            del self._workers[worker.id]
+            worker.advance(WorkerEvent.EXIT)
+            self._forget_locked(worker)
             self._changed.notify_all()
             return
         # One that is still loading would not read a message before it is done with that.
         worker.is_terminated = worker.state is WorkerState.LOADING
-        worker.state = advance_worker(worker.state, WorkerEvent.STOP)
+        worker.advance(WorkerEvent.STOP)
         worker.overdue_at = time.monotonic() + grace_s
         self._look_by_locked(worker.overdue_at)
         if worker.handle is not None:
@@ -510,8 +530,8 @@ class WorkerPool:
         lost = 0
         for worker in list(self._workers.values()):
             worker.is_unwanted = True
-            if worker.job is not None:
-                lost += len(worker.job.items)
+            if worker.jobs:
+                lost += size_of(job for _, job in worker.jobs)
                 self._hurry_locked(worker, now, "the pool was closed and its time to finish was over")
             elif worker.state is not WorkerState.STOPPING:
                 # Even without any time left, an idle worker gets a moment to go by itself.
@@ -524,12 +544,12 @@ class WorkerPool:
             self._look_at = when
             self._actions.append(lambda: self._backend.call_at(when, lambda: self._look(when)))
 
-    def _escalate_locked(self, worker: _Worker) -> None:
+    def _escalate_locked(self, worker: PoolWorker) -> None:
         """Make a worker whose time is over end: SIGTERM if it was told to go by a message, else SIGKILL."""
         handle = worker.handle
         if worker.state is not WorkerState.STOPPING:
             worker.end_reason = worker.end_reason or self._overdue_reason(worker.state)
-            worker.state = advance_worker(worker.state, WorkerEvent.STOP)
+            worker.advance(WorkerEvent.STOP)
         elif not worker.is_terminated:
             worker.is_terminated = True
             worker.overdue_at = time.monotonic() + TERMINATE_GRACE_S
@@ -584,8 +604,8 @@ class WorkerPool:
                 except Exception:
                     log.exception("Something that the pool of %s set off failed", self.spec.key)
 
-    def _start(self, worker: _Worker, threads: int) -> None:
-        handle = self._backend.worker(self.spec, worker.id, threads, _WorkerEvents(self, worker))
+    def _start(self, worker: PoolWorker, threads: int) -> None:
+        handle = self._host.worker(worker.id, threads, _WorkerEvents(self, worker))
         with self._lock:
             worker.handle = handle
         try:
@@ -604,16 +624,17 @@ class WorkerPool:
                 raise self._closed_error()
             if error := self._no_worker_error_locked():
                 raise error
-            self._jobs.append(job)
+            self._queue.add(job)
         self.pump()
         return job.future
 
     def _fail_waiting(self, error: TorchmgmtError) -> int:
         with self._lock:
-            jobs, self._jobs = self._jobs, deque()
+            jobs = self._queue.clear()
         for job in jobs:
             job.fail(error)
-        return len(jobs) + (self._source.fail_waiting(error) if self._source is not None else 0)
+        source = self._queue.source
+        return size_of(jobs) + (source.fail_waiting(error) if source is not None else 0)
 
     def _look(self, when: float) -> None:
         """Deal with every worker whose time is over, then with what is wanted."""
@@ -631,11 +652,11 @@ class WorkerPool:
 
     # -- what workers tell, on the backend's thread --------------------------------------------------------------------
 
-    def _on_ready(self, worker: _Worker) -> None:
+    def _on_ready(self, worker: PoolWorker) -> None:
         with self._lock:
             if worker.state is not WorkerState.LOADING:
                 return  # it was told to go while it loaded
-            worker.state = advance_worker(worker.state, WorkerEvent.READY)
+            worker.advance(WorkerEvent.READY)
             worker.ready_at = time.monotonic()
             worker.overdue_at = NEVER
             self._idle.append(worker)
@@ -645,46 +666,71 @@ class WorkerPool:
             self._changed.notify_all()
         self.pump()
 
-    def _on_done(self, worker: _Worker, number: int, outcomes: Sequence[Outcome]) -> None:
+    def _on_done(self, worker: PoolWorker, number: int, outcomes: Sequence[Outcome]) -> None:
         with self._lock:
-            job = worker.job
-            if job is None or worker.number != number:
+            now = time.monotonic()
+            took_s = now - worker.began_at
+            job = worker.finish(number, now, self.spec.response_timeout_s)
+            if job is None:
                 return
-            worker.job = None
-            worker.overdue_at = NEVER
-            if worker.state is WorkerState.BUSY:
-                worker.state = advance_worker(worker.state, WorkerEvent.FINISH)
-                self._idle.append(worker)
-                if self._last_error is not None:
-                    self._note_success_locked()
-            elif worker.state is WorkerState.DRAINING:
-                self._stop_locked(worker, STOP_GRACE_S)
-            if self._state is VersionState.RETIRING:
-                self._changed.notify_all()
+            self._run_s += _NEW_SHARE * (took_s - self._run_s) if self._run_s else took_s
+            is_worn = self._wears and worker.note_wear(self.spec)
+            self._after_batch_locked(worker)
+        if is_worn:
+            self._reconcile()
         self.pump()  # first, so that the worker computes while the answers are handed out
         has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
         lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
         job.finish(answers_of(self.spec.key, outcomes, lines))
 
-    def _on_exited(self, worker: _Worker, exit: WorkerExit) -> None:
+    def _after_batch_locked(self, worker: PoolWorker) -> None:
+        """Let a worker that has nothing more to do wait for the next batch, or go."""
+        if self._last_error is not None and worker.state is WorkerState.BUSY:
+            self._note_success_locked()
+        if not worker.jobs:
+            if worker.state is WorkerState.BUSY:
+                worker.advance(WorkerEvent.FINISH)
+                self._idle.append(worker)
+            elif worker.state is WorkerState.DRAINING:
+                self._stop_locked(worker, STOP_GRACE_S)
+        elif worker.overdue_at < self._look_at:
+            self._look_by_locked(worker.overdue_at)
+        if self._state is VersionState.RETIRING:
+            self._changed.notify_all()
+
+    def _on_exited(self, worker: PoolWorker, exit: WorkerExit) -> None:
         with self._lock:
-            was, worker.state = worker.state, advance_worker(worker.state, WorkerEvent.EXIT)
-            self._workers.pop(worker.id, None)
-            self._stopped += 1
-            job, worker.job = worker.job, None
+            was = worker.state
             error = error_of_death(
                 self.spec.key, exit, end_reason=worker.end_reason, was_loading=worker.ready_at == NEVER
             )
+            worker.advance(WorkerEvent.EXIT)
+            lost, unstarted = worker.take_jobs(exit.last_started)
+            self._forget_locked(worker)
+            self._stopped += 1
+            if not self._is_ending:
+                self._queue.give_back(unstarted)
             if not worker.is_unwanted:
                 self._note_failure_locked(worker, error)
+            if exit.is_final and not self._gave_up:
+                self._last_error = error
+                self._give_up_locked()
             self._follow_workers_locked()
             self._tell_locked(WorkerStopped(self.spec.key, worker.id, exit, worker.is_unwanted))
             self._changed.notify_all()
         log.debug("Worker %s of %s went from %s to its end", worker.id, self.spec.key, was.name)
-        if job is not None:
+        for job in lost:
             job.fail(error)
+        for job in unstarted if self._is_ending else ():
+            job.fail(self._closed_error())
         self._reconcile()
         self.pump()
+
+    def _forget_locked(self, worker: PoolWorker) -> None:
+        self._workers.pop(worker.id, None)
+        self._past_busy_s += worker.busy_s
+        if not self._workers:
+            self._empty_since = time.monotonic()
 
     def _note_success_locked(self) -> None:
         """A worker has served: back-off begins anew, and once all that are wanted are there, all is well again."""
@@ -692,10 +738,10 @@ class WorkerPool:
         if self._ready_locked() >= self._scale.min_workers:
             self._last_error = None
 
-    def _note_failure_locked(self, worker: _Worker, error: WorkerStartFailed | WorkerDied) -> None:
+    def _note_failure_locked(self, worker: PoolWorker, error: WorkerStartFailed | WorkerDied) -> None:
         now = time.monotonic()
         earlier = Failures() if now - worker.ready_at >= WELL_AFTER_S else self._failures
-        self._failures = earlier.another(now)
+        self._failures = earlier.another(now, worker.spawned_at)
         self._jitter = random.uniform(0.5, 1.5)
         self._last_error = error
         self._starts_failed += isinstance(error, WorkerStartFailed)
@@ -705,7 +751,7 @@ class WorkerPool:
 class _WorkerEvents:
     """Hands what a backend tells of one worker on to its pool."""
 
-    def __init__(self, pool: WorkerPool, worker: _Worker) -> None:
+    def __init__(self, pool: WorkerPool, worker: PoolWorker) -> None:
         self._pool = pool
         self._worker = worker
 
@@ -719,12 +765,6 @@ class _WorkerEvents:
         self._pool._on_exited(self._worker, exit)
 
 
-def _info(worker: _Worker) -> WorkerInfo:
-    handle = worker.handle
-    return WorkerInfo(
-        id=worker.id,
-        state=worker.state,
-        start_time=worker.wanted_at,
-        pid=handle.pid if handle is not None else None,
-        memory_bytes=handle.memory_bytes if handle is not None else 0,
-    )
+def _cores() -> int:
+    """Return how many cores this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

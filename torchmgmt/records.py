@@ -19,6 +19,7 @@ from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
 
 __all__ = [
+    "NUMBER_BYTES",
     "CloseReport",
     "Encoded",
     "ModelInfo",
@@ -27,17 +28,23 @@ __all__ = [
     "Scale",
     "ShareWeights",
     "Sharing",
+    "TemplateJob",
     "WorkerExit",
     "WorkerFault",
     "WorkerInfo",
+    "WorkerJob",
     "WorkerRequest",
     "check_number",
     "check_text",
     "check_truth",
     "number",
+    "share_weights_of",
     "text",
     "truth",
 ]
+
+NUMBER_BYTES = 8
+"""In so many bytes, the lowest first, a worker writes down the number of the batch that it begins."""
 
 WIRE_STATUS: Mapping[WorkerState, str] = {
     WorkerState.WANTED: "LOADING",
@@ -135,19 +142,18 @@ class ShareWeights(Enum):
     AUTO = "auto"
     """If loading it left nothing behind that forked processes must not share."""
     ALWAYS = "always"
-    """Even then; the handler's author vouches for it. Only what cannot work at all is refused."""
+    """Even then; the handler's author vouches for it. A context on an accelerator, which no fork survives, still forbids it."""
     NEVER = "never"
     """Each worker loads the model by itself."""
 
-    @classmethod
-    def of(cls, value: object) -> ShareWeights:
-        """Return the member that ``value`` is or names, in any case; raise InvalidArgument for anything else."""
-        if isinstance(value, cls):
-            return value
-        for member in cls:
-            if isinstance(value, str) and value.lower() == member.value:
-                return member
-        raise InvalidArgument("share_weights", value, "auto, always or never")
+
+def share_weights_of(value: object) -> ShareWeights:
+    """Return the member that ``value`` is or names, in any case; raise InvalidArgument for anything else."""
+    text = value.value if isinstance(value, ShareWeights) else value
+    try:
+        return ShareWeights(text.lower() if isinstance(text, str) else text)
+    except ValueError:
+        raise InvalidArgument("share_weights", value, "auto, always or never") from None
 
 
 @frozen
@@ -186,7 +192,7 @@ class ModelSpec:
     loaded_at_startup: bool = False
     backend: str = "process"
     """How its workers are run: the name of a backend of the manager."""
-    share_weights: ShareWeights = field(default=ShareWeights.AUTO, converter=ShareWeights.of)
+    share_weights: ShareWeights = field(default=ShareWeights.AUTO, converter=share_weights_of)
     threads_per_worker: int | None = field(default=None, validator=optional(number("threads_per_worker", 1)))
     """Threads that one operation may use (intra-op); None: the cores divided by the most workers."""
     batches_in_flight: int = field(default=4, validator=number("batches_in_flight", 1))
@@ -232,6 +238,23 @@ class WorkerFault:
     traceback: str
     error_code: int | None = None
     out_of_memory: bool = False
+
+
+@frozen
+class TemplateJob:
+    """What a process is told that is to be the template of a version."""
+
+    spec: ModelSpec
+
+
+@frozen
+class WorkerJob:
+    """What a process is told that is to be a worker."""
+
+    spec: ModelSpec
+    worker_id: str
+    threads: int
+    """Threads that one operation may use, at least 1."""
 
 
 @frozen

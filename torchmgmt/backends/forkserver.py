@@ -1,4 +1,4 @@
-"""The embedding process's side of the torch-only process: starts it, asks it for workers, hears of their ends.
+"""The torch-only process as the embedding process sees it: started when first needed, and again if it died.
 
 The embedding process neither imports torch nor forks: it starts one interpreter that does (``worker/forkserver.py``),
 and asks that one to fork whatever is needed.
@@ -15,18 +15,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from attrs import define, field
+from attrs import define
 
+from torchmgmt.backends.child import Child
+from torchmgmt.backends.forker import Forker, ForkListener
 from torchmgmt.backends.output import Output
-from torchmgmt.channel import Frame, FrameReader, FrameSender, Kind
+from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
+from torchmgmt.records import TemplateJob, WorkerJob
 
-__all__ = ["ForkListener", "ForkServer"]
+__all__ = ["ForkServer"]
 
 log = logging.getLogger(__name__)
 
@@ -46,29 +48,7 @@ _ENVIRONMENT = {
 _CLOSE_TIMEOUT_S = 5.0
 # What it gets to exit once its channel is closed. The thread that waits for it carries answers, too.
 _EXIT_TIMEOUT_S = 0.5
-# A fork takes milliseconds, importing torch seconds. One that takes longer than this hangs.
-_FORK_LIMIT_S = 10.0
 _IMPORT_LIMIT_S = 120.0
-
-
-class ForkListener(Protocol):
-    """Whom the torch-only process's side tells of one child. Called on the dispatcher's thread."""
-
-    @property
-    def pid(self) -> int | None:
-        """The child's process id; None before ``forked``."""
-
-    def forked(self, pid: int, pidfd: int | None) -> None:
-        """The child runs. The descriptor is the listener's from now on; None where the system has none."""
-
-    def fork_failed(self, reason: str, last_lines: list[str]) -> None:
-        """There is no child and there will be none."""
-
-    def process_exited(self, exitcode: int | None) -> None:
-        """The child is gone; None if its status is not known."""
-
-    def orphaned(self) -> None:
-        """The torch-only process is gone, the child perhaps not: nobody will report its end."""
 
 
 @define(eq=False)
@@ -76,29 +56,25 @@ class _Server:
     """One torch-only process that runs."""
 
     process: subprocess.Popen[bytes]
-    sock: socket.socket
-    sender: FrameSender
-    reader: FrameReader
+    child: Child
     output: Output
     started_at: float
     is_ready: bool = False
     """Whether it has imported torch and serves."""
-    listeners: dict[int, ForkListener] = field(factory=dict)
-    unanswered: set[int] = field(factory=set)
-    """The numbers of the forks that it was asked for and said nothing of yet; noted before it is sent."""
 
 
 class ForkServer:
     """Starts the torch-only process when first needed, and again if it died. Thread-safe; only :meth:`close` blocks."""
 
     def __init__(self, dispatcher: Dispatcher, output_dispatcher: Dispatcher) -> None:
+        self.numbers = itertools.count(1)
         self._dispatcher = dispatcher
         self._output_dispatcher = output_dispatcher
-        self._numbers = itertools.count(1)
         # Held while the process is started, too: of two who need it at once, the second waits for those milliseconds.
         self._lock = threading.Lock()
         # guarded by _lock
         self._server: _Server | None = None
+        self._forker: Forker | None = None
         self._closed = False
 
     @property
@@ -112,8 +88,10 @@ class ForkServer:
         with self._lock:
             self._ensure_running_locked()
 
-    def fork(self, job: object, fds: tuple[int, int], listener: ForkListener) -> None:
-        """Fork a child that runs ``job``; the two descriptors (its channel, its output) are its own and are closed here.
+    def fork(self, job: WorkerJob | TemplateJob, fds: Sequence[int], listener: ForkListener) -> tuple[Forker, int]:
+        """Fork a child that does ``job``; the descriptors are its own and are closed here.
+
+        Returns who forks it and the number that the child has there.
 
         Raises:
             ManagerClosed: it was closed.
@@ -121,38 +99,46 @@ class ForkServer:
         """
         try:
             with self._lock:
-                server = self._ensure_running_locked()
-                number = next(self._numbers)
-                server.listeners[number] = listener
-                server.unanswered.add(number)
+                forker = self._ensure_running_locked()
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
-        server.sender.send(Frame(Kind.FORK, (number, job)), fds)
-        self._look_later(server, number)
+        return forker, forker.fork(job, fds, listener)
+
+    def is_served_by(self, forker: Forker) -> bool:
+        """Whether the torch-only process that runs now is the one behind ``forker``."""
+        with self._lock:
+            return self._forker is forker
+
+    def end_if_stopped(self) -> None:
+        """Kill the torch-only process if somebody has stopped it for too long; the next fork starts another."""
+        with self._lock:
+            server = self._server
+        if server is not None and server.child.is_stopped_for_long():
+            log.error("Killing the torch-only process %d: it was stopped (SIGSTOP)", server.process.pid)
+            server.process.kill()
 
     def close(self) -> None:
         """End the torch-only process and, with it, every child that is left. Blocks until it is gone; idempotent."""
         with self._lock:
             self._closed = True
             server, self._server = self._server, None
-        if server is not None:
-            self._dispatcher.unwatch(server.sock, server.sock.close)
-            with contextlib.suppress(OSError):
-                server.sock.shutdown(socket.SHUT_RDWR)
+            forker, self._forker = self._forker, None
+        if server is not None and forker is not None:
+            forker.hang_up()
             _reap(server.process, _CLOSE_TIMEOUT_S)
-            server.sender.close()
+            forker.close()
             server.output.close()
 
-    def _ensure_running_locked(self) -> _Server:
+    def _ensure_running_locked(self) -> Forker:
         if self._closed:
             raise ManagerClosed("The backend")
-        if self._server is None:
-            self._server = self._start()
-        return self._server
+        if self._forker is None:
+            self._server, self._forker = self._start()
+        return self._forker
 
-    def _start(self) -> _Server:
+    def _start(self) -> tuple[_Server, Forker]:
         ours, theirs = socket.socketpair()
         output_reader, output_writer = os.pipe()
         with theirs, contextlib.ExitStack() as stack:
@@ -163,78 +149,46 @@ class ForkServer:
                 ours.close()
                 os.close(output_reader)
                 raise
-        ours.setblocking(False)
-        sender = FrameSender(ours, lambda on: self._dispatcher.watch_writable(ours, sender.flush if on else None))
-        server = _Server(
-            process=process,
-            sock=ours,
-            sender=sender,
-            reader=FrameReader(max_fds=16),
-            output=Output(output_reader, self._output_dispatcher, log),
-            started_at=time.monotonic(),
+        child = Child(self._dispatcher.call_at)
+        child.forked(process.pid, None)
+        server = _Server(process, child, Output(output_reader, self._output_dispatcher, log), time.monotonic())
+        forker = Forker(
+            ours,
+            self._dispatcher,
+            self.numbers,
+            on_message=lambda frame: self._on_message(server, frame),
+            on_end=lambda: self._on_death(server, forker),
+            on_stuck=lambda: self._is_importing_still(server),
         )
-        sender.send(Frame(Kind.HELLO, _environment_to_restore()))
-        self._dispatcher.watch(ours, lambda: self._on_readable(server))
-        return server
+        forker.send(Frame(Kind.HELLO, _environment_to_restore()))
+        forker.listen()
+        return server, forker
 
     # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
 
-    def _on_readable(self, server: _Server) -> None:
-        try:
-            frames = server.reader.read(server.sock)
-        except BlockingIOError:
-            return
-        except OSError:
-            frames = None
-        if frames is None:
-            self._on_death(server)
-            return
-        for frame in frames:
-            self._on_frame(server, frame)
-
-    def _look_later(self, server: _Server, number: int) -> None:
-        with contextlib.suppress(ManagerClosed):
-            self._dispatcher.call_at(time.monotonic() + _FORK_LIMIT_S, lambda: self._check_fork(server, number))
-
-    def _check_fork(self, server: _Server, number: int) -> None:
-        """Kill a torch-only process that does not answer: it hangs. Its children live on; the next fork starts another."""
-        if number not in server.unanswered or self._server is not server:
-            return
-        if not server.is_ready and time.monotonic() < server.started_at + _IMPORT_LIMIT_S:
-            self._look_later(server, number)  # it may well be importing torch still, on a slow disk
-            return
-        log.error("Killing the torch-only process %d: it did not fork a worker in time", server.process.pid)
-        server.process.kill()
-
-    def _on_frame(self, server: _Server, frame: Frame) -> None:
+    def _on_message(self, server: _Server, frame: Frame) -> None:
         if frame.kind is Kind.READY:
             server.is_ready = True
-            return
-        if frame.kind is Kind.FORKED:
-            number, pid, has_pidfd = frame.head
-            server.unanswered.discard(number)
-            server.listeners[number].forked(pid, server.reader.fds.pop(0) if has_pidfd else None)
-        elif frame.kind is Kind.NOT_FORKED:
-            number, reason = frame.head
-            server.unanswered.discard(number)
-            server.listeners.pop(number).fork_failed(reason, server.output.last_lines())
-        elif frame.kind is Kind.EXITED:
-            number, exitcode = frame.head
-            server.listeners.pop(number).process_exited(exitcode)
 
-    def _on_death(self, server: _Server) -> None:
+    def _is_importing_still(self, server: _Server) -> bool:
+        """Whether to wait on for a torch-only process; one that hangs is killed. Its children live on."""
+        if not server.is_ready and time.monotonic() < server.started_at + _IMPORT_LIMIT_S:
+            return True  # it may well be importing torch still, on a slow disk
+        log.error("Killing the torch-only process %d: it did not fork a process in time", server.process.pid)
+        server.process.kill()
+        return False
+
+    def _on_death(self, server: _Server, forker: Forker) -> None:
         with self._lock:
             if self._server is not server:
                 return  # it was closed on purpose
-            self._server = None
-        self._dispatcher.unwatch(server.sock, server.sock.close)
-        server.sender.close()
+            self._server = self._forker = None
+        forker.close()
         exitcode = _reap(server.process, _EXIT_TIMEOUT_S)
         reason = f"the torch-only process {server.process.pid} ended with exit code {exitcode}"
         log.error("%s; the next worker starts another", reason)
         last_lines = server.output.last_lines()
-        listeners, server.listeners = server.listeners, {}
-        for listener in listeners.values():
+        for listener in forker.take_listeners().values():
             if listener.pid is None:
                 listener.fork_failed(reason, last_lines)
             else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,30 +14,51 @@ from torchmgmt.channel import Buffer, decode, encode
 from torchmgmt.records import Encoded, WorkerFault
 from torchmgmt.worker.loader import Handler
 
-__all__ = ["attempt", "fault_of", "run_batch"]
+__all__ = ["RequestHead", "attempt", "fault_of", "run_batch"]
 
 _DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
 """Where it stands since torch 2.5, and where it stood before."""
 _OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
 
 
+RequestHead: TypeAlias = tuple[str, Mapping[str, str] | None, int, float | None]
+"""Of one request: its id, its headers, the number of its segments, and when nobody waits for it any more (monotonic, s)."""
+
+
 def run_batch(
-    handler: Handler, requests: Sequence[tuple[str, Mapping[str, str] | None, int]], segments: Sequence[Buffer]
+    handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer]
 ) -> list[Encoded | WorkerFault]:
     """Run one batch; return an answer or a fault for each of its requests, in order. Raises nothing of the handler's."""
     outcomes: list[Encoded | WorkerFault | None] = []
     rows, ids, headers = [], [], []
     start = 0
-    for request_id, request_headers, count in requests:
-        row = attempt(lambda at=start, n=count: decode(Encoded(segments[at : at + n])), encoded=False)
+    for request_id, request_headers, count, deadline in requests:
+        row = _EXPIRED if _is_over(deadline) else _row(segments[start : start + count])
         start += count
-        outcomes.append(row if isinstance(row, WorkerFault) else None)
-        if not isinstance(row, WorkerFault):
-            rows.append(row)
-            ids.append(request_id)
-            headers.append(request_headers or {})
+        if isinstance(row, WorkerFault):
+            outcomes.append(row)
+            continue
+        outcomes.append(None)
+        rows.append(row)
+        ids.append(request_id)
+        headers.append(request_headers or {})
     answers = iter(_run_rows(handler, rows, ids, headers) if rows else ())
     return [outcome if outcome is not None else next(answers) for outcome in outcomes]
+
+
+_EXPIRED = WorkerFault("DeadlineExceeded", "its time was over before it was begun", "")
+
+
+def _is_over(deadline: float | None) -> bool:
+    # The monotonic clock is the machine's, so that what another process said of it can be compared.
+    return deadline is not None and time.monotonic() >= deadline
+
+
+def _row(segments: Sequence[Buffer]) -> Any:
+    try:
+        return decode(Encoded(segments))
+    except Exception as error:
+        return fault_of(error)
 
 
 def _run_rows(
@@ -50,10 +72,10 @@ def _run_rows(
     return [attempt(lambda answer=answer: answer) for answer in answers]
 
 
-def attempt(make: Any, *, encoded: bool = True) -> Any:
-    """Return what ``make`` returns, pickled if ``encoded``; if either raises, return that as a fault."""
+def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
+    """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
-        return encode(make()) if encoded else make()
+        return encode(make())
     except Exception as error:
         return fault_of(error)
 

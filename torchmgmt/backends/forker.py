@@ -1,0 +1,201 @@
+"""The embedding process's side of a process that forks others: the torch-only process, or a template."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torchmgmt.channel import Frame, FrameReader, FrameSender, Kind
+from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.errors import ManagerClosed
+from torchmgmt.records import TemplateJob, WorkerJob
+
+__all__ = ["FORK_LIMIT_S", "ForkListener", "Forker"]
+
+# A fork takes milliseconds. One that takes longer than this hangs.
+FORK_LIMIT_S = 10.0
+_MAX_FDS = 16
+
+
+class ForkListener(Protocol):
+    """Who is told of one child. Called on the dispatcher's thread."""
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None before ``forked``."""
+
+    def forked(self, pid: int, pidfd: int | None) -> None:
+        """The child runs. The descriptor is the listener's from now on; None where the system has none."""
+
+    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+        """There is no child and there will be none."""
+
+    def process_exited(self, exitcode: int | None) -> None:
+        """The child is gone; None if its status is not known."""
+
+    def orphaned(self) -> None:
+        """The process that forked it is gone, the child perhaps not: nobody will report its end."""
+
+
+class Forker:
+    """Has children forked by one process, and tells their listeners what becomes of them. Thread-safe; nothing blocks.
+
+    Args:
+        control: a non-blocking socket to the process; owned and, in the end, closed here.
+        dispatcher: reads it.
+        numbers: where the children's numbers come from; no two processes of one backend may use the same.
+        on_message: gets what the process says beside what becomes of its children.
+        on_end: called once when the process has closed its end, after all that it had said was dealt with.
+        on_stuck: called when it has not answered for so long that it must hang; returns whether to go on waiting.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        dispatcher: Dispatcher,
+        numbers: itertools.count[int],
+        *,
+        on_message: Callable[[Frame], object],
+        on_end: Callable[[], object],
+        on_stuck: Callable[[], bool],
+    ) -> None:
+        control.setblocking(False)
+        self._control = control
+        self._dispatcher = dispatcher
+        self._numbers = numbers
+        self._on_message = on_message
+        self._on_end = on_end
+        self._on_stuck = on_stuck
+        self._reader = FrameReader(max_fds=_MAX_FDS)
+        self._sender = FrameSender(control, self._watch_writable)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._listeners: dict[int, ForkListener] = {}
+        self._unanswered: set[int] = set()  # noted before it is asked
+
+    def listen(self) -> None:
+        """Begin to read."""
+        self._dispatcher.watch(self._control, self._on_readable)
+
+    def send(self, frame: Frame) -> None:
+        """Send the process a message."""
+        self._sender.send(frame)
+
+    def fork(
+        self, job: WorkerJob | TemplateJob, fds: Sequence[int], listener: ForkListener, *, in_place: bool = False
+    ) -> int:
+        """Have a child forked that does ``job``; its descriptors ``fds`` are closed here. Return its number.
+
+        ``in_place``: the process shall not fork but do it itself, and forks no more. It is told of as what it was.
+        """
+        number = next(self._numbers)
+        if not in_place:
+            with self._lock:
+                self._listeners[number] = listener
+                self._unanswered.add(number)
+        self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
+        self._look_later(number)
+        return number
+
+    def adopt(self, template: int, orphans: Mapping[int, tuple[int, ForkListener]]) -> None:
+        """Have the process report the ends of a dead template's workers: by number, the pid and the listener of each."""
+        with self._lock:
+            self._listeners.update({number: listener for number, (_, listener) in orphans.items()})
+        self.send(Frame(Kind.ADOPT, (template, {pid: number for number, (pid, _) in orphans.items()})))
+
+    def take_listeners(self) -> dict[int, ForkListener]:
+        """Return, by their numbers, those that wait to be told of something, and forget them."""
+        with self._lock:
+            listeners, self._listeners = self._listeners, {}
+            self._unanswered.clear()
+        return listeners
+
+    def close(self) -> None:
+        """Stop reading and sending. Idempotent."""
+        self._sender.close()
+        try:
+            self._dispatcher.unwatch(self._control, self._close_control)
+        except ManagerClosed:
+            self._close_control()
+
+    def close_when_ended(self) -> None:
+        """Close as soon as the process has closed its end, which it does soon."""
+        self._on_end = self.close
+
+    def hang_up(self) -> None:
+        """Close the connection at once, so that the process ends; to be followed by :meth:`close`."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+
+    # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
+
+    def read_the_rest(self) -> None:
+        """Deal with what the process said before it ended."""
+        with contextlib.suppress(OSError, ValueError):  # nothing there, or closed
+            while (frames := self._reader.read(self._control)) is not None:
+                for frame in frames:
+                    self._on_frame(frame)
+
+    def _on_readable(self) -> None:
+        try:
+            frames = self._reader.read(self._control)
+        except BlockingIOError:
+            return
+        except OSError:
+            frames = None
+        if frames is None:
+            self._dispatcher.unwatch(self._control)
+            self._on_end()
+            return
+        for frame in frames:
+            self._on_frame(frame)
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.kind is Kind.FORKED:
+            number, pid, has_pidfd = frame.head
+            pidfd = self._reader.fds.pop(0) if has_pidfd else None
+            listener = self._answered(number, is_over=False)
+            if listener is not None:
+                listener.forked(pid, pidfd)
+            elif pidfd is not None:
+                os.close(pidfd)
+        elif frame.kind is Kind.NOT_FORKED:
+            number, reason = frame.head
+            if listener := self._answered(number, is_over=True):
+                listener.fork_failed(reason, [])
+        elif frame.kind is Kind.EXITED:
+            number, exitcode = frame.head
+            if listener := self._answered(number, is_over=True):
+                listener.process_exited(exitcode)
+        else:
+            self._on_message(frame)
+
+    def _close_control(self) -> None:
+        self._control.close()
+        fds, self._reader.fds = self._reader.fds, []
+        for fd in fds:
+            os.close(fd)
+
+    def _answered(self, number: int, *, is_over: bool) -> ForkListener | None:
+        with self._lock:
+            self._unanswered.discard(number)
+            return self._listeners.pop(number, None) if is_over else self._listeners.get(number)
+
+    def _look_later(self, number: int) -> None:
+        with contextlib.suppress(ManagerClosed):
+            self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, lambda: self._check(number))
+
+    def _check(self, number: int) -> None:
+        with self._lock:
+            is_waiting = number in self._unanswered
+        if is_waiting and self._on_stuck():
+            self._look_later(number)
+
+    def _watch_writable(self, on: bool) -> None:
+        self._dispatcher.watch_writable(self._control, self._sender.flush if on else None)

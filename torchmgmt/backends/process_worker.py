@@ -1,0 +1,290 @@
+"""The embedding process's handle on one worker process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torchmgmt.backends import Outcome, WorkerListener
+from torchmgmt.backends.child import Child, describe_exit
+from torchmgmt.backends.forker import FORK_LIMIT_S, ForkListener
+from torchmgmt.backends.output import Output
+from torchmgmt.channel import Buffer, Frame, FrameReader, FrameSender, Kind
+from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.errors import ManagerClosed
+from torchmgmt.records import NUMBER_BYTES, Encoded, WorkerExit, WorkerFault, WorkerJob, WorkerRequest
+
+__all__ = ["Parent", "ProcessWorker", "watch_exit"]
+
+log = logging.getLogger(__name__)
+
+# A worker whose channel is closed can do nothing for us any more; it gets this long to end by itself.
+_LINGER_S = 2.0
+
+
+class Parent(Protocol):
+    """Who has workers forked. Thread-safe; nothing blocks."""
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Reads the workers' channels."""
+
+    def open_output(self, fd: int, job: WorkerJob) -> Output:
+        """Read what a worker prints."""
+
+    def fork(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> None:
+        """Have a worker forked now, or once its template is ready. The descriptors are its own, and closed here."""
+
+    def withdraw(self, worker: ProcessWorker) -> bool:
+        """Take back the wish to have it forked; whether that was in time."""
+
+    def end_loading(self, worker: ProcessWorker) -> bool:
+        """End the process that the worker waits to be forked from; whether it waits for one."""
+
+    def hung_after_fork(self, worker: ProcessWorker) -> None:
+        """The worker was forked from a template and showed no sign of life."""
+
+    def forget(self, worker: ProcessWorker) -> None:
+        """It is gone."""
+
+
+class ProcessWorker(ForkListener):
+    """One worker process; see :class:`torchmgmt.backends.WorkerHandle`."""
+
+    def __init__(self, parent: Parent, job: WorkerJob, listener: WorkerListener) -> None:
+        self.child = Child(parent.dispatcher.call_at)
+        self.is_from_template = False
+        """Whether it is forked from a template, and so has little left to do before it is ready."""
+        self._parent = parent
+        self._dispatcher = parent.dispatcher
+        self._job = job
+        self._listener = listener
+        self._reader = FrameReader()
+        self._fault: WorkerFault | None = None
+        self._is_ready = False
+        self._end_reason = ""
+        self._is_over = False
+
+    def __repr__(self) -> str:
+        return f"<ProcessWorker {self._job.worker_id} of {self._job.spec.key}, pid {self.child.pid}>"
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None until known."""
+        return self.child.pid
+
+    @property
+    def memory_bytes(self) -> int:
+        """Its proportional (else resident) set size when last sampled; 0 before that."""
+        return self.child.memory_bytes
+
+    @property
+    def private_bytes(self) -> int:
+        """Its unique set size when last sampled; 0 before that."""
+        return self.child.private_bytes
+
+    def start(self) -> None:
+        """Have the process forked. What it is sent before it runs waits in the socket."""
+        self._channel, theirs = socket.socketpair()
+        self._channel.setblocking(False)
+        self._sender = FrameSender(self._channel, self._watch_writable)
+        output_reader, output_writer = os.pipe()
+        self._output = self._parent.open_output(output_reader, self._job)
+        page_fd, self._page = _shared_page()
+        try:
+            self._parent.fork(self, self._job, (theirs.detach(), output_writer, page_fd))
+        except BaseException:
+            self._channel.close()
+            self._output.close()
+            self._page.close()
+            raise
+
+    def last_lines(self) -> Sequence[str]:
+        """Return the last lines that the worker printed."""
+        return self._output.last_lines()
+
+    def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
+        """Send it a batch."""
+        head = [(each.request_id, each.headers, len(each.row.segments), each.deadline) for each in requests]
+        segments = [segment for request in requests for segment in request.row.segments]
+        self._sender.send(Frame(Kind.RUN, (number, head), segments))
+
+    def describe(self, number: int) -> None:
+        """Have it run its handler's ``describe_handle``."""
+        self._sender.send(Frame(Kind.DESCRIBE, number))
+
+    def stop(self) -> None:
+        """Ask it to end after what it was sent."""
+        self._sender.send(Frame(Kind.STOP))
+
+    def terminate(self) -> None:
+        """Send it SIGTERM; one that is not forked yet never is."""
+        if self._parent.withdraw(self):
+            self._on_dispatcher(lambda: self._finish_unforked("it was told to end before it was forked"))
+        else:
+            self.child.send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Have it write down where it is, then send it SIGKILL."""
+        if self._parent.end_loading(self) or self.child.kill():
+            return
+        # Not forked yet, perhaps because torch is being imported. Nobody shall wait for that; if the process still comes
+        # to be, it is killed at once.
+        self._on_dispatcher(lambda: self._finish_unforked("it was not forked in time"))
+
+    def end_if_stopped(self) -> None:
+        """Kill it if somebody has stopped it for too long. Not for a thread that carries answers."""
+        if self.child.is_stopped_for_long():
+            self._end("it was stopped (SIGSTOP) for over a second")
+
+    # -- called by who forks it, on the dispatcher's thread ------------------------------------------------------------
+
+    def forked(self, pid: int, pidfd: int | None) -> None:
+        """The process runs."""
+        self.child.forked(pid, pidfd)
+        if self._is_over:
+            return
+        self._dispatcher.watch(self._channel, self._on_readable)
+        if self.is_from_template:
+            self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, self._check_sign_of_life)
+
+    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+        """There is no process."""
+        self._finish(WorkerExit(0, None, reason, last_lines))
+
+    def template_failed(self, exit: WorkerExit) -> None:
+        """There is no process, because the one that it was to be forked from ended while it loaded the model."""
+        self._finish(exit)
+
+    def process_exited(self, exitcode: int | None) -> None:
+        """The process is gone; what it sent before is read first, so that no finished batch is lost with it."""
+        if self._is_over:
+            return  # it was given up before it came to be
+        self._read_the_rest()
+        reason = self._end_reason or describe_exit(exitcode)
+        lines = self.last_lines()
+        started = int.from_bytes(self._page[:], "little")
+        self._finish(WorkerExit(self.pid or 0, exitcode, reason, lines, self._fault, started))
+
+    def orphaned(self) -> None:
+        """The process lives on without anybody who reports its end, so watch it ourselves."""
+        watch_exit(self._dispatcher, self.child, self.process_exited)
+
+    def _finish_unforked(self, reason: str) -> None:
+        if self.pid is None:
+            self._finish(WorkerExit(0, None, reason, last_started=0))
+
+    def _check_sign_of_life(self) -> None:
+        if not (self._is_ready or self._fault or self._is_over):
+            self._parent.hung_after_fork(self)
+            self._end(f"it was forked, but did not compute with several threads within {FORK_LIMIT_S:g} s")
+
+    def _end(self, reason: str) -> None:
+        self._end_reason = reason
+        log.error("Killing worker %s of %s: %s", self._job.worker_id, self._job.spec.key, reason)
+        self.child.kill()
+
+    def _on_readable(self) -> None:
+        try:
+            frames = self._reader.read(self._channel)
+        except BlockingIOError:
+            return
+        except OSError:
+            frames = None
+        if frames is None:
+            self._on_channel_closed()
+            return
+        for frame in frames:
+            self._on_frame(frame)
+
+    def _on_channel_closed(self) -> None:
+        self._sender.close()
+        self._dispatcher.unwatch(self._channel, self._channel.close)
+        # Its end is reported by whoever reaps it. A handler may have closed the descriptor and live on, though.
+        self._dispatcher.call_at(time.monotonic() + _LINGER_S, lambda: self.child.send(signal.SIGKILL))
+
+    def _read_the_rest(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            while (frames := self._reader.read(self._channel)) is not None:
+                for frame in frames:
+                    self._on_frame(frame)
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.kind is Kind.DONE:
+            number, head = frame.head
+            self._listener.done(number, _outcomes(head, frame.segments))
+        elif frame.kind is Kind.READY:
+            self._is_ready = True
+            self._listener.ready()
+        elif frame.kind is Kind.FAILED:
+            self._fault = frame.head
+
+    def _finish(self, exit: WorkerExit) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self.child.forget()
+        self._sender.close()
+        self._dispatcher.unwatch(self._channel, self._channel.close)
+        self._output.close()
+        self._page.close()
+        self._parent.forget(self)
+        self._listener.exited(exit)
+
+    def _on_dispatcher(self, callback: Callable[[], object]) -> None:
+        with contextlib.suppress(ManagerClosed):  # then all are told of their end
+            self._dispatcher.call_soon(callback)
+
+    def _watch_writable(self, on: bool) -> None:
+        self._dispatcher.watch_writable(self._channel, self._sender.flush if on else None)
+
+
+def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | None], object]) -> None:
+    """Have ``on_exit`` called when a process has ended that nobody else watches; without pidfds it is ended now."""
+    pidfd = child.copy_pidfd()
+    if pidfd is None:
+        child.send(signal.SIGKILL)
+        on_exit(None)
+        return
+    watched = os.fdopen(pidfd, "rb", buffering=0)
+
+    def on_readable() -> None:
+        dispatcher.unwatch(watched, watched.close)
+        on_exit(None)
+
+    dispatcher.watch(watched, on_readable)
+
+
+def _shared_page() -> tuple[int, mmap.mmap]:
+    """Return memory in which a worker writes what it begins, as a descriptor for it and as a mapping for us."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("torchmgmt-started")
+    else:
+        with tempfile.TemporaryFile(buffering=0) as file:
+            fd = os.dup(file.fileno())
+    try:
+        os.ftruncate(fd, NUMBER_BYTES)
+        return fd, mmap.mmap(fd, NUMBER_BYTES)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _outcomes(head: Sequence[int | WorkerFault], segments: Sequence[Buffer]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    start = 0
+    for answer in head:
+        if isinstance(answer, WorkerFault):
+            outcomes.append(answer)
+        else:
+            outcomes.append(Encoded(segments[start : start + answer]))
+            start += answer
+    return outcomes

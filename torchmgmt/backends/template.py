@@ -1,0 +1,260 @@
+"""The template of a model version as the embedding process sees it: it loads the model once and is forked for workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from attrs import frozen
+
+from torchmgmt.backends.child import Child, describe_exit
+from torchmgmt.backends.forker import Forker, ForkListener
+from torchmgmt.backends.forkserver import ForkServer
+from torchmgmt.backends.output import Output
+from torchmgmt.backends.process_worker import ProcessWorker, watch_exit
+from torchmgmt.channel import Frame, Kind
+from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.records import ModelSpec, TemplateJob, WorkerExit, WorkerFault, WorkerJob
+
+__all__ = ["Template", "TemplateOwner"]
+
+log = logging.getLogger(__name__)
+
+
+class TemplateOwner(Protocol):
+    """For whom a template works. Called on the dispatcher's thread, with no lock of the template's held."""
+
+    def check_fitness(self, objections: Sequence[str], *, is_impossible: bool) -> bool:
+        """Decide whether a template may be forked that has loaded the model, given what speaks against it."""
+
+    def fork_separately(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> None:
+        """Have a worker forked that loads the model by itself."""
+
+    def ended(self, template: Template) -> None:
+        """It is gone, or has become a worker and is nobody's template any more."""
+
+
+@frozen
+class _Waiting:
+    """A worker that waits until the template has loaded the model."""
+
+    worker: ProcessWorker
+    job: WorkerJob
+    fds: Sequence[int]
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+
+
+class Template(ForkListener):
+    """One process that loads a model to be forked for each worker of it. Thread-safe; nothing blocks.
+
+    Args:
+        spec: what it loads.
+        forkserver: forks it, and reports its workers' ends should it die.
+        output_fd_reader: makes the :class:`Output` of what it prints.
+    """
+
+    def __init__(self, owner: TemplateOwner, spec: ModelSpec, forkserver: ForkServer, dispatcher: Dispatcher) -> None:
+        self.child = Child(dispatcher.call_at)
+        self._owner = owner
+        self._spec = spec
+        self._forkserver = forkserver
+        self._dispatcher = dispatcher
+        self._fault: WorkerFault | None = None
+        self._end_reason = ""
+        self._successor: ProcessWorker | None = None
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._waiting: list[_Waiting] | None = []  # None: it waits for nothing, so workers are forked at once
+        self._is_over = False
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None until known."""
+        return self.child.pid
+
+    def start(self, output: Output, output_fd: int) -> None:
+        """Have it forked and load the model; ``output_fd`` is what it prints to, and is closed here.
+
+        Raises:
+            OSError: the torch-only process could not be started.
+            ManagerClosed: the backend was closed.
+        """
+        self._output = output
+        ours, theirs = socket.socketpair()
+        self._forker = Forker(
+            ours,
+            self._dispatcher,
+            self._forkserver.numbers,
+            on_message=self._on_message,
+            on_end=self._on_hang_up,
+            on_stuck=self._on_stuck,
+        )
+        try:
+            fds = (theirs.detach(), output_fd)
+            self._grandparent, self._number = self._forkserver.fork(TemplateJob(self._spec), fds, self)
+        except BaseException:
+            self._forker.close()
+            self._output.close()
+            raise
+
+    def fork(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> bool:
+        """Have a worker forked, as soon as the model is loaded; False if it is gone and nothing was done."""
+        with self._lock:
+            if self._is_over:
+                return False
+            worker.is_from_template = True
+            if self._waiting is not None:
+                self._waiting.append(_Waiting(worker, job, fds))
+                return True
+        self._forker.fork(job, fds, worker)
+        return True
+
+    def withdraw(self, worker: ProcessWorker) -> bool:
+        """Forget a worker that waits; False if it does not."""
+        with self._lock:
+            for waiting in self._waiting or ():
+                if waiting.worker is worker and self._waiting is not None:
+                    self._waiting.remove(waiting)
+                    waiting.close()
+                    return True
+        return False
+
+    def end_loading(self, worker: ProcessWorker, reason: str) -> bool:
+        """End it because a worker has waited for it for too long; False if that one does not wait."""
+        with self._lock:
+            if not any(waiting.worker is worker for waiting in self._waiting or ()):
+                return False
+        self.kill(reason)
+        return True
+
+    def kill(self, reason: str) -> None:
+        """End it now, whatever it does. Its workers live on."""
+        self._end_reason = self._end_reason or reason
+        self.child.kill()
+
+    def end(self) -> None:
+        """End it at once: it is not needed any more, and has nothing to save."""
+        self._end_reason = self._end_reason or "it was not needed any more"
+        self.child.send(signal.SIGKILL)
+
+    def end_if_stopped(self) -> None:
+        """Kill it if somebody has stopped it for too long. Not for a thread that carries answers."""
+        if self.child.is_stopped_for_long():
+            log.error("Killing the template %s of %s: it was stopped (SIGSTOP)", self.pid, self._spec.key)
+            self.kill("it was stopped (SIGSTOP) for over a second")
+
+    # -- called by who forks it, on the dispatcher's thread ------------------------------------------------------------
+
+    def forked(self, pid: int, pidfd: int | None) -> None:
+        """It runs, and loads the model."""
+        self.child.forked(pid, pidfd)
+        self._forker.listen()
+
+    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+        """There is no process."""
+        self._finish(WorkerExit(0, None, reason, last_lines))
+
+    def process_exited(self, exitcode: int | None) -> None:
+        """It is gone. Its workers are not; from now on their grandparent reports how they end."""
+        if self._successor is not None:
+            self._successor.process_exited(exitcode)
+            return
+        self._forker.read_the_rest()
+        reason = self._end_reason or describe_exit(exitcode)
+        exit = WorkerExit(self.pid or 0, exitcode, f"its template: {reason}", self._output.last_lines(), self._fault)
+        self._hand_over_workers(exit)
+        self._finish(exit)
+
+    def orphaned(self) -> None:
+        """It lives on without anybody who reports its end, so watch it ourselves."""
+        if self._successor is not None:
+            self._successor.orphaned()
+        else:
+            watch_exit(self._dispatcher, self.child, self.process_exited)
+
+    def _hand_over_workers(self, exit: WorkerExit) -> None:
+        listeners = self._forker.take_listeners()
+        orphans = {number: (each.pid, each) for number, each in listeners.items() if each.pid is not None}
+        if self._forkserver.is_served_by(self._grandparent):
+            self._grandparent.adopt(self._number, orphans)
+        else:
+            for _, listener in orphans.values():
+                listener.orphaned()
+        for number in listeners.keys() - orphans.keys():
+            listeners[number].fork_failed(exit.reason, exit.last_lines)
+
+    def _finish(self, exit: WorkerExit) -> None:
+        with self._lock:
+            self._is_over = True
+            waiting, self._waiting = self._waiting or [], None
+        self.child.forget()
+        self._forker.close()
+        self._output.close()
+        for each in waiting:
+            each.close()
+            each.worker.template_failed(exit)
+        self._owner.ended(self)
+
+    # -- what it says, on the dispatcher's thread ----------------------------------------------------------------------
+
+    def _on_message(self, frame: Frame) -> None:
+        if frame.kind is Kind.FAILED:
+            self._fault = frame.head
+        elif frame.kind is Kind.READY:
+            objections, is_impossible = frame.head
+            if self._owner.check_fitness(objections, is_impossible=is_impossible):
+                self._fork_waiting()
+            else:
+                self._give_way()
+
+    def _on_hang_up(self) -> None:
+        # Whoever reaps it tells how it ended; a handler may have closed the descriptor and let it live on, though.
+        if self._successor is None:
+            self._dispatcher.call_at(time.monotonic() + 1.0, self.end)
+
+    def _on_stuck(self) -> bool:
+        log.error("Killing the template %s of %s: it did not fork a worker in time", self.pid, self._spec.key)
+        self.kill("it did not fork a worker in time")
+        return False
+
+    def _fork_waiting(self) -> None:
+        while True:
+            with self._lock:
+                waiting = self._waiting
+                if not waiting:
+                    self._waiting = None
+                    return
+                self._waiting = []
+            for each in waiting:
+                self._forker.fork(each.job, each.fds, each.worker)
+
+    def _give_way(self) -> None:
+        """Be the first worker, as the model is loaded already; the others load it by themselves."""
+        with self._lock:
+            self._is_over = True
+            waiting, self._waiting = self._waiting or [], None
+        if not waiting:
+            self.end()
+            return
+        first, *others = waiting
+        self._become(first)
+        for each in others:
+            each.worker.is_from_template = False
+            self._owner.fork_separately(each.worker, each.job, each.fds)
+
+    def _become(self, first: _Waiting) -> None:
+        self._successor = first.worker
+        self._forker.fork(first.job, first.fds, first.worker, in_place=True)
+        pid, pidfd = self.pid or 0, self.child.take_pidfd()
+        first.worker.forked(pid, pidfd)
+        self._forker.close_when_ended()
+        self._owner.ended(self)

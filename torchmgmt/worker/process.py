@@ -1,0 +1,139 @@
+"""What a forked process does with itself, whether it is to be a template or a worker: output, signals, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import torch
+
+__all__ = [
+    "EXIT_NOT_LOADED",
+    "EXIT_STOPPED",
+    "be_process",
+    "die_with",
+    "redirect_output",
+    "reseed",
+    "restore_environment",
+    "run_to_exit",
+]
+
+EXIT_STOPPED = 0
+EXIT_NOT_LOADED = 1
+
+
+def run_to_exit(body: Callable[[], int]) -> NoReturn:
+    """Run ``body`` and exit with the status that it returns.
+
+    Never returns: the interpreter's own shutdown belongs to the process that was forked.
+    """
+    status = EXIT_NOT_LOADED
+    try:
+        status = body()
+    except SystemExit as error:
+        traceback.print_exc()  # where it was called is worth as much as the status
+        status = _status_of(error)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
+
+
+def be_process(output_fd: int) -> None:
+    """Take over, right after the fork from the torch-only process: signals, output, logging, a session of its own."""
+    redirect_output(output_fd)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    # SIGINT from a terminal does not reach this session; a stray one is not to end a batch.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    _log_to_stderr()
+    os.setsid()
+
+
+def redirect_output(output_fd: int) -> None:
+    """Send stdout and stderr to ``output_fd``, which is closed."""
+    os.dup2(output_fd, 1)
+    os.dup2(output_fd, 2)
+    os.close(output_fd)
+
+
+def restore_environment(environment: Mapping[str, str | None]) -> None:
+    """Set variables to what the program had; None: it had none."""
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _status_of(error: SystemExit) -> int:
+    """Return the exit status that Python gives ``error``, and print its text, if it has one, as Python does."""
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    sys.stderr.write(f"{error.code}\n")
+    return 1
+
+
+def _log_to_stderr() -> None:
+    """Send what handlers log to stderr, each line with the priority from which the embedding process takes its level."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PriorityFormatter("%(name)s: %(message)s"))
+    # Handlers log at INFO and expect to see it, as under TorchServe.
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+
+
+class _PriorityFormatter(logging.Formatter):
+    """Begins each line with its syslog priority, as in sd-daemon(3)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = f"<{_priority(record.levelno)}>"
+        return "\n".join(mark + line for line in super().format(record).splitlines() or [""])
+
+
+def _priority(level: int) -> int:
+    for least, priority in ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6)):
+        if level >= least:
+            return priority
+    return 7
+
+
+def reseed() -> None:
+    """Give this worker random numbers of its own: torch's and numpy's global generators are copies after a fork."""
+    torch.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+
+
+def die_with(root_pidfd: int) -> None:
+    """End this process at once when the embedding process is gone, whatever the handler is doing.
+
+    A closed channel does not tell: a child of the handler may hold it open, and a busy worker does not read.
+    """
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(root_pidfd, select.POLLIN)
+        poller.poll()
+        os._exit(EXIT_STOPPED)
+
+    if root_pidfd >= 0:
+        threading.Thread(target=watch, name="torchmgmt-parent-watch", daemon=True).start()

@@ -1,0 +1,95 @@
+"""The template of a model version: a process that has loaded the model once, and is forked for each worker.
+
+It is forked from the torch-only process. If loading the model left something behind that workers must not share, it says
+so and is not forked: it becomes the first worker itself, and the others load the model by themselves.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from torchmgmt.channel import Frame, Kind, send
+from torchmgmt.records import ShareWeights, TemplateJob, WorkerJob
+from torchmgmt.worker import fitness
+from torchmgmt.worker.batch import fault_of
+from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper
+from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
+from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, run_to_exit
+
+__all__ = ["TemplateProcess"]
+
+log = logging.getLogger(__name__)
+
+
+class TemplateProcess:
+    """One template, from just after the fork to its end.
+
+    Args:
+        job: what it is the template of.
+        fds: the socket to the embedding process, and where stdout and stderr go.
+        root_pidfd: the embedding process; -1 where there are no pidfds.
+        environment: variables that the torch-only process needed otherwise than the program had them. They stay as they
+            are while the model is loaded: what makes more than one thread makes a template unfit.
+    """
+
+    def __init__(
+        self, job: TemplateJob, fds: Sequence[int], root_pidfd: int, environment: Mapping[str, str | None]
+    ) -> None:
+        self._spec = job.spec
+        self._channel_fd, self._output_fd = fds
+        self._root_pidfd = root_pidfd
+        self._environment = environment
+        self._loaded: Loaded | None = None
+
+    def run(self) -> NoReturn:
+        """Be the template. Never returns."""
+        run_to_exit(self._run)
+
+    def _run(self) -> int:
+        be_process(self._output_fd)
+        become_subreaper()
+        os.environ[WORKER_VARIABLE] = str(os.getpid())
+        control = socket.socket(fileno=self._channel_fd)
+        before = fitness.marks() if fitness.can_tell() else None
+        try:
+            with fitness.postponed_thread_settings() as threads:
+                handler = load_model(self._spec)
+        except Exception as error:
+            send(control, Frame(Kind.FAILED, fault_of(error)))
+            return EXIT_NOT_LOADED
+        self._loaded = Loaded(handler, threads[-1] if threads else None)
+        send(control, Frame(Kind.READY, self._objections(before)))
+        self._settle()
+        successor = Forker(control, self._root_pidfd, self._worker).run()
+        if successor is not None:
+            successor.run()
+        return EXIT_STOPPED
+
+    def _objections(self, before: fitness.Marks | None) -> tuple[list[str], bool]:
+        """Return what speaks against forking this process, and whether that is beyond the handler's author to allow."""
+        if accelerators := fitness.accelerators_in_use():
+            return [f"a context on an accelerator ({name})" for name in accelerators], True
+        if before is None:
+            return ["this system does not show what loading a model leaves behind"], False
+        found = fitness.findings(before, fitness.marks())
+        if found and self._spec.share_weights is ShareWeights.ALWAYS:
+            log.warning("Forked although loading the model left behind: %s", "; ".join(found))
+        return found, False
+
+    def _settle(self) -> None:
+        """Make ready to be forked often: what is printed is out, and a collection in a worker copies no page of this."""
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        gc.collect()
+        gc.freeze()
+
+    def _worker(self, job: WorkerJob | TemplateJob, fds: Sequence[int]) -> Body:
+        if not isinstance(job, WorkerJob):
+            raise TypeError("a template forks workers only")
+        return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._loaded)
