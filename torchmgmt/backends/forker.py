@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from torchmgmt.backends.child import Child
 from torchmgmt.channel import Frame, FrameReader, FrameSender, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
@@ -27,8 +28,8 @@ class ForkListener(Protocol):
     """Who is told of one child. Called on the dispatcher's thread."""
 
     @property
-    def pid(self) -> int | None:
-        """The child's process id; None before ``forked``."""
+    def child(self) -> Child:
+        """The process; its pid is None before ``forked``."""
 
     def forked(self, pid: int, pidfd: int | None) -> None:
         """The child runs. The descriptor is the listener's from now on; None where the system has none."""

@@ -189,7 +189,7 @@ class ForkServer:
         log.error("%s; the next worker starts another", reason)
         last_lines = server.output.last_lines()
         for listener in forker.take_listeners().values():
-            if listener.pid is None:
+            if listener.child.pid is None:
                 listener.fork_failed(reason, last_lines)
             else:
                 listener.orphaned()

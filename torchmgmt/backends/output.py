@@ -15,7 +15,7 @@ __all__ = ["Output"]
 
 _READ_SIZE = 1 << 16
 _LONGEST_LINE = 4096
-_LINES_KEPT = 50
+_LINES_KEPT = 100
 # A line may begin with <N>, the priority of syslog(3) as in sd-daemon(3): that is how a worker's logging marks its lines.
 _PRIORITY = re.compile(r"<([0-7])>")
 _LEVELS = {

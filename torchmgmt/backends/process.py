@@ -185,7 +185,7 @@ class ProcessHost:
             with self._changed:
                 template = self._template_locked()
             if template is None or not template.fork(worker, job, fds):
-                worker.is_from_template = False
+                worker.template = None
                 self._backend.forkserver.fork(job, fds, worker)
         except BaseException:
             self._backend.forget(worker)

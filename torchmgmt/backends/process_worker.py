@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.backends.child import Child, describe_exit
-from torchmgmt.backends.forker import FORK_LIMIT_S, ForkListener
+from torchmgmt.backends.forker import FORK_LIMIT_S
 from torchmgmt.backends.output import Output
 from torchmgmt.channel import Buffer, Frame, FrameReader, FrameSender, Kind
 from torchmgmt.dispatcher import Dispatcher
@@ -56,13 +56,13 @@ class Parent(Protocol):
         """It is gone."""
 
 
-class ProcessWorker(ForkListener):
+class ProcessWorker:
     """One worker process; see :class:`torchmgmt.backends.WorkerHandle`."""
 
     def __init__(self, parent: Parent, job: WorkerJob, listener: WorkerListener) -> None:
         self.child = Child(parent.dispatcher.call_at)
-        self.is_from_template = False
-        """Whether it is forked from a template, and so has little left to do before it is ready."""
+        self.template: Child | None = None
+        """What it is forked from, if that has loaded the model, so that little is left to do before it is ready."""
         self._parent = parent
         self._dispatcher = parent.dispatcher
         self._job = job
@@ -78,8 +78,9 @@ class ProcessWorker(ForkListener):
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None until known."""
-        return self.child.pid
+        """Its process id, before it is forked that of its template; None until known."""
+        waits = self.child.pid is None and self.template is not None
+        return self.template.pid if waits and self.template is not None else self.child.pid
 
     @property
     def memory_bytes(self) -> int:
@@ -153,7 +154,7 @@ class ProcessWorker(ForkListener):
         if self._is_over:
             return
         self._dispatcher.watch(self._channel, self._on_readable)
-        if self.is_from_template:
+        if self.template is not None:
             self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, self._check_sign_of_life)
 
     def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
@@ -172,14 +173,14 @@ class ProcessWorker(ForkListener):
         reason = self._end_reason or describe_exit(exitcode)
         lines = self.last_lines()
         started = int.from_bytes(self._page[:], "little")
-        self._finish(WorkerExit(self.pid or 0, exitcode, reason, lines, self._fault, started))
+        self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started))
 
     def orphaned(self) -> None:
         """The process lives on without anybody who reports its end, so watch it ourselves."""
         watch_exit(self._dispatcher, self.child, self.process_exited)
 
     def _finish_unforked(self, reason: str) -> None:
-        if self.pid is None:
+        if self.child.pid is None:
             self._finish(WorkerExit(0, None, reason, last_started=0))
 
     def _check_sign_of_life(self) -> None:

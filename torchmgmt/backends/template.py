@@ -14,7 +14,7 @@ from typing import Protocol
 from attrs import frozen
 
 from torchmgmt.backends.child import Child, describe_exit
-from torchmgmt.backends.forker import Forker, ForkListener
+from torchmgmt.backends.forker import Forker
 from torchmgmt.backends.forkserver import ForkServer
 from torchmgmt.backends.output import Output
 from torchmgmt.backends.process_worker import ProcessWorker, watch_exit
@@ -53,7 +53,7 @@ class _Waiting:
             os.close(fd)
 
 
-class Template(ForkListener):
+class Template:
     """One process that loads a model to be forked for each worker of it. Thread-safe; nothing blocks.
 
     Args:
@@ -111,7 +111,7 @@ class Template(ForkListener):
         with self._lock:
             if self._is_over:
                 return False
-            worker.is_from_template = True
+            worker.template = self.child
             if self._waiting is not None:
                 self._waiting.append(_Waiting(worker, job, fds))
                 return True
@@ -183,7 +183,7 @@ class Template(ForkListener):
 
     def _hand_over_workers(self, exit: WorkerExit) -> None:
         listeners = self._forker.take_listeners()
-        orphans = {number: (each.pid, each) for number, each in listeners.items() if each.pid is not None}
+        orphans = {number: (pid, each) for number, each in listeners.items() if (pid := each.child.pid) is not None}
         if self._forkserver.is_served_by(self._grandparent):
             self._grandparent.adopt(self._number, orphans)
         else:
@@ -248,7 +248,7 @@ class Template(ForkListener):
         first, *others = waiting
         self._become(first)
         for each in others:
-            each.worker.is_from_template = False
+            each.worker.template = None
             self._owner.fork_separately(each.worker, each.job, each.fds)
 
     def _become(self, first: _Waiting) -> None:

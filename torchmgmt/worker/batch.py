@@ -69,13 +69,20 @@ def _run_rows(
     except Exception as error:
         fault = fault_of(error)
         return [fault] * len(rows)
-    return [attempt(lambda answer=answer: answer) for answer in answers]
+    return [_encoded(answer) for answer in answers]
 
 
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
     """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
-        return encode(make())
+        return _encoded(make())
+    except Exception as error:
+        return fault_of(error)
+
+
+def _encoded(answer: Any) -> Encoded | WorkerFault:
+    try:
+        return encode(answer)
     except Exception as error:
         return fault_of(error)
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from attrs import frozen
 
@@ -37,7 +36,7 @@ class Marks:
     threads: frozenset[str]
     descriptors: frozenset[tuple[int, str]]
     shared_mappings: frozenset[str]
-    children: frozenset[int]
+    children: frozenset[str]
 
 
 def can_tell() -> bool:
@@ -51,7 +50,7 @@ def marks() -> Marks:
         frozenset(task.name for task in (_PROC / "task").iterdir()),
         frozenset(_descriptors()),
         frozenset(_writable_shared_mappings()),
-        frozenset(child.pid for child in psutil.Process().children()),
+        frozenset(_children()),
     )
 
 
@@ -90,6 +89,12 @@ def postponed_thread_settings() -> Iterator[list[int]]:
         yield wanted
     finally:
         torch.set_num_threads = original
+
+
+def _children() -> Iterator[str]:
+    for task in (_PROC / "task").iterdir():
+        with contextlib.suppress(OSError):  # a kernel may be built without it
+            yield from (task / "children").read_text().split()
 
 
 def _descriptors() -> Iterator[tuple[int, str]]:

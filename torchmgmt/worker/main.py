@@ -120,7 +120,12 @@ def load_model(spec: ModelSpec) -> Handler:
     install_ts()
     os.chdir(spec.model_dir)
     sys.path.insert(0, spec.model_dir)
-    return load_handler(spec, Context.for_model(spec))
+    before = dict(sys.modules)
+    try:
+        return load_handler(spec, Context.for_model(spec))
+    finally:
+        # A handler's file may be called like a module that was imported before, and that others import later.
+        sys.modules.update(before)
 
 
 def _prove_threads(threads: int) -> None:

@@ -116,10 +116,13 @@ def _priority(level: int) -> int:
 
 
 def reseed() -> None:
-    """Give this worker random numbers of its own: torch's and numpy's global generators are copies after a fork."""
-    torch.seed()
+    """Give this process random numbers of its own: torch's and numpy's global generators are copies after a fork.
+
+    The generator and not ``torch.seed``: that imports, and a handler's file may be called torch.
+    """
+    torch.default_generator.seed()
     numpy = sys.modules.get("numpy")
-    if numpy is not None:
+    if numpy is not None and hasattr(numpy, "random"):
         numpy.random.seed()
 
 
