@@ -449,8 +449,7 @@ def _overloaded(situation: Situation) -> int:
 
 def _to_be_replaced(situation: Situation) -> int:
     """Return 1 if a worn worker needs a successor and no other is being replaced, else 0."""
-    has_room = len(situation.kept) <= situation.scale.max_workers
-    return int(situation.is_worn and not situation.is_starting and has_room)
+    return int(situation.is_worn and not situation.is_starting and len(situation.kept) <= situation.scale.max_workers)
 
 
 def _is_hopeless(situation: Situation) -> bool:
@@ -480,12 +479,10 @@ def _rest(situation: Situation) -> Plan:
     is_empty = all(worker.state is WorkerState.EXITED for worker in situation.workers)
     if not situation.is_loaded or not is_empty or situation.waiting:
         return Plan(wake_at=_look_at(situation))
-    if situation.scale.max_workers == 0 or situation.gave_up:
-        return Plan(rest=True)
-    if situation.empty_since is None:
-        return Plan()
-    rest_at = situation.empty_since + situation.template_idle_timeout_s
-    return Plan(rest=True) if situation.now >= rest_at else Plan(wake_at=rest_at)
+    empty_since = situation.now if situation.empty_since is None else situation.empty_since
+    rest_at = empty_since + situation.template_idle_timeout_s
+    is_time = situation.scale.max_workers == 0 or situation.gave_up or situation.now >= rest_at
+    return Plan(rest=True) if is_time else Plan(wake_at=rest_at)
 
 
 def _look_at(situation: Situation) -> float | None:
@@ -494,12 +491,9 @@ def _look_at(situation: Situation) -> float | None:
         return None
     times: list[float] = []
     if situation.serving and (situation.waiting or situation.busy):
-        times.append(situation.now + (LOOK_AT_WAITING_S if _may_grow(situation) else LOOK_S))
+        has_room = len(situation.kept) < situation.scale.max_workers and not situation.gave_up
+        may_grow = has_room and situation.waiting and not situation.is_starting
+        times.append(situation.now + (LOOK_AT_WAITING_S if may_grow else LOOK_S))
     if situation.size > situation.scale.min_workers:
         times.append(_quiet_until(situation))
     return min((at for at in times if at > situation.now), default=None)
-
-
-def _may_grow(situation: Situation) -> bool:
-    has_room = len(situation.kept) < situation.scale.max_workers
-    return has_room and situation.waiting > 0 and not situation.is_starting and not situation.gave_up
