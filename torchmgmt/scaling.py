@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attrs import evolve, field, frozen
+from attrs import Factory, evolve, field, frozen
 
 from torchmgmt.lifecycle import WorkerState
 from torchmgmt.records import Scale
@@ -86,12 +86,8 @@ class Failures:
     count: int = 0
     first_at: float = 0.0
     last_at: float = 0.0
-    counted_at: float = field()
+    counted_at: float = field(default=Factory(lambda self: self.last_at, takes_self=True))
     """When the last failure came that raised ``count``; what had been started before belongs to the same attempt."""
-
-    @counted_at.default
-    def _at_the_last_one(self) -> float:
-        return self.last_at
 
     def another(self, now: float, started_at: float) -> Failures:
         """Return these failures and one more at ``now``, of a worker whose process was started at ``started_at``.
@@ -306,6 +302,11 @@ class Situation:
         return sum(worker.is_serving for worker in self.kept)
 
     @property
+    def busy(self) -> int:
+        """How many of them run one."""
+        return sum(worker.state is WorkerState.BUSY for worker in self.kept)
+
+    @property
     def is_starting(self) -> bool:
         """Whether a worker is about to serve: what it will change is not seen yet."""
         return any(worker.is_starting for worker in self.kept)
@@ -383,15 +384,16 @@ def _beyond_max(situation: Situation) -> int:
 
 def _replaced(situation: Situation) -> int:
     """Return how many worn workers have a successor that serves."""
-    worn = sum(worker.is_worn for worker in situation.kept)
-    return min(worn, max(0, situation.serving - _level(situation))) if not situation.is_starting else 0
+    if situation.is_starting:
+        return 0
+    wanted = min(situation.scale.max_workers, max(situation.scale.min_workers, situation.load.level()))
+    return min(sum(worker.is_worn for worker in situation.kept), max(0, situation.serving - wanted))
 
 
 def _not_needed(situation: Situation) -> int:
     """Return 1 if one worker less would have been enough, by far, for the whole quiet period, else 0."""
-    if not situation.is_following or situation.size <= situation.scale.min_workers or situation.waiting:
-        return 0
-    if all(worker.state is WorkerState.BUSY for worker in situation.kept):
+    size = situation.size
+    if not situation.is_following or size <= situation.scale.min_workers or situation.waiting or situation.busy >= size:
         return 0
     return int(situation.now >= _quiet_until(situation))
 
@@ -401,9 +403,9 @@ def _quiet_until(situation: Situation) -> float:
     load, targets, rest = situation.load, situation.targets, situation.size - 1
     since = load.stretches[0].since if load.stretches else situation.now
     for stretch in reversed(load.stretches):
-        is_comfortable = stretch.peak <= rest * targets.comfortable_share
+        is_comfortable = stretch.peak <= rest * targets.comfortable_share and stretch.waited_s <= targets.queue_s / 2
         is_after_the_last_removal = stretch.serving <= situation.size
-        if not is_comfortable or not is_after_the_last_removal or stretch.waited_s > targets.queue_s / 2:
+        if not is_comfortable or not is_after_the_last_removal:
             since = stretch.until
             break
         if stretch.since + situation.scale_down_delay_s <= situation.now:
@@ -427,11 +429,6 @@ def _dispensable(kept: Sequence[WorkerFacts], count: int) -> list[str]:
 # -- how many are too few ----------------------------------------------------------------------------------------------
 
 
-def _level(situation: Situation) -> int:
-    """Return how many workers shall serve once the worn ones are replaced."""
-    return min(situation.scale.max_workers, max(situation.scale.min_workers, situation.load.level()))
-
-
 def _below_min(situation: Situation) -> int:
     # Scaled to zero is not closed: what waits is worth one worker, if there may be one.
     wanted = max(situation.scale.min_workers, min(1, situation.waiting, situation.scale.max_workers))
@@ -452,8 +449,7 @@ def _overloaded(situation: Situation) -> int:
 
 def _to_be_replaced(situation: Situation) -> int:
     """Return 1 if a worn worker needs a successor and no other is being replaced, else 0."""
-    has_room = len(situation.kept) <= situation.scale.max_workers
-    return int(situation.is_worn and not situation.is_starting and has_room)
+    return int(situation.is_worn and not situation.is_starting and len(situation.kept) <= situation.scale.max_workers)
 
 
 def _is_hopeless(situation: Situation) -> bool:
@@ -470,7 +466,8 @@ def _start(situation: Situation, add: int) -> Plan:
         return _rest(situation)
     start_at = situation.failures.last_at + back_off_s(situation.failures.count, situation.jitter)
     if situation.failures.count and situation.now < start_at:
-        return Plan(add=add, wake_at=_earliest(start_at, _look_at(situation)))
+        look_at = _look_at(situation)
+        return Plan(add=add, wake_at=start_at if look_at is None else min(start_at, look_at))
     return Plan(add=add, spawn=wanted)
 
 
@@ -482,31 +479,21 @@ def _rest(situation: Situation) -> Plan:
     is_empty = all(worker.state is WorkerState.EXITED for worker in situation.workers)
     if not situation.is_loaded or not is_empty or situation.waiting:
         return Plan(wake_at=_look_at(situation))
-    if situation.scale.max_workers == 0 or situation.gave_up:
-        return Plan(rest=True)
-    if situation.empty_since is None:
-        return Plan()
-    rest_at = situation.empty_since + situation.template_idle_timeout_s
-    return Plan(rest=True) if situation.now >= rest_at else Plan(wake_at=rest_at)
+    empty_since = situation.now if situation.empty_since is None else situation.empty_since
+    rest_at = empty_since + situation.template_idle_timeout_s
+    is_time = situation.scale.max_workers == 0 or situation.gave_up or situation.now >= rest_at
+    return Plan(rest=True) if is_time else Plan(wake_at=rest_at)
 
 
 def _look_at(situation: Situation) -> float | None:
     """Return when to look at the load again. None: only when something happens."""
     if not situation.is_following:
         return None
-    times: list[float | None] = []
-    is_busy = any(worker.state is WorkerState.BUSY for worker in situation.kept)
-    if situation.serving and (situation.waiting or is_busy):
-        times.append(situation.now + (LOOK_AT_WAITING_S if _may_grow(situation) else LOOK_S))
+    times: list[float] = []
+    if situation.serving and (situation.waiting or situation.busy):
+        has_room = len(situation.kept) < situation.scale.max_workers and not situation.gave_up
+        may_grow = has_room and situation.waiting and not situation.is_starting
+        times.append(situation.now + (LOOK_AT_WAITING_S if may_grow else LOOK_S))
     if situation.size > situation.scale.min_workers:
         times.append(_quiet_until(situation))
-    return _earliest(*(at for at in times if at is not None and at > situation.now))
-
-
-def _may_grow(situation: Situation) -> bool:
-    has_room = len(situation.kept) < situation.scale.max_workers
-    return has_room and situation.waiting > 0 and not situation.is_starting and not situation.gave_up
-
-
-def _earliest(*times: float | None) -> float | None:
-    return min((at for at in times if at is not None), default=None)
+    return min((at for at in times if at > situation.now), default=None)
