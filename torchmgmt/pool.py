@@ -422,8 +422,9 @@ class WorkerPool:
     def _reconcile(self) -> None:
         """Bring what is nearer to what is wanted."""
         with self._lock:
-            self._load = self._load.observed(self._observation_locked())
             while not self._is_ending:
+                if self._scale.min_workers < self._scale.max_workers:
+                    self._load = self._load.observed(self._observation_locked())
                 plan = decide(self._situation_locked())
                 self._apply_locked(plan)
                 if plan.is_empty:
@@ -531,7 +532,7 @@ class WorkerPool:
         for worker in list(self._workers.values()):
             worker.is_unwanted = True
             if worker.jobs:
-                lost += size_of(job for _, job in worker.jobs)
+                lost += size_of(worker.jobs.values())
                 self._hurry_locked(worker, now, "the pool was closed and its time to finish was over")
             elif worker.state is not WorkerState.STOPPING:
                 # Even without any time left, an idle worker gets a moment to go by itself.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from datetime import datetime
 
 from attrs import define, field
@@ -30,10 +29,13 @@ class PoolWorker:
     handle: WorkerHandle | None = None
     spawned_at: float = 0.0
     ready_at: float = NEVER
-    jobs: deque[tuple[int, Job]] = field(factory=deque)
-    """The batches that are with it, by ascending numbers: it runs the first, the others lie there."""
+    jobs: dict[int, Job] = field(factory=dict)
+    """The batches that are with it, by their numbers: it runs one, the others lie there.
+
+    Two threads may send it theirs in another order than that in which they were assigned.
+    """
     began_at: float = 0.0
-    """When it began the first of them."""
+    """When it began the one that it runs."""
     busy_s: float = 0.0
     """For how long it has computed, not counting the batch that it runs."""
     answered: int = 0
@@ -57,13 +59,13 @@ class PoolWorker:
             self.began_at = now
             self.overdue_at = now + response_timeout_s
         self.advance(WorkerEvent.ASSIGN)
-        self.jobs.append((number, job))
+        self.jobs[number] = job
 
     def finish(self, number: int, now: float, response_timeout_s: float) -> Job | None:
-        """Note that it has answered its first batch, and begins the next; None if that is not the one of this number."""
-        if not self.jobs or self.jobs[0][0] != number:
+        """Note that it has answered a batch, and begins the next; None if that batch is not with it (any more)."""
+        job = self.jobs.pop(number, None)
+        if job is None:
             return None
-        _, job = self.jobs.popleft()
         self.answered += len(job.items)
         self.busy_s += now - self.began_at
         self.began_at = now
@@ -75,10 +77,15 @@ class PoolWorker:
         return job
 
     def take_jobs(self, last_started: int | None) -> tuple[list[Job], list[Job]]:
-        """Take away all batches: those that died with it, and those that it had not begun."""
-        jobs, self.jobs = self.jobs, deque()
-        lost = [job for number, job in jobs if last_started is None or number <= last_started]
-        return lost, [job for _, job in list(jobs)[len(lost) :]]
+        """Take away all batches: those that died with it, and those that it had not begun.
+
+        It answers one before it begins the next, so of those that are not answered it can have begun but one.
+        """
+        jobs, self.jobs = self.jobs, {}
+        if last_started is None:
+            return list(jobs.values()), []
+        lost = [jobs.pop(last_started)] if last_started in jobs else []
+        return lost, list(jobs.values())
 
     def computed_s(self, now: float) -> float:
         """For how long it has computed until now."""
