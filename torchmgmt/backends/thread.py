@@ -283,15 +283,12 @@ class ThreadWorker:
         """Have it end now. While it runs code of its handler it cannot: it is abandoned, and whatever it does is void."""
         stack = self._stack()
         with self._changed:
-            hangs = self._doing in {_Doing.LOADING, _Doing.COMPUTING}
             self._is_terminated = True
             self._changed.notify()
-            if hangs:
+            if self._doing in {_Doing.LOADING, _Doing.COMPUTING}:
                 self._end_locked(_ABANDONED.format(name=self._thread.name), stack, is_final=True)
             elif self._doing is _Doing.WAITING:
                 self._end_locked("it was told to end")
-        if hangs:
-            log.warning("Worker %s of %s was abandoned while it ran:\n%s", self._id, self._spec.key, "\n".join(stack))
 
     def join(self, timeout: float) -> None:
         """Block until its thread has ended, at most ``timeout`` seconds; not at all when called on that."""
