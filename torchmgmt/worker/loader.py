@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
@@ -17,7 +17,10 @@ from torchmgmt.handlers.context import Context
 if TYPE_CHECKING:
     from torchmgmt.records import ModelSpec
 
-__all__ = ["Handler", "HandlerError", "load_handler", "load_module"]
+__all__ = ["Handler", "HandlerError", "ImportFile", "load_file", "load_handler", "load_module"]
+
+ImportFile: TypeAlias = Callable[[str, Path], ModuleType]
+"""Imports a file of the model's folder: the name that the module has there, and the file."""
 
 
 class HandlerError(Exception):
@@ -53,13 +56,14 @@ class Handler:
         return {} if describe is None else describe()
 
 
-def load_handler(spec: ModelSpec, context: Context) -> Handler:
+def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | None = None) -> Handler:
     """Import the handler of ``spec`` and initialise it. Raises whatever importing and initialising it raise.
 
-    The working directory must be the model's folder already, and on ``sys.path``.
+    The working directory must be the model's folder already, and on ``sys.path``, if the handler is to find more there
+    than itself. ``import_file`` imports its file; None: :func:`load_file`.
     """
     name, _, function = spec.handler.partition(":")
-    module = load_module(name, Path(spec.model_dir))
+    module = load_module(name, Path(spec.model_dir), import_file)
     function = function or "handle"
     if callable(entry_point := getattr(module, function, None)):
         # The protocol of a function: the first call has no data and is the time to load.
@@ -73,7 +77,7 @@ def load_handler(spec: ModelSpec, context: Context) -> Handler:
     return Handler(service.handle, context, service)
 
 
-def load_module(name: str, folder: Path) -> ModuleType:
+def load_module(name: str, folder: Path, import_file: ImportFile | None = None) -> ModuleType:
     """Import ``name`` (a module, or a file with or without ``.py``) from ``folder``, else what is shipped or installed.
 
     A file in the folder is what the archive means, even when a module of the same name is imported already.
@@ -81,7 +85,7 @@ def load_module(name: str, folder: Path) -> ModuleType:
     stem = name.removesuffix(".py")
     file = folder / f"{stem}.py"
     if file.is_file():
-        return _load_file(stem.replace("/", "."), file)
+        return (import_file or load_file)(stem.replace("/", "."), file)
     if stem in SHIPPED:
         return importlib.import_module(SHIPPED[stem])
     try:
@@ -95,7 +99,8 @@ def load_module(name: str, folder: Path) -> ModuleType:
         ) from error
 
 
-def _load_file(name: str, file: Path) -> ModuleType:
+def load_file(name: str, file: Path) -> ModuleType:
+    """Import ``file`` as the module ``name``, whatever had that name before. Raises whatever importing it raises."""
     loader = importlib.util.spec_from_file_location(name, file)
     if loader is None or loader.loader is None:
         raise HandlerError(f"{file.name} cannot be imported as a module")
