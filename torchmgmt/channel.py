@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from enum import IntEnum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import define
 
@@ -24,6 +24,9 @@ from torchmgmt.encoding import decode, encode
 from torchmgmt.errors import HandlerFailed, ManagerClosed
 from torchmgmt.records import ModelKey
 from torchmgmt.segments import SHARED_FROM, BrokenSegment, Buffer, SharedSegments, size_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "AnswerFuture",
@@ -370,7 +373,7 @@ class FrameReader:
             segments = self._heed(sizes, *news)
             if segments is not None:
                 return Frame(_KINDS[kind], head, segments)
-        if size >= SHARED_FROM and self._shared is not None:
+        if size - length >= SHARED_FROM and self._shared is not None:
             self._shared.offer()
         segments = []
         for each in sizes:
@@ -418,6 +421,12 @@ class Channel:
         self._shared = SharedSegments()
         self._reader = FrameReader(shared=self._shared)
         self._sender = FrameSender(sock, watch_writable, self._shared) if watch_writable is not None else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 after :meth:`close`."""
