@@ -336,7 +336,9 @@ class FrameReader:
         if self._filled < len(body):
             return []
         self._body = None
-        return [self._parse(memoryview(body), 0, self._header)]
+        start = self._header[1]
+        view = memoryview(body)
+        return [self._parse(view[:start], view, start, self._header)]
 
     def _split(self, data: bytes) -> list[Frame]:
         """Return the frames that are whole in ``data``, and keep the rest."""
@@ -346,9 +348,9 @@ class FrameReader:
         while stop - start >= _HEADER.size:
             header: _Header = _HEADER.unpack_from(data, start)
             body = start + _HEADER.size
-            size = header[-1]
+            _, length, size = header
             if stop - body >= size:
-                frames.append(self._parse(view, body, header))
+                frames.append(self._parse(data[body : body + length], view, body + length, header))
                 start = body + size
                 continue
             if size > _READ_SIZE:
@@ -364,11 +366,10 @@ class FrameReader:
         self._body[: len(beginning)] = beginning
         self._filled = len(beginning)
 
-    def _parse(self, data: memoryview, start: int, header: _Header) -> Frame:
-        """Return the frame whose envelope begins at ``start``."""
+    def _parse(self, envelope: Buffer, data: memoryview, start: int, header: _Header) -> Frame:
+        """Return the frame whose segments, if they are in ``data``, begin at ``start``."""
         kind, length, size = header
-        end = start + length
-        head, sizes, *news = pickle.loads(data[start:end])
+        head, sizes, *news = pickle.loads(envelope)
         if news:
             segments = self._heed(sizes, *news)
             if segments is not None:
@@ -377,8 +378,8 @@ class FrameReader:
             self._shared.offer()
         segments = []
         for each in sizes:
-            segments.append(data[end : end + each])
-            end += each
+            segments.append(data[start : start + each])
+            start += each
         return Frame(_KINDS[kind], head, segments)
 
     def _heed(

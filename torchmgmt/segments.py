@@ -27,7 +27,17 @@ __all__ = ["SHARED_FROM", "BrokenSegment", "Buffer", "SegmentReader", "SegmentWr
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 SHARED_FROM = 1 << 16
-"""From how many bytes on the segments of a frame are written to shared memory."""
+"""From how many bytes on the segments of a frame are written to shared memory. Round trips between two processes, bytes
+body and array body, socket against shared memory (µs, medians; two cores, Linux 6.18, Python 3.11):
+
+==========  ==========  ===========
+     32 KB    44 / 49     66 / 76
+     64 KB    72 / 52     96 / 78
+    128 KB    97 / 70    122 / 87
+      1 MB  2324 / 180   459 / 144
+     16 MB    95 / 20     11 / 4 (ms)
+==========  ==========  ===========
+"""
 ARENA_BYTES = 1 << 28
 """The length of a memory file. It costs addresses only: a page takes memory once it has been written to."""
 KEPT_BYTES = 1 << 25
