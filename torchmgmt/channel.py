@@ -16,19 +16,37 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from enum import IntEnum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from attrs import define, field
+from attrs import define
 
+from torchmgmt.encoding import decode, encode
 from torchmgmt.errors import HandlerFailed, ManagerClosed
-from torchmgmt.records import Encoded, ModelKey
+from torchmgmt.records import ModelKey
+from torchmgmt.segments import SHARED_FROM, BrokenSegment, Buffer, SharedSegments, size_of
 
-__all__ = ["AnswerFuture", "Buffer", "Frame", "FrameReader", "FrameSender", "Kind", "decode", "encode", "send"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-Buffer: TypeAlias = bytes | bytearray | memoryview
+__all__ = [
+    "AnswerFuture",
+    "BrokenSegment",
+    "Buffer",
+    "Channel",
+    "Frame",
+    "FrameReader",
+    "FrameSender",
+    "Kind",
+    "decode",
+    "encode",
+    "send",
+]
 
-_HEADER = struct.Struct("<IIQ")  # kind, number of segments (the head included), bytes after this header
-_LENGTH = struct.Struct("<Q")
+# Kind, length of the envelope, bytes after this header: the envelope and the segments. The envelope is a pickled tuple
+# of the head and the sizes of the segments; where there is something to say about shared memory, which places in it may
+# be used again, whether a descriptor comes with the frame, and where the segments are if they are not in the frame.
+_HEADER = struct.Struct("<IIQ")
+_Header: TypeAlias = tuple[int, int, int]
 _READ_SIZE = 1 << 16
 # Below this, joining the parts costs less than a vectored call.
 _JOIN_LIMIT = 1 << 14
@@ -71,23 +89,7 @@ class Frame:
 
     kind: Kind
     head: Any = None
-    segments: Sequence[Buffer] = field(factory=tuple)
-
-
-def encode(value: object, *, frozen: bool = False) -> Encoded:
-    """Pickle ``value``, leaving large buffers (numpy arrays, PickleBuffer) out of the pickle. May be called anywhere.
-
-    What was left out still belongs to whoever made it; ``frozen`` copies what could be written to in the meantime.
-    """
-    buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    raw = [buffer.raw() for buffer in buffers]
-    return Encoded([data, *(bytes(view) if frozen and not view.readonly else view for view in raw)])
-
-
-def decode(encoded: Encoded) -> Any:
-    """Return the value that :func:`encode` was given. Runs whatever code its pickle names."""
-    return pickle.loads(encoded.segments[0], buffers=encoded.segments[1:])
+    segments: Sequence[Buffer] = ()
 
 
 _UNREAD = object()
@@ -138,24 +140,34 @@ class AnswerFuture(Future[Any]):
             raise HandlerFailed(self._key.name, self._key.version, reason, error_type=type(error).__name__) from error
 
 
-def frame_parts(frame: Frame) -> list[Buffer]:
-    """Return the buffers that make up ``frame`` on the wire, in order; a small frame is a single one."""
-    segments: list[Buffer] = [pickle.dumps(frame.head, protocol=5), *frame.segments]
-    lengths = [_size(segment) for segment in segments]
-    table = struct.pack(f"<{len(lengths)}Q", *lengths)
-    total = len(table) + sum(lengths)
-    parts: list[Buffer] = [_HEADER.pack(frame.kind, len(segments), total) + table, *segments]
-    return [b"".join(parts)] if total <= _JOIN_LIMIT else parts
+def frame_parts(frame: Frame, shared: SharedSegments | None = None, *, offers: bool = False) -> list[Buffer]:
+    """Return the buffers that make up ``frame`` on the wire, in order; a small frame is a single one.
 
-
-def _size(part: Buffer) -> int:
-    return len(part) if isinstance(part, bytes) else memoryview(part).nbytes
+    With ``shared``, large segments are written there, and the frame tells what the other end may write over again;
+    ``offers`` says that a descriptor from there goes with it.
+    """
+    segments = frame.segments
+    sizes = [len(segment) if isinstance(segment, bytes) else size_of(segment) for segment in segments]
+    size = sum(sizes)
+    envelope: tuple[Any, ...] = frame.head, sizes
+    if shared is not None:
+        released = shared.collect()
+        place = shared.write(segments, sizes) if size >= SHARED_FROM else None
+        if place is not None:
+            segments, size = (), 0
+        if released or offers or place is not None:
+            envelope = frame.head, sizes, released, offers, place
+    data = pickle.dumps(envelope, 5)
+    size += len(data)
+    if size <= _JOIN_LIMIT:
+        return [b"".join((_HEADER.pack(frame.kind, len(data), size), data, *segments))]
+    return [_HEADER.pack(frame.kind, len(data), size) + data, *segments]
 
 
 def advance(parts: list[Buffer], sent: int) -> list[Buffer]:
     """Return what is left of ``parts`` after their first ``sent`` bytes."""
     for index, part in enumerate(parts):
-        size = _size(part)
+        size = size_of(part)
         if sent < size:
             return [memoryview(part).cast("B")[sent:], *parts[index + 1 :]]
         sent -= size
@@ -164,7 +176,10 @@ def advance(parts: list[Buffer], sent: int) -> list[Buffer]:
 
 def send(sock: socket.socket, frame: Frame, fds: Sequence[int] = ()) -> None:
     """Send a whole frame on a blocking socket; ``fds`` go with its first byte. Blocks until the kernel took all of it."""
-    parts = frame_parts(frame)
+    _send_all(sock, frame_parts(frame), fds)
+
+
+def _send_all(sock: socket.socket, parts: list[Buffer], fds: Sequence[int]) -> None:
     while parts:
         parts = _send_some(sock, parts, fds)
         fds = ()
@@ -180,10 +195,14 @@ class FrameSender:
         sock: a non-blocking stream socket.
         watch_writable: told True when :meth:`flush` is to be called as soon as the socket can be written to, False when
             that is no longer needed.
+        shared: where large segments go; no other descriptors may be sent then.
     """
 
-    def __init__(self, sock: socket.socket, watch_writable: Callable[[bool], object]) -> None:
+    def __init__(
+        self, sock: socket.socket, watch_writable: Callable[[bool], object], shared: SharedSegments | None = None
+    ) -> None:
         self._sock = sock
+        self._shared = shared
         self._watch_writable = watch_writable
         self._lock = threading.Lock()
         # guarded by _lock
@@ -192,12 +211,18 @@ class FrameSender:
 
     def send(self, frame: Frame, fds: Sequence[int] = ()) -> None:
         """Send ``frame``; ``fds`` go with its first byte and are closed here afterwards. Does not block."""
-        parts = frame_parts(frame)
+        if self._shared is None:
+            parts = frame_parts(frame)
+        else:
+            parts, fds = _parts_and_offer(frame, self._shared)
         with self._lock:
             waiting = bool(self._pending)
-            self._pending.append((parts, list(fds)))
-            if not waiting and not self._flush_locked():
-                self._watch_writable(True)
+            if len(parts) == 1 and not (waiting or fds or self._broken):
+                parts = self._try_locked(parts[0])
+            if parts:
+                self._pending.append((parts, list(fds)))
+                if not waiting and not self._flush_locked():
+                    self._watch_writable(True)
 
     def flush(self) -> None:
         """Send what is left. For the thread that was told that the socket can be written to."""
@@ -210,6 +235,14 @@ class FrameSender:
         with self._lock:
             self._broken = True
             self._flush_locked()
+
+    def _try_locked(self, part: Buffer) -> list[Buffer]:
+        """Return what is left of the usual frame, small and alone, after one attempt to send it: mostly nothing."""
+        try:
+            sent = self._sock.send(part, _NO_SIGNAL)
+        except OSError:  # the way with more bookkeeping meets it again
+            sent = 0
+        return [] if sent == len(part) else advance([part], sent)
 
     def _flush_locked(self) -> bool:
         """Send until nothing is left (True) or the kernel takes no more (False)."""
@@ -229,11 +262,22 @@ class FrameSender:
         return True
 
 
+def _parts_and_offer(frame: Frame, shared: SharedSegments) -> tuple[list[Buffer], tuple[int, ...]]:
+    """Return what is to be sent for ``frame``, and the descriptor that goes with it, which is then the caller's."""
+    offer = shared.take_offer()
+    try:
+        return frame_parts(frame, shared, offers=offer is not None), () if offer is None else (offer,)
+    except BaseException:
+        if offer is not None:
+            os.close(offer)
+        raise
+
+
 def _send_some(sock: socket.socket, parts: list[Buffer], fds: Sequence[int]) -> list[Buffer]:
     """Send once; return what is left."""
     if len(parts) == 1 and not fds:
         sent = sock.send(parts[0], _NO_SIGNAL)
-        return [] if sent == _size(parts[0]) else advance(parts, sent)
+        return [] if sent == size_of(parts[0]) else advance(parts, sent)
     vector = parts[:_MAX_VECTOR]
     if fds:
         return advance(parts, socket.send_fds(sock, vector, list(fds), _NO_SIGNAL))
@@ -244,21 +288,27 @@ class FrameReader:
     """Takes bytes from one socket and gives frames. Not thread-safe: it belongs to the one thread that reads.
 
     The body of a large frame is received into a buffer of its own size, so it is copied once, by the kernel.
+
+    Args:
+        max_fds: how many descriptors may come at once; they are appended to ``fds``, which belongs to the caller.
+        shared: where large segments come; then no other descriptors may.
     """
 
-    def __init__(self, *, max_fds: int = 0) -> None:
+    def __init__(self, *, max_fds: int = 0, shared: SharedSegments | None = None) -> None:
         self._max_fds = max_fds
+        self._shared = shared
         self.fds: list[int] = []
         self._pending = b""
         self._body: bytearray | None = None
         self._filled = 0
-        self._head = (0, 0)  # kind and number of segments of the frame whose body is being received
+        self._header: _Header = (0, 0, 0)  # of the frame whose body is being received
 
     def read(self, sock: socket.socket) -> list[Frame] | None:
         """Receive once; return the frames that are complete now, or None if the other end is closed.
 
         Raises:
             BlockingIOError: the socket is non-blocking and nothing is there.
+            BrokenSegment: a frame names shared memory that is not there.
         """
         try:
             if self._body is not None:
@@ -271,9 +321,10 @@ class FrameReader:
         return self._split(self._pending + data if self._pending else data)
 
     def _receive(self, sock: socket.socket) -> bytes:
-        if not self._max_fds:
+        shared = self._shared
+        if not self._max_fds and (shared is None or not shared.expects_offer):
             return sock.recv(_READ_SIZE)
-        data, fds, _flags, _address = socket.recv_fds(sock, _READ_SIZE, self._max_fds)
+        data, fds, _flags, _address = socket.recv_fds(sock, _READ_SIZE, self._max_fds or 1)
         self.fds += fds
         return data
 
@@ -285,24 +336,27 @@ class FrameReader:
         if self._filled < len(body):
             return []
         self._body = None
-        return [_parse(memoryview(body), *self._head)]
+        start = self._header[1]
+        view = memoryview(body)
+        return [self._parse(view[:start], view, start, self._header)]
 
     def _split(self, data: bytes) -> list[Frame]:
         """Return the frames that are whole in ``data``, and keep the rest."""
         frames = []
         view = memoryview(bytearray(data))  # an array that arrives can be written to, as one that did not travel
-        start = 0
-        while len(data) - start >= _HEADER.size:
-            kind, count, size = _HEADER.unpack_from(data, start)
-            end = start + _HEADER.size + size
-            if len(data) >= end:
-                frames.append(_parse(view[start + _HEADER.size : end], kind, count))
-                start = end
+        start, stop = 0, len(data)
+        while stop - start >= _HEADER.size:
+            header: _Header = _HEADER.unpack_from(data, start)
+            body = start + _HEADER.size
+            _, length, size = header
+            if stop - body >= size:
+                frames.append(self._parse(data[body : body + length], view, body + length, header))
+                start = body + size
                 continue
             if size > _READ_SIZE:
-                self._head = kind, count
-                self._start_body(size, view[start + _HEADER.size :])
-                start = len(data)
+                self._header = header
+                self._start_body(size, view[body:])
+                start = stop
             break
         self._pending = data[start:]
         return frames
@@ -312,11 +366,111 @@ class FrameReader:
         self._body[: len(beginning)] = beginning
         self._filled = len(beginning)
 
+    def _parse(self, envelope: Buffer, data: memoryview, start: int, header: _Header) -> Frame:
+        """Return the frame whose segments, if they are in ``data``, begin at ``start``."""
+        kind, length, size = header
+        head, sizes, *news = pickle.loads(envelope)
+        if news:
+            segments = self._heed(sizes, *news)
+            if segments is not None:
+                return Frame(_KINDS[kind], head, segments)
+        if size - length >= SHARED_FROM and self._shared is not None:
+            self._shared.offer()
+        segments = []
+        for each in sizes:
+            segments.append(data[start : start + each])
+            start += each
+        return Frame(_KINDS[kind], head, segments)
 
-def _parse(body: memoryview, kind: int, count: int) -> Frame:
-    segments = []
-    start = count * _LENGTH.size
-    for length in struct.unpack_from(f"<{count}Q", body):
-        segments.append(body[start : start + length])
-        start += length
-    return Frame(_KINDS[kind], pickle.loads(segments[0]), segments[1:])
+    def _heed(
+        self, sizes: Sequence[int], released: Sequence[int], offers: bool, place: int | None
+    ) -> list[memoryview] | None:
+        """Take what a frame says about shared memory; return the segments if they are there."""
+        shared = self._shared
+        if shared is None:
+            raise BrokenSegment("a frame is about shared memory, but this end shares none")
+        if offers:
+            # It is lost where this process has no descriptor left.
+            shared.accept(self.fds.pop(0) if self.fds else None)
+        if released:
+            shared.release(released)
+        return None if place is None else shared.views(place, sizes)
+
+    def close(self) -> None:
+        """Close the descriptors that came and were not taken. Idempotent."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Channel:
+    """Both directions of one worker's socket, with memory that its two ends share for large segments.
+
+    What the reading side finds out (which memory is free again, where to write) leaves with the next frame that is sent,
+    and costs no system call of its own. Both ends have to be a Channel. One thread reads; any may send.
+
+    A large segment (at least :data:`~torchmgmt.segments.SHARED_FROM` bytes in a frame) arrives as a view of shared
+    memory that stays as it is for as long as anything refers to it; drop frames as soon as they are dealt with.
+
+    Args:
+        sock: a connected stream socket; the channel closes it.
+        watch_writable: for a non-blocking socket, as for :class:`FrameSender`; without it :meth:`send` blocks, and has
+            to be called on the thread that reads.
+    """
+
+    def __init__(self, sock: socket.socket, watch_writable: Callable[[bool], object] | None = None) -> None:
+        self._sock = sock
+        self._shared = SharedSegments()
+        self._reader = FrameReader(shared=self._shared)
+        self._sender = FrameSender(sock, watch_writable, self._shared) if watch_writable is not None else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, -1 after :meth:`close`."""
+        return self._sock.fileno()
+
+    def read(self) -> list[Frame] | None:
+        """Receive once; return the frames that are complete now, or None if the other end is closed.
+
+        Raises:
+            BlockingIOError: the socket is non-blocking and nothing is there.
+            BrokenSegment: the other end sent nonsense (a ConnectionError: the channel is of no use any more).
+        """
+        return self._reader.read(self._sock)
+
+    def send(self, frame: Frame) -> None:
+        """Send ``frame``, as :meth:`FrameSender.send` or, on a blocking socket, as :func:`send` does."""
+        if self._sender is not None:
+            self._sender.send(frame)
+            return
+        parts, fds = _parts_and_offer(frame, self._shared)
+        try:
+            _send_all(self._sock, parts, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def flush(self) -> None:
+        """Send what a non-blocking socket did not take at once. For the thread that was told that it can be written to."""
+        if self._sender is not None:
+            self._sender.flush()
+
+    def close_sending(self) -> None:
+        """Drop what was not sent yet, and all that is sent later. Idempotent; any thread. Reading goes on."""
+        if self._sender is not None:
+            self._sender.close()
+
+    def close(self) -> None:
+        """Close the socket and let go of the shared memory. Idempotent; for the thread that reads.
+
+        Segments that somebody still holds stay valid. In a forked copy of the process it closes that copy's descriptors
+        and touches nothing that the original one uses.
+        """
+        self.close_sending()
+        self._reader.close()
+        self._shared.close()
+        self._sock.close()

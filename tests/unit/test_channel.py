@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pickle
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.patterns import pattern
 from torchmgmt.channel import (
     AnswerFuture,
     Frame,
@@ -25,7 +25,6 @@ from torchmgmt.channel import (
     FrameSender,
     Kind,
     advance,
-    decode,
     encode,
     frame_parts,
     send,
@@ -35,11 +34,6 @@ from torchmgmt.records import Encoded, ModelKey
 
 MANY = 100_000
 WAIT_S = 30
-
-
-def pattern(size: int, seed: int) -> bytes:
-    """Bytes that differ from place to place, so that a shift by one is seen."""
-    return (bytes((seed + n) % 251 for n in range(251)) * (size // 251 + 1))[:size]
 
 
 HEADS = st.none() | st.integers() | st.text(max_size=20) | st.tuples(st.integers(), st.booleans())
@@ -431,58 +425,6 @@ def test_frames_of_many_threads_do_not_mix(pair):
         assert [frame.head[1] for frame in received if frame.head[0] == caller] == list(range(50))
     for frame in received:
         assert bytes(frame.segments[0]) == pattern(5000, sum(frame.head))
-
-
-# -- values ------------------------------------------------------------------------------------------------------------
-
-
-def test_arrays_stay_out_of_the_pickle():
-    """A numpy array travels as its own buffer: encoding does not copy it."""
-    array = np.arange(100_000, dtype=np.float32)
-    encoded = encode({"body": array, "n": 1})
-    assert len(encoded.segments) == 2
-    assert len(encoded.segments[0]) < 1000
-    assert np.shares_memory(np.frombuffer(encoded.segments[1], dtype=np.float32), array)
-    again = decode(encoded)
-    assert again["n"] == 1
-    assert np.array_equal(again["body"], array)
-
-
-def test_pickle_buffers_stay_out_of_the_pickle():
-    """Whatever a class hands out as a PickleBuffer is not copied either."""
-    data = bytearray(pattern(MANY, 0))
-    encoded = encode([pickle.PickleBuffer(data), b"small"])
-    assert len(encoded.segments[0]) < 1000
-    data[0] = 77
-    assert bytes(encoded.segments[1])[0] == 77
-    body, small = decode(encoded)
-    assert bytes(body) == bytes(data)
-    assert small == b"small"
-
-
-def test_a_frozen_value_does_not_follow_its_owner():
-    """What was encoded as frozen stays what it was, even if the caller fills the same array anew."""
-    array = np.zeros(1000)
-    fixed = np.ones(1000)
-    fixed.flags.writeable = False
-    encoded = encode([array, fixed], frozen=True)
-    array += 7
-    again, same = decode(encoded)
-    assert not again.any()
-    assert np.shares_memory(same, fixed)  # nobody can write to it: no copy
-
-
-@given(value=st.recursive(HEADS | st.binary(max_size=50), lambda inner: st.lists(inner, max_size=3), max_leaves=8))
-def test_decode_undoes_encode(value: object):
-    """Any picklable value comes out as it went in."""
-    assert decode(encode(value)) == value
-
-
-def test_a_fortran_array_keeps_its_order():
-    """Arrays that are not laid out in C order arrive as they were."""
-    array = np.asfortranarray(np.arange(12).reshape(3, 4))
-    again = decode(encode(array))
-    assert np.array_equal(again, array)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

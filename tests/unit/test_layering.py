@@ -15,7 +15,9 @@ PACKAGE = "torchmgmt"
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
     1: frozenset({"errors", "lifecycle", "records", "events"}),
-    2: frozenset({"settings", "archive", "registry", "scaling", "state", "channel", "dispatcher"}),
+    2: frozenset(
+        {"settings", "archive", "registry", "scaling", "state", "channel", "encoding", "segments", "dispatcher"}
+    ),
     3: frozenset({"batcher", "backends", "job", "pool"}),
     4: frozenset({"manager", "model", "registration"}),
     5: frozenset({"worker", "handlers", "compat"}),
@@ -32,6 +34,7 @@ NEIGHBOURS = {
     "lifecycle": {"errors"},
     "records": {"errors", "lifecycle"},
     "events": {"errors", "lifecycle", "records"},
+    "channel": {"encoding", "segments"},
     "job": {"backends"},
     "pool": {"backends", "job"},
     "manager": {"model", "registration"},
@@ -59,7 +62,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "ts": IN_THE_WORKER,  # the names that compat provides
     "yaml": frozenset({"settings", "archive", "worker", "compat"}),
     "requests": frozenset({"launcher", "archive"}),
-    "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "dispatcher", "registry", "scaling"},
+    "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
     "falcon": frozenset({"http"}),
     "waitress": frozenset({"http"}),
     "uvicorn": frozenset({"http"}),

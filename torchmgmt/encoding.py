@@ -1,0 +1,57 @@
+"""Values as what travels between processes: a pickle, and the large buffers that it leaves out (:pep:`574`)."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from torchmgmt.records import Encoded
+
+__all__ = ["decode", "encode"]
+
+# Where pickling bytes begins to cost more than a segment of its own does.
+_DETACHED_FROM = 1 << 16
+# A row has some fields; the answer that is a large dictionary is of numbers, and not worth looking through.
+_FEW = 16
+
+
+def encode(value: object, *, frozen: bool = False) -> Encoded:
+    """Pickle ``value``, leaving large buffers (numpy arrays, PickleBuffer, large bytes) out of the pickle. Any thread.
+
+    Bytes are left out where ``value`` is a bytes object, or a dictionary of a few entries, as a request's row is.
+    What was left out still belongs to whoever made it; ``frozen`` copies what could be written to in the meantime.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(_detach_bytes(value), protocol=5, buffer_callback=buffers.append)
+    raw = [buffer.raw() for buffer in buffers]
+    return Encoded([data, *(bytes(view) if frozen and not view.readonly else view for view in raw)])
+
+
+class _LargeBytes:
+    """Bytes that stay out of the pickle: pickling them costs 0.4 ms per MB, twenty times as much as copying them."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[pickle.PickleBuffer]]:
+        return bytes, (pickle.PickleBuffer(self._data),)
+
+
+def _detach_bytes(value: object) -> object:
+    """Return what is pickled instead of ``value``. Only exact types are looked into: others may be pickled their own way."""
+    if type(value) is bytes:
+        return _detached(value)
+    if type(value) is dict and len(value) <= _FEW and bytes in map(type, value.values()):
+        return {key: _detached(item) for key, item in value.items()}
+    return value
+
+
+def _detached(item: object) -> object:
+    return _LargeBytes(item) if type(item) is bytes and len(item) >= _DETACHED_FROM else item
+
+
+def decode(encoded: Encoded) -> Any:
+    """Return the value that :func:`encode` was given. Runs whatever code its pickle names."""
+    return pickle.loads(encoded.segments[0], buffers=encoded.segments[1:])
