@@ -82,11 +82,11 @@ def _run_alone(noop: Path, heavy: models.Files, store: Path, torchserve: TorchSe
         _THEIRS: with_store(lambda: _torchserve(torchserve, store)),
     }
     at_most = {_FOLDER: _LOADING_ROUNDS, _ARCHIVE: _LOADING_ROUNDS, _BARE: _SLOW_ROUNDS, _THEIRS: _SLOW_ROUNDS}
-    return interleave("scaling", variants, runs, warm_ups=0, at_most=at_most, budget_s=150)
+    return interleave("scaling", variants, runs, warm_ups=0, at_most=at_most, budget_s=170)
 
 
 def _times(result: Result) -> Table:
-    load = Row(_BARE, result.series(_BARE, "up", "s"))
+    load = Row(_BARE, result.series(_BARE, "up", "s"), short="7 bare processes")
     theirs = {name: _row(result, f"TorchServe: 1 → 8 workers, {name}", _THEIRS, f"up {name}", "s") for name in _PEER}
     rows = [Row("1 → 8 workers, no-op", result.series(_NOOP, "up", "s"), theirs["no-op"])]
     for variant in (_TEMPLATE, _FOLDER, _ARCHIVE):
@@ -154,7 +154,7 @@ def _weights_of(result: Result, variant: str, peer: Row | None) -> list[Row]:
     """The rows of one way: totals, and what the total of 8 workers is made of."""
     shared = variant in {_NOOP, _TEMPLATE}
     rows = [
-        Row(f"{count} workers, {variant}", result.series(variant, f"pss {count}", "MB"))
+        Row(f"{count} worker{'s' if count > 1 else ''}, {variant}", result.series(variant, f"pss {count}", "MB"))
         for count in sorted(_STEPS)
         if shared and count != 8
     ]
@@ -251,11 +251,12 @@ def _first_workers(noop: Path, heavy: models.Files, runs: int) -> Table:
             "400 MB": lambda: _wake(asleep["400 MB"], items["400 MB"]),
         }
         result = interleave("scaling, first workers", variants, runs)
-    rows = [Row("register a no-op model, 1 worker", result.series("register", "register", "s"), goal=Goal(0.15))]
+    times = result.series("register", "register", "ms", scale=1e3)
+    rows = [Row("register a no-op model, 1 worker", times, goal=Goal(150))]
     for name in asleep:
-        again = Row(f"second answer, {name}", result.series(name, "second", "s"))
-        rows.append(Row(f"no worker → first answer, {name}", result.series(name, "first", "s"), again, Goal(0.2)))
-        rows.append(again)
+        first, second = (result.series(name, figure, "ms", scale=1e3) for figure in ("first", "second"))
+        again = Row(f"second answer, {name}", second, short="second answer")
+        rows += [Row(f"no worker → first answer, {name}", first, again, Goal(200)), again]
     notes = (
         "On one manager that has served all of these models before: its torch-only process runs, and so do templates.",
         (
