@@ -75,6 +75,10 @@ def _notes(default: int) -> list[str]:
             " pickles each answer, as a worker does, and has no queue and nobody to talk to."
         ),
         (
+            "With as many threads as cores, whatever else runs holds up all of them at the end of each layer: on a busy"
+            " machine those rows move by factors, the ones with 1 thread do not."
+        ),
+        (
             f"digits decodes a PGM image and answers a dict. The MLPs, layers of {models.MLP_WIDTH} x {models.MLP_WIDTH},"
             " take and give raw float32."
         ),
