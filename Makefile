@@ -19,6 +19,7 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+# With TORCHMGMT_BENCH_TORCHSERVE=DIR, a virtual environment with TorchServe, that is measured beside it.
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 import psutil
-from attrs import frozen
+from attrs import field, frozen
 
 BUDGET_S = 60.0
+
+
+class Missing(Exception):
+    """A variant cannot be measured here; the message says why."""
+
 
 Sample: TypeAlias = Mapping[str, float]
 """What one run of a variant measured: each figure by its name."""
@@ -54,6 +59,20 @@ class Result:
     """What the rounds measured, by variant."""
 
     samples: Mapping[str, Sequence[Sample]]
+    missing: Mapping[str, str] = field(factory=dict)
+    """The variants that could not be measured, and why; they have no samples."""
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each reason why variants are missing."""
+        reasons: dict[str, list[str]] = {}
+        for variant, why in self.missing.items():
+            reasons.setdefault(why, []).append(variant)
+        return [f"Not measured: {'; '.join(variants)}. {why}." for why, variants in reasons.items()]
+
+    def has(self, variant: str) -> bool:
+        """Return whether ``variant`` was measured."""
+        return bool(self.samples.get(variant))
 
     def series(self, variant: str, figure: str, unit: str, *, scale: float = 1.0) -> Series:
         """Return one figure of one variant, each value times ``scale``."""
@@ -67,26 +86,34 @@ def interleave(
     *,
     warm_ups: int = 1,
     at_most: Mapping[str, int] | None = None,
+    budget_s: float = BUDGET_S,
 ) -> Result:
     """Run every variant once in each round: ``warm_ups`` rounds that do not count, then ``runs`` that do.
 
     ``at_most`` bounds the rounds of variants that take long; they take part in the first ones. No round is begun after
-    :data:`BUDGET_S`, so that a busy machine gives fewer rounds (each report says how many) and not an endless run.
+    ``budget_s`` seconds, so that a busy machine gives fewer rounds (each report says how many) and not an endless run.
+    A variant that raises :class:`Missing` is left out from then on, and what it measured before does not count.
     """
-    until = time.monotonic() + BUDGET_S
+    until = time.monotonic() + budget_s
     limits = {name: (at_most or {}).get(name, runs) for name in variants}
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
+    missing: dict[str, str] = {}
     for number in range(-warm_ups, runs):
         if number > 0 and time.monotonic() > until:
-            say(f"{title}: no more rounds, {BUDGET_S:g} s are over")
+            say(f"{title}: no more rounds, {budget_s:g} s are over")
             break
         say(f"{title}: " + ("warm-up" if number < 0 else f"round {number + 1} of {runs}"))
-        for name, run in variants.items():
-            if number < limits[name]:
-                sample = run()
-                if number >= 0:
-                    samples[name].append(sample)
-    return Result(samples)
+        for name in [each for each in samples if number < limits[each]]:
+            try:
+                sample = variants[name]()
+            except Missing as error:
+                say(f"{title}: not measured: {name}: {error}")
+                missing[name] = str(error)
+                del samples[name]
+                continue
+            if number >= 0:
+                samples[name].append(sample)
+    return Result(samples, missing)
 
 
 def say(text: str) -> None:
@@ -113,6 +140,13 @@ def time_each(call: Callable[[], object], count: int) -> list[float]:
     return sorted(seconds)
 
 
-def pss_mb(pids: Sequence[int]) -> float:
-    """Return the sum of the proportional set sizes in MB (1e6 bytes): a page that n processes share is 1/n in each."""
-    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 1e6
+def pss_mb(pids: Iterable[int]) -> float:
+    """Return the sum of the proportional set sizes in MB (1e6 bytes): a page that n processes share is 1/n in each.
+
+    A process that is gone weighs nothing.
+    """
+    total = 0
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            total += psutil.Process(pid).memory_full_info().pss
+    return total / 1e6

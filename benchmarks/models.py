@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from attrs import frozen
 
+from benchmarks.measure import Missing
+
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
+DIGITS_HANDLER = "DigitsHandler"
 HEAVY_WEIGHTS_MB = 403
+HEAVY_ITEM = [0.5] * 2048
+"""A request to the heavy model."""
+MLP_WIDTH = 1024
+MLP_HANDLER = "Mlp"
 
 _NOOP = "def handle(data, context):\n    return [row['body'] for row in data or ()]\n"
 
@@ -42,6 +53,60 @@ class Heavy(nn.Module):
         return self.layers(rows)
 """
 
+# TorchServe's own base_handler makes a tensor of the rows as they are, which are dicts.
+_HEAVY_HANDLER = """
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+
+
+class HeavyHandler(BaseHandler):
+    def preprocess(self, data):
+        return torch.tensor([row["body"] for row in data], device=self.device)
+
+    def postprocess(self, data):
+        return data[:, :8].tolist()
+"""
+
+_MLP = """
+import torch
+from torch import nn
+
+
+class Mlp:
+    def initialize(self, context):
+        layers = ((nn.Linear({width}, {width}), nn.ReLU()) for _ in range({layers}))
+        self.model = nn.Sequential(*(each for pair in layers for each in pair)).eval()
+
+    def handle(self, data, context):
+        rows = torch.stack([torch.frombuffer(bytearray(row["body"]), dtype=torch.float32) for row in data])
+        with torch.inference_mode():
+            answers = self.model(rows)
+        return [row.numpy().tobytes() for row in answers]
+"""
+
+_THREADS = """
+import torch
+
+def handle(data, context):
+    return [torch.get_num_threads() for _ in data or ()]
+"""
+
+# At each batch and not in initialize: that may have run in another process, from which the worker was forked.
+_FIX_THREADS = """
+
+import torch
+
+_handle = {handler_class}.handle
+
+
+def _handle_with_threads(self, data, context):
+    torch.set_num_threads({threads})
+    return _handle(self, data, context)
+
+
+{handler_class}.handle = _handle_with_threads
+"""
+
 _SAVE_HEAVY = """
 import sys, torch
 weights = {}
@@ -54,9 +119,10 @@ torch.save(weights, sys.argv[1])
 
 @frozen
 class Files:
-    """A model's folder, for torchmgmt, and the same files one by one, for a bare script."""
+    """A model's folder, for torchmgmt, and the same files one by one, for a bare script or the archiver."""
 
     folder: Path
+    handler: Path
     model_file: Path
     model_class: str
     state_dict: Path
@@ -72,14 +138,25 @@ def write_slow(folder: Path, seconds: float) -> Path:
     return _write_handler(folder, "slow", _SLOW.format(seconds=seconds))
 
 
+def write_threads(folder: Path) -> Path:
+    """Write a handler that answers with the number of threads that torch computes with; return its folder."""
+    return _write_handler(folder, "threads", _THREADS)
+
+
+def write_mlp(folder: Path, layers: int) -> Path:
+    """Write a handler of so many linear layers of :data:`MLP_WIDTH`, random weights, raw float32 in and out."""
+    return _write_handler(folder, "mlp", _MLP.format(width=MLP_WIDTH, layers=layers))
+
+
 def write_heavy(folder: Path) -> Files:
-    """Write a module with :data:`HEAVY_WEIGHTS_MB` of weights, served by the shipped base handler."""
+    """Write a module with :data:`HEAVY_WEIGHTS_MB` of weights, loaded as the shipped base handler does it."""
     folder.mkdir(parents=True)
-    files = Files(folder, folder / "model.py", "Heavy", folder / "weights.pt")
+    files = Files(folder, folder / "handler.py", folder / "model.py", "Heavy", folder / "weights.pt")
     files.model_file.write_text(_HEAVY, encoding="utf-8")
+    files.handler.write_text(_HEAVY_HANDLER, encoding="utf-8")
     # In a process of its own: this one is to stay without torch, as the programs that embed the library do.
     subprocess.run([sys.executable, "-c", _SAVE_HEAVY, str(files.state_dict)], check=True, timeout=120)
-    _write_manifest(folder, "heavy", "base_handler", {"modelFile": "model.py", "serializedFile": "weights.pt"})
+    _write_manifest(folder, "heavy", "handler.py", {"modelFile": "model.py", "serializedFile": "weights.pt"})
     return files
 
 
@@ -89,7 +166,18 @@ def write_digits(folder: Path) -> Files:
     for name in ("model.py", "handler.py", "digits_v1.pt"):
         (folder / name).write_bytes((DIGITS / name).read_bytes())
     _write_manifest(folder, "digits", "handler.py", {"modelFile": "model.py", "serializedFile": "digits_v1.pt"})
-    return Files(folder, folder / "model.py", "DigitsNet", folder / "digits_v1.pt")
+    return Files(folder, folder / "handler.py", folder / "model.py", "DigitsNet", folder / "digits_v1.pt")
+
+
+def fix_threads(handler: Path, handler_class: str, threads: int) -> None:
+    """Have the class of a handler's file compute with so many threads, whoever runs it."""
+    with handler.open("a", encoding="utf-8") as file:
+        file.write(_FIX_THREADS.format(handler_class=handler_class, threads=threads))
+
+
+def digits_image() -> bytes:
+    """Return a request to the digits model."""
+    return (DIGITS / "samples" / "00.pgm").read_bytes()
 
 
 def _write_handler(folder: Path, name: str, code: str) -> Path:
@@ -109,8 +197,43 @@ def _write_manifest(folder: Path, name: str, handler: str, files: Mapping[str, s
 def pack_digits(folder: Path) -> Path:
     """Build the archive of ``examples/digits`` with the real torch-model-archiver; return the file.
 
-    Raises subprocess.CalledProcessError if that is not installed.
+    Raises Missing if that is not installed, subprocess.CalledProcessError if it fails.
     """
+    _archiver()
     command = [sys.executable, str(DIGITS / "pack.py"), str(folder)]
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     return folder / "digits.mar"
+
+
+def pack_noop(folder: Path) -> Path:
+    """Build ``noop.mar``, the handler of :func:`write_noop`, in ``folder``; raises as :func:`pack_digits`."""
+    with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:
+        source = write_noop(Path(scratch, "noop")) / "noop.py"
+        return _pack(folder, "noop", {"--handler": source})
+
+
+def pack_heavy(folder: Path, files: Files) -> Path:
+    """Build ``heavy.mar`` in ``folder``; raises as :func:`pack_digits`.
+
+    What is in it is stored, not deflated: random weights do not get smaller, and packing takes a second, not twenty.
+    """
+    options = {"--handler": files.handler, "--model-file": files.model_file, "--serialized-file": files.state_dict}
+    return _pack(folder, "heavy", options, "--archive-format", "zip-store")
+
+
+def _pack(folder: Path, name: str, options: Mapping[str, Path], *more: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [_archiver(), "--model-name", name, "--version", "1.0", "--export-path", str(folder), *more]
+    for option, file in options.items():
+        command += [option, str(file)]
+    with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:  # it collects the files in TMPDIR
+        environment = {**os.environ, "TMPDIR": scratch}
+        subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL, env=environment)
+    return folder / f"{name}.mar"
+
+
+def _archiver() -> str:
+    found = shutil.which("torch-model-archiver", path=sysconfig.get_path("scripts"))
+    if found is None:
+        raise Missing("torch-model-archiver is not installed")
+    return found

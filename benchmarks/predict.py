@@ -1,4 +1,4 @@
-"""predict: what one prediction costs beside the bare exchange of a message between two processes."""
+"""predict: what predictions cost beside the bare exchange of messages, and beside a bare loop over the same batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import models
+from benchmarks import models, payloads, saturation
 from benchmarks.machine import pinned
 from benchmarks.measure import Sample, interleave, time_each
 from benchmarks.peers.bare import PingPong, ThreadedPingPong
@@ -31,7 +31,8 @@ def run(runs: int) -> list[Table]:
         single = manager.register(noop, model_name="single")
         batched = manager.register(noop, model_name="batched", batch_size=_BATCH_SIZE)
         with PingPong() as ping, ThreadedPingPong() as threaded:
-            return [_latency(single, ping, threaded, runs), _throughput(single, batched, ping, runs)]
+            tables = [_latency(single, ping, threaded, runs), _throughput(single, batched, ping, runs)]
+    return [*tables, saturation.table(runs), payloads.table(runs)]
 
 
 def _latency(model: Model, ping: PingPong, threaded: PingPong, runs: int) -> Table:

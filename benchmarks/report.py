@@ -9,7 +9,6 @@ from typing import Any
 from attrs import field, frozen
 
 from benchmarks.measure import Series
-from benchmarks.peers import NOT_MEASURED
 
 _COLUMNS = ("what", "median", "min", "max", "unit", "runs", "ratio", "goal", "")
 
@@ -39,6 +38,13 @@ class Row:
     series: Series
     base: Row | None = None
     goal: Goal | None = None
+    short: str = ""
+    """What rows call it that are compared with it; default: ``what``."""
+
+    @property
+    def name(self) -> str:
+        """What rows call it that are compared with it."""
+        return self.short or self.what
 
     @property
     def ratio(self) -> Series | None:
@@ -74,13 +80,13 @@ class Report:
     def text(self) -> str:
         """Return it for a terminal."""
         facts = [f"{name}: {value}" for name, value in self.machine.items()]
-        return "\n\n".join(["\n".join(facts), *map(_text, self.tables), _missing()])
+        return "\n\n".join(["\n".join(facts), *map(_text, self.tables)])
 
     def markdown(self) -> str:
         """Return it for a document."""
         facts = ["| machine | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.machine.items())]
         command = f"```sh\n{self.command}\n```"
-        return "\n\n".join([command, "\n".join(facts), *map(_markdown, self.tables), _missing()]) + "\n"
+        return "\n\n".join([command, "\n".join(facts), *map(_markdown, self.tables)]) + "\n"
 
     def json(self) -> str:
         """Return it with every single value, not the medians alone."""
@@ -89,17 +95,13 @@ class Report:
             for table in self.tables
         ]
         whole = {"command": self.command, "machine": dict(self.machine), "tables": tables}
-        return json.dumps({**whole, "not_measured": list(NOT_MEASURED)}, indent=1, ensure_ascii=False) + "\n"
-
-
-def _missing() -> str:
-    return "\n".join(f"{peer}: not measured in this run (no adapter yet)." for peer in NOT_MEASURED)
+        return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     series, ratio = row.series, ""
     if row.ratio is not None and row.base is not None:
-        ratio = f"{_number(row.ratio.median)} x {row.base.what}"
+        ratio = f"{_number(row.ratio.median)} x {row.base.name}"
     figures = (_number(series.median), _number(series.least), _number(series.most), series.unit)
     return (row.what, *figures, str(len(series.values)), ratio, str(row.goal or ""), row.verdict)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import models
-from benchmarks.measure import Result, Sample, interleave, time_each, timed
+from benchmarks.measure import Missing, Result, Sample, interleave, time_each, timed
 from benchmarks.peers import bare
 from benchmarks.report import Goal, Row, Table
 from benchmarks.script import READY, seconds_until_ready
@@ -87,8 +87,8 @@ def _first_worker(scratch: Path, runs: int) -> Table:
     try:
         archive = models.pack_digits(scratch)
         variants["archive"] = lambda: _ready(_REGISTER, archive)
-    except subprocess.CalledProcessError:
-        notes.append("From an archive: not measured, torch-model-archiver is not installed.")
+    except Missing as error:
+        notes.append(f"From an archive: not measured. {error}.")
     result = interleave("startup, first worker", variants, runs, warm_ups=0)
     script = Row("bare script", result.series("bare", "seconds", "s"))
     names = {"folder": "torchmgmt, from a folder", "archive": "torchmgmt, from a new .mar"}

@@ -1,4 +1,6 @@
-"""What torchmgmt is compared with: one adapter a file. So far a bare script (:mod:`benchmarks.peers.bare`)."""
+"""What torchmgmt is compared with: one adapter a file.
 
-NOT_MEASURED = ("TorchServe 0.12.0",)
-"""Peers that have no adapter yet. Each report says so, so that nobody takes their absence for a result."""
+A bare script and two processes that talk over a socket (:mod:`benchmarks.peers.bare`), a bare loop over batches
+(:mod:`benchmarks.peers.loop`), and TorchServe where it is installed (:mod:`benchmarks.peers.torchserve`). A peer that
+cannot be run raises :class:`benchmarks.measure.Missing`, and the notes of the table say so: its absence is no result.
+"""

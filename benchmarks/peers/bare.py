@@ -35,6 +35,14 @@ while data := sock.recv(65536):
     sock.sendall(data)
 """
 
+_BULK_ECHO = """
+import socket, sys
+sock, size = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+buffer = bytearray(size)
+while sock.recv_into(buffer, size, socket.MSG_WAITALL) == size:
+    sock.sendall(buffer)
+"""
+
 # A RUN and a DONE frame of a no-op handler with a small body are about as long.
 MESSAGE = b"x" * 160
 
@@ -64,6 +72,33 @@ class PingPong:
         self._sock.sendall(MESSAGE)
         if len(self._sock.recv(65536)) != len(MESSAGE):
             raise RuntimeError("the bare ping-pong lost its other end")
+
+
+class BulkPingPong:
+    """The same with a message of ``size`` bytes, which the other end has received whole before it sends it back."""
+
+    def __init__(self, size: int) -> None:
+        self._sent = bytes(size)
+        self._received = bytearray(size)
+
+    def __enter__(self) -> BulkPingPong:
+        self._sock, theirs = socket.socketpair()
+        command = [sys.executable, "-c", _BULK_ECHO, str(theirs.fileno()), str(len(self._sent))]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.round_trip()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._sock.close()
+        self._process.wait(20)
+
+    def round_trip(self) -> None:
+        """Send one message and block until it is back."""
+        self._sock.sendall(self._sent)
+        size = len(self._received)
+        if self._sock.recv_into(self._received, size, socket.MSG_WAITALL) != size:
+            raise RuntimeError("the bare socket lost its other end")
 
 
 class ThreadedPingPong(PingPong):
