@@ -17,10 +17,11 @@ from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.backends.child import Child, describe_exit
 from torchmgmt.backends.forker import FORK_LIMIT_S
 from torchmgmt.backends.output import Output
-from torchmgmt.channel import Buffer, Frame, FrameReader, FrameSender, Kind
+from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import NUMBER_BYTES, Encoded, WorkerExit, WorkerFault, WorkerJob, WorkerRequest
+from torchmgmt.segments import BrokenSegment
 
 __all__ = ["Parent", "ProcessWorker", "watch_exit"]
 
@@ -67,7 +68,6 @@ class ProcessWorker:
         self._dispatcher = parent.dispatcher
         self._job = job
         self._listener = listener
-        self._reader = FrameReader()
         self._fault: WorkerFault | None = None
         self._is_ready = False
         self._end_reason = ""
@@ -94,9 +94,9 @@ class ProcessWorker:
 
     def start(self) -> None:
         """Have the process forked. What it is sent before it runs waits in the socket."""
-        self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
-        self._sender = FrameSender(self._channel, self._watch_writable)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self._channel = Channel(ours, self._watch_writable)
         output_reader, output_writer = os.pipe()
         self._output = self._parent.open_output(output_reader, self._job)
         page_fd, self._page = _shared_page()
@@ -116,15 +116,15 @@ class ProcessWorker:
         """Send it a batch."""
         head = [(each.request_id, each.headers, len(each.row.segments), each.deadline) for each in requests]
         segments = [segment for request in requests for segment in request.row.segments]
-        self._sender.send(Frame(Kind.RUN, (number, head), segments))
+        self._channel.send(Frame(Kind.RUN, (number, head), segments))
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
-        self._sender.send(Frame(Kind.DESCRIBE, number))
+        self._channel.send(Frame(Kind.DESCRIBE, number))
 
     def stop(self) -> None:
         """Ask it to end after what it was sent."""
-        self._sender.send(Frame(Kind.STOP))
+        self._channel.send(Frame(Kind.STOP))
 
     def terminate(self) -> None:
         """Send it SIGTERM; one that is not forked yet never is."""
@@ -195,9 +195,12 @@ class ProcessWorker:
 
     def _on_readable(self) -> None:
         try:
-            frames = self._reader.read(self._channel)
+            frames = self._channel.read()
         except BlockingIOError:
             return
+        except BrokenSegment:
+            log.exception("%s sent what it cannot have sent", self)
+            frames = None
         except OSError:
             frames = None
         if frames is None:
@@ -207,14 +210,14 @@ class ProcessWorker:
             self._on_frame(frame)
 
     def _on_channel_closed(self) -> None:
-        self._sender.close()
+        self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._channel.close)
         # Its end is reported by whoever reaps it. A handler may have closed the descriptor and live on, though.
         self._dispatcher.call_at(time.monotonic() + _LINGER_S, lambda: self.child.send(signal.SIGKILL))
 
     def _read_the_rest(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
-            while (frames := self._reader.read(self._channel)) is not None:
+            while (frames := self._channel.read()) is not None:
                 for frame in frames:
                     self._on_frame(frame)
 
@@ -233,7 +236,7 @@ class ProcessWorker:
             return
         self._is_over = True
         self.child.forget()
-        self._sender.close()
+        self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._channel.close)
         self._output.close()
         self._page.close()
@@ -245,7 +248,7 @@ class ProcessWorker:
             self._dispatcher.call_soon(callback)
 
     def _watch_writable(self, on: bool) -> None:
-        self._dispatcher.watch_writable(self._channel, self._sender.flush if on else None)
+        self._dispatcher.watch_writable(self._channel, self._channel.flush if on else None)
 
 
 def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | None], object]) -> None:

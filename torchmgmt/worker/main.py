@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import signal
@@ -14,10 +15,11 @@ from typing import NoReturn
 import torch
 from attrs import frozen
 
-from torchmgmt.channel import Frame, FrameReader, Kind, send
+from torchmgmt.channel import Channel, Frame, Kind
 from torchmgmt.compat import install_ts
 from torchmgmt.handlers.context import Context
 from torchmgmt.records import NUMBER_BYTES, Encoded, ModelSpec, WorkerFault, WorkerJob
+from torchmgmt.segments import BrokenSegment
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
 from torchmgmt.worker.loader import Handler, load_handler
@@ -33,6 +35,8 @@ from torchmgmt.worker.process import (
 )
 
 __all__ = ["Loaded", "WorkerProcess", "load_model"]
+
+log = logging.getLogger(__name__)
 
 # So many numbers that torch splits the work among its threads (it gives each at least 32768).
 _ENOUGH_TO_SHARE = 1 << 18
@@ -79,17 +83,21 @@ class WorkerProcess:
 
     def _run(self) -> int:
         self._take_over_process()
-        channel = socket.socket(fileno=self._channel_fd)
+        channel = Channel(socket.socket(fileno=self._channel_fd))
         # A child that the handler forks must not keep our channel open when we are gone.
         os.register_at_fork(after_in_child=channel.close)
         try:
             handler = self._handler()
         except Exception as error:
-            send(channel, Frame(Kind.FAILED, fault_of(error)))
+            channel.send(Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
-        with contextlib.suppress(ConnectionError):
-            send(channel, Frame(Kind.READY))
+        try:
+            channel.send(Frame(Kind.READY))
             _serve(channel, handler, _page(self._page_fd))
+        except BrokenSegment:
+            raise
+        except ConnectionError:
+            log.debug("The embedding process is gone", exc_info=True)
         return EXIT_STOPPED
 
     def _take_over_process(self) -> None:
@@ -143,15 +151,16 @@ def _page(fd: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), NUMBER_BYTES)
 
 
-def _serve(channel: socket.socket, handler: Handler, page: mmap.mmap) -> None:
+def _serve(channel: Channel, handler: Handler, page: mmap.mmap) -> None:
     """Run what comes in, one after the other, until told to stop or the embedding process is gone."""
-    reader = FrameReader()
-    while (frames := reader.read(channel)) is not None:
+    while (frames := channel.read()) is not None:
         for frame in frames:
             if frame.kind is Kind.RUN:
                 number, requests = frame.head
                 _note_start(page, number)
-                _answer(channel, number, run_batch(handler, requests, frame.segments))
+                outcomes = run_batch(handler, requests, frame.segments)
+                frame.segments = ()  # their memory can be used again: the answer says so
+                _answer(channel, number, outcomes)
             elif frame.kind is Kind.DESCRIBE:
                 _note_start(page, frame.head)
                 _answer(channel, frame.head, [attempt(handler.describe)])
@@ -159,10 +168,10 @@ def _serve(channel: socket.socket, handler: Handler, page: mmap.mmap) -> None:
                 return
 
 
-def _answer(channel: socket.socket, number: int, outcomes: Sequence[Encoded | WorkerFault]) -> None:
+def _answer(channel: Channel, number: int, outcomes: Sequence[Encoded | WorkerFault]) -> None:
     head = [outcome if isinstance(outcome, WorkerFault) else len(outcome.segments) for outcome in outcomes]
     segments = [segment for outcome in outcomes if isinstance(outcome, Encoded) for segment in outcome.segments]
-    send(channel, Frame(Kind.DONE, (number, head), segments))
+    channel.send(Frame(Kind.DONE, (number, head), segments))
 
 
 def _note_start(page: mmap.mmap, number: int) -> None:

@@ -6,7 +6,6 @@ import ast
 import itertools
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +23,6 @@ __all__ = ["ThreadModel"]
 
 _numbers = itertools.count(1)
 _threads_lock = threading.Lock()
-
-_TOO_LATE = WorkerFault("TimeoutError", "TimeoutError: its deadline was over before it was begun", "")
 
 
 class ThreadModel:
@@ -65,13 +62,9 @@ class ThreadModel:
 
         Raises what a handler raises that is no Exception, such as SystemExit.
         """
-        now = time.monotonic()
-        is_late = [request.deadline is not None and request.deadline <= now for request in requests]
-        begun = [request for request, late in zip(requests, is_late, strict=True) if not late]
-        heads = [(request.request_id, request.headers, len(request.row.segments)) for request in begun]
-        segments = [segment for request in begun for segment in _copy(request.row).segments]
-        outcomes = iter(run_batch(self._loaded(), heads, segments))
-        return [_TOO_LATE if late else self._own(next(outcomes)) for late in is_late]
+        heads = [(each.request_id, each.headers, len(each.row.segments), each.deadline) for each in requests]
+        segments = [segment for request in requests for segment in _copy(request.row).segments]
+        return [self._own(outcome) for outcome in run_batch(self._loaded(), heads, segments)]
 
     def describe(self) -> Encoded | WorkerFault:
         """Return what the handler's ``describe_handle`` says, or the fault that it ended in."""
