@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchmgmt.backends.process import ProcessBackend as ProcessBackend
+    from torchmgmt.backends.thread import ThreadBackend as ThreadBackend
     from torchmgmt.batcher import Batch as Batch
     from torchmgmt.batcher import Batcher as Batcher
     from torchmgmt.launcher import register_model as register_model
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from torchmgmt.records import ModelInfo as ModelInfo
     from torchmgmt.records import ModelKey as ModelKey
     from torchmgmt.records import ModelSpec as ModelSpec
+    from torchmgmt.records import ShareWeights as ShareWeights
+    from torchmgmt.records import Sharing as Sharing
     from torchmgmt.records import WorkerInfo as WorkerInfo
     from torchmgmt.settings import Settings as Settings
 
@@ -43,6 +46,9 @@ _HOMES = {
     "ModelSpec": "records",
     "ProcessBackend": "backends.process",
     "Settings": "settings",
+    "ShareWeights": "records",
+    "Sharing": "records",
+    "ThreadBackend": "backends.thread",
     "VersionState": "lifecycle",
     "WorkerInfo": "records",
     "WorkerPool": "pool",

@@ -41,6 +41,7 @@ from torchmgmt.records import (
     ModelKey,
     ModelSpec,
     Scale,
+    ShareWeights,
     WorkerRequest,
     check_number,
     check_truth,
@@ -131,7 +132,8 @@ class ModelManager:
         self.settings = Settings() if settings is None else settings
         self._sources = ModelSources(self.settings.model_store if model_store is None else model_store)
         self._backend: Backend = ProcessBackend() if backend is None else backend
-        self._owned_backend = self._backend if backend is None else None
+        self._backends: dict[str, Backend] = {"process": self._backend}
+        self._owned_backends: list[Backend] = [self._backend] if backend is None else []
         self._announcer = _Announcer(_check_listeners(listeners))
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
         self._pid = os.getpid()
@@ -144,7 +146,7 @@ class ModelManager:
         self._close_lock = threading.Lock()
         _open_managers.add(self)
         self._finalizer = weakref.finalize(
-            self, _abandon, self._registry, self._sources, self._owned_backend, self._pid
+            self, _abandon, self._registry, self._sources, self._owned_backends, self._pid
         )
         self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
 
@@ -218,6 +220,14 @@ class ModelManager:
         synchronous: bool = True,
         response_timeout: float | None = None,
         startup_timeout: float | None = None,
+        backend: str | None = None,
+        share_weights: ShareWeights | str | None = None,
+        threads_per_worker: int | None = None,
+        batches_in_flight: int | None = None,
+        max_requests: int | None = None,
+        max_memory: int | None = None,
+        scale_down_delay: float | None = None,
+        template_idle_timeout: float | None = None,
         default_workers: int = 1,
         trusted: bool = True,
         loaded_at_startup: bool = False,
@@ -242,6 +252,23 @@ class ModelManager:
             synchronous: whether to wait until the workers are ready.
             response_timeout: how long a batch may run, in s, above 0; default 120.
             startup_timeout: how long a worker may take to load the model, in s, above 0; default 120.
+            backend: how its workers are run: "process" (default), or "thread" for threads of this process, which is for
+                models that release the GIL; see :class:`torchmgmt.backends.thread.ThreadBackend` for its limits.
+            share_weights: "auto" (default): workers are forked from a process that has loaded the model once, unless
+                loading it left something behind that they must not share; "always": even then; "never": each worker
+                loads the model by itself. ``describe`` says which way was taken, and why.
+            threads_per_worker: threads that one operation of a worker may use, at least 1; default: the cores divided by
+                ``max_workers``. What a handler sets itself counts more.
+            batches_in_flight: how many batches may be with a worker at once, the one that it computes included, at least
+                1; default 4. Further ones are handed over early only where a batch takes less than 20 ms.
+            max_requests: a worker that has answered so many requests is replaced, at least 1; default: no limit.
+            max_memory: a worker that has more private memory, in bytes, is replaced, at least 1; default: no limit. Memory
+                that workers share is not counted. Looked at every 5 s. While a worker is replaced there may be one more
+                than ``max_workers``.
+            scale_down_delay: for how long, in s, a worker above ``initial_workers`` must not have been needed before it
+                goes, at least 0; default 60.
+            template_idle_timeout: for how long, in s, there may be no worker before the process that has loaded the model
+                for the next one is given up, at least 0; default 600.
             default_workers: ``initial_workers`` where neither the call nor the archive nor the settings say it.
             trusted: False if ``url`` came from outside the program: then only the model store is looked into.
             loaded_at_startup: what ``describe`` says of it.
@@ -266,6 +293,14 @@ class ModelManager:
             synchronous=synchronous,
             response_timeout=response_timeout,
             startup_timeout=startup_timeout,
+            backend=backend,
+            share_weights=share_weights,
+            threads_per_worker=threads_per_worker,
+            batches_in_flight=batches_in_flight,
+            max_requests=max_requests,
+            max_memory=max_memory,
+            scale_down_delay=scale_down_delay,
+            template_idle_timeout=template_idle_timeout,
             default_workers=default_workers,
             trusted=trusted,
             loaded_at_startup=loaded_at_startup,
@@ -500,7 +535,7 @@ class ModelManager:
             raise InvalidArgument("version", version, "text, or None for the default version")
 
     def _check_may_wait(self, call: str) -> None:
-        if self._backend.on_own_thread():
+        if any(backend.on_own_thread() for backend in list(self._backends.values())):
             raise WouldWaitForever(call)
 
     def _get(self, name: str, version: str | None = None) -> _Version:
@@ -510,9 +545,10 @@ class ModelManager:
 
     def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
         key = spec.key
+        backend = self._backend_of(spec)
         pool = WorkerPool(
             spec,
-            backend=self._backend,
+            backend=backend,
             worker_ids=self._worker_ids,
             listener=self._announcer.tell,
         )
@@ -522,7 +558,7 @@ class ModelManager:
             capacity=spec.job_queue_size,
             name=f"model {key.name} version {key.version}",
             on_ready=pool.pump,
-            call_at=self._backend.call_at,
+            call_at=backend.call_at,
         )
         pool.feed_from(batcher)
         with self._lock:
@@ -535,6 +571,17 @@ class ModelManager:
             self._announcer.tell(DefaultVersionSet(key))
         if scale.max_workers:
             pool.scale(scale)
+
+    def _backend_of(self, spec: ModelSpec) -> Backend:
+        with self._lock:
+            if self._closed:
+                raise ManagerClosed
+            if spec.backend not in self._backends:
+                from torchmgmt.backends.thread import ThreadBackend  # most programs use none
+
+                self._backends[spec.backend] = ThreadBackend()
+                self._owned_backends.append(self._backends[spec.backend])
+            return self._backends[spec.backend]
 
     def _wait_or_withdraw(self, key: ModelKey) -> None:
         """Wait until a new version's workers are ready; if they cannot be, leave nothing registered."""
@@ -580,8 +627,8 @@ class ModelManager:
         reports = [version.pool.join(started) for version in versions]
         for version in versions:
             version.folder.release()
-        if self._owned_backend is not None:
-            self._owned_backend.close()
+        for backend in self._owned_backends:
+            backend.close()
         self._sources.close()
         self._finalizer.detach()
         return _total(time.monotonic() - started, reports)
@@ -668,7 +715,7 @@ def _close_open_managers() -> None:
         manager.close()
 
 
-def _abandon(registry: Registry[_Version], sources: ModelSources, backend: Backend | None, pid: int) -> None:
+def _abandon(registry: Registry[_Version], sources: ModelSources, backends: Sequence[Backend], pid: int) -> None:
     """End what a manager ran that nobody can reach any more."""
     if os.getpid() != pid:
         return
@@ -676,7 +723,7 @@ def _abandon(registry: Registry[_Version], sources: ModelSources, backend: Backe
     def end() -> None:
         for version in registry:
             version.close(0)
-        if backend is not None:
+        for backend in backends:
             backend.close()
         sources.close()
 

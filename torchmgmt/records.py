@@ -19,6 +19,7 @@ from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
 
 __all__ = [
+    "BACKENDS",
     "NUMBER_BYTES",
     "CloseReport",
     "Encoded",
@@ -34,6 +35,7 @@ __all__ = [
     "WorkerInfo",
     "WorkerJob",
     "WorkerRequest",
+    "backend_name",
     "check_number",
     "check_text",
     "check_truth",
@@ -136,6 +138,15 @@ class Scale:
             raise InvalidArgument("max_worker", self.max_workers, f"at least min_worker, which is {self.min_workers}")
 
 
+BACKENDS = ("process", "thread")
+
+
+def backend_name(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+    """Check, as an attrs validator, that ``value`` names a backend; raise InvalidArgument otherwise."""
+    if value not in BACKENDS:
+        raise InvalidArgument("backend", value, " or ".join(BACKENDS))
+
+
 class ShareWeights(Enum):
     """Whether workers are forked from a process that has loaded the model once, and so share its memory."""
 
@@ -190,8 +201,8 @@ class ModelSpec:
     weights_only: bool = True
     """Whether checkpoints are loaded with ``torch.load(weights_only=True)``, which runs no code found in them."""
     loaded_at_startup: bool = False
-    backend: str = "process"
-    """How its workers are run: the name of a backend of the manager."""
+    backend: str = field(default="process", validator=backend_name)
+    """How its workers are run: one of :data:`BACKENDS`."""
     share_weights: ShareWeights = field(default=ShareWeights.AUTO, converter=share_weights_of)
     threads_per_worker: int | None = field(default=None, validator=optional(number("threads_per_worker", 1)))
     """Threads that one operation may use (intra-op); None: the cores divided by the most workers."""

@@ -11,11 +11,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from attrs import Attribute, field, frozen
+from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
 from torchmgmt.archive import ModelFolder
 from torchmgmt.errors import InvalidArchive, InvalidArgument
-from torchmgmt.records import ModelKey, ModelSpec, Scale, check_number, number, text, truth
+from torchmgmt.records import (
+    ModelKey,
+    ModelSpec,
+    Scale,
+    ShareWeights,
+    backend_name,
+    check_number,
+    number,
+    share_weights_of,
+    text,
+    truth,
+)
 from torchmgmt.settings import Settings
 
 __all__ = ["Wishes", "key_of", "scale_of", "spec_of"]
@@ -31,8 +43,17 @@ CONFIG_KEYS: Mapping[str, str] = {
     "job_queue_size": "jobQueueSize",
     "min_worker": "minWorkers",
     "max_worker": "maxWorkers",
+    # Ours, written as TorchServe writes its own.
+    "backend": "backend",
+    "share_weights": "shareWeights",
+    "threads_per_worker": "threadsPerWorker",
+    "batches_in_flight": "batchesInFlight",
+    "max_requests": "maxRequests",
+    "max_memory": "maxMemory",
+    "scale_down_delay": "scaleDownDelay",
+    "template_idle_timeout": "templateIdleTimeout",
 }
-"""From the names of our arguments to TorchServe's keys in ``model-config.yaml``."""
+"""From the names of our arguments to the keys in ``model-config.yaml``."""
 
 
 def _runtime(_instance: object, _attribute: Attribute[Any], value: object) -> None:
@@ -57,6 +78,18 @@ class Wishes:
     )
     startup_timeout: float | None = field(
         default=None, validator=optional(number("startup_timeout", 1e-3, "seconds", whole=False))
+    )
+    backend: str | None = field(default=None, validator=optional(backend_name))
+    share_weights: ShareWeights | None = field(default=None, converter=optional_converter(share_weights_of))
+    threads_per_worker: int | None = field(default=None, validator=optional(number("threads_per_worker", 1)))
+    batches_in_flight: int | None = field(default=None, validator=optional(number("batches_in_flight", 1)))
+    max_requests: int | None = field(default=None, validator=optional(number("max_requests", 1)))
+    max_memory: int | None = field(default=None, validator=optional(number("max_memory", 1, "bytes")))
+    scale_down_delay: float | None = field(
+        default=None, validator=optional(number("scale_down_delay", 0, "seconds", whole=False))
+    )
+    template_idle_timeout: float | None = field(
+        default=None, validator=optional(number("template_idle_timeout", 0, "seconds", whole=False))
     )
     synchronous: bool = field(default=True, validator=truth("synchronous"))
     default_workers: int = field(default=1, validator=number("default_workers", 0))
@@ -88,7 +121,8 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
     if handler is None:
         raise InvalidArchive(folder.url, "it names no handler; give handler=...")
 
-    def value(argument: str, wish: object, default: object) -> Any:
+    def value(argument: str, default: object) -> Any:
+        wish = getattr(wishes, argument, None)
         return config.get(CONFIG_KEYS[argument], default) if wish is None else wish
 
     with _blaming_the_archive(folder):
@@ -100,12 +134,20 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             manifest=manifest.raw if manifest else _made_up_manifest(key, handler),
             config=config,
             runtime=(wishes.runtime or (manifest.runtime if manifest else "python")).lower(),
-            batch_size=value("batch_size", wishes.batch_size, 1),
-            max_batch_delay_ms=value("max_batch_delay", wishes.max_batch_delay, 100),
-            response_timeout_s=value("response_timeout", wishes.response_timeout, settings.default_response_timeout),
-            startup_timeout_s=value("startup_timeout", wishes.startup_timeout, settings.default_startup_timeout),
-            max_retry_timeout_s=value("max_retry_timeout", None, settings.max_retry_timeout),
-            job_queue_size=value("job_queue_size", None, settings.job_queue_size),
+            batch_size=value("batch_size", 1),
+            max_batch_delay_ms=value("max_batch_delay", 100),
+            response_timeout_s=value("response_timeout", settings.default_response_timeout),
+            startup_timeout_s=value("startup_timeout", settings.default_startup_timeout),
+            max_retry_timeout_s=value("max_retry_timeout", settings.max_retry_timeout),
+            job_queue_size=value("job_queue_size", settings.job_queue_size),
+            backend=value("backend", "process"),
+            share_weights=value("share_weights", settings.share_weights),
+            threads_per_worker=value("threads_per_worker", settings.threads_per_worker),
+            batches_in_flight=value("batches_in_flight", settings.batches_in_flight),
+            max_requests=value("max_requests", settings.max_requests),
+            max_memory_bytes=value("max_memory", settings.max_memory),
+            scale_down_delay_s=value("scale_down_delay", settings.scale_down_delay),
+            template_idle_timeout_s=value("template_idle_timeout", settings.template_idle_timeout),
             loaded_at_startup=wishes.loaded_at_startup,
         )
 

@@ -197,6 +197,15 @@ def _as_is(_setting: str, text: str) -> str:
     return text
 
 
+def _one_of(*words: str) -> Kind:
+    def accept(setting: str, value: Any) -> str:
+        if not isinstance(value, str) or value.lower() not in words:
+            raise InvalidArgument(setting, value, f"{', '.join(words[:-1])} or {words[-1]}")
+        return value.lower()
+
+    return Kind("|".join(words), _as_is, accept)
+
+
 TRUTH_KIND = Kind("true|false", _read_truth, _accept_truth)
 PATH_KIND = Kind("DIR", _as_is, _accept_path)
 ADDRESS_KIND = Kind("URL", _as_is, _accept_address)
@@ -266,6 +275,49 @@ class Settings:
     )
     max_retry_timeout: float = _setting(
         _seconds(0), 300, "How long workers that fail to start are tried again.", unit="s"
+    )
+    on_give_up: str = _setting(
+        _one_of("stay", "exit"),
+        "stay",
+        "What the server does when starting a model's workers was given up: stay, or exit with code 3 so that whoever"
+        " watches it starts it anew.",
+    )
+    share_weights: str = _setting(
+        _one_of("auto", "always", "never"),
+        "auto",
+        "Whether workers are forked from a process that has loaded the model once, and so share its memory. auto: if"
+        " loading it left nothing behind that forked processes must not share.",
+    )
+    threads_per_worker: int | None = _setting(
+        _whole(1),
+        None,
+        "Threads that one operation of a worker may use. If not set: the cores divided by the most workers.",
+        optional=True,
+    )
+    batches_in_flight: int = _setting(
+        _whole(1), 4, "Batches that may be with a worker at once, the one that it computes included."
+    )
+    max_requests: int | None = _setting(
+        _whole(1), None, "A worker that has answered so many requests is replaced. If not set: never.", optional=True
+    )
+    max_memory: int | None = _setting(
+        _whole(1, "bytes"),
+        None,
+        "A worker with more private memory is replaced; what workers share is not counted. If not set: never.",
+        unit="bytes",
+        optional=True,
+    )
+    scale_down_delay: float = _setting(
+        _seconds(0),
+        60,
+        "For how long a worker above the least number must not have been needed before it goes.",
+        unit="s",
+    )
+    template_idle_timeout: float = _setting(
+        _seconds(0),
+        600,
+        "For how long a model may be without a worker before the process that has loaded it is given up.",
+        unit="s",
     )
     enable_model_api: bool = _setting(TRUTH_KIND, False, "Allow registering and unregistering over HTTP.")
     disable_token_authorization: bool | None = _setting(

@@ -18,7 +18,7 @@ LAYERS: dict[int, frozenset[str]] = {
     2: frozenset(
         {"settings", "archive", "registry", "scaling", "state", "channel", "encoding", "segments", "dispatcher"}
     ),
-    3: frozenset({"batcher", "backends", "job", "pool"}),
+    3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
     4: frozenset({"manager", "model", "registration"}),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
@@ -36,7 +36,8 @@ NEIGHBOURS = {
     "events": {"errors", "lifecycle", "records"},
     "channel": {"encoding", "segments"},
     "job": {"backends"},
-    "pool": {"backends", "job"},
+    "pool": {"backends", "job", "pool_worker"},
+    "pool_worker": {"backends", "job"},
     "manager": {"model", "registration"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
@@ -44,7 +45,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "records", "settings"})
+PUBLIC = frozenset({FACE, "errors", "events", "records", "settings"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})

@@ -1,7 +1,7 @@
 """The server program: what ``python -m torchmgmt.http`` does from its arguments to its exit code.
 
 Exit codes: 0 after SIGTERM or SIGINT, 1 if it cannot serve (an address is taken, the store is missing), 2 if its
-arguments are wrong.
+arguments are wrong, 3 if starting a model's workers was given up and ``on_give_up`` is ``exit``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from types import FrameType
 import attrs
 from attrs import define, field, frozen
 
-from torchmgmt import ModelManager
+from torchmgmt import ModelManager, VersionState
 from torchmgmt.errors import InvalidArgument, TorchmgmtError
+from torchmgmt.events import Event, VersionStateChanged
 from torchmgmt.http.command_line import parse_command_line
 from torchmgmt.http.server import (
     InferenceServer,
@@ -47,6 +48,8 @@ CLOSE_TIMEOUT_S = 8.0
 """Together below the 30 s that orchestrators wait between SIGTERM and SIGKILL."""
 LAST_RESORT_S = 5.0
 LOADED_AT_ONCE = 4
+GAVE_UP = 3
+"""The exit code after giving up, and what stands for it among the numbers of signals: no signal 3 is handled here."""
 ARCHIVE_SUFFIXES = (".mar", ".tgz", ".tar.gz")
 
 
@@ -117,28 +120,36 @@ class Program:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        manager = ModelManager(self.store, settings=self.settings)
+        manager = ModelManager(self.store, settings=self.settings, listeners=[self._on_event])
         manager.warm()
         management = start_management(manager, self.management_socket, self.settings)
         inference = start_inference(manager, self.inference_socket)
         self._print_start_lines()
         loader = Loader(manager, self.settings)
         loader.start()
-        self._signals.get()
+        reason = self._signals.get()
         logger.info("Stopping: requests in flight are finished; a second signal hastens that")
         loader.stop()
         self._stop(Stopper(manager, management, inference))
-        return 0
+        return GAVE_UP if reason == GAVE_UP else 0
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # A SimpleQueue, because its put may interrupt itself; setting an Event here could wait for its own lock.
         self._signals.put(number)
 
+    def _on_event(self, event: Event) -> None:
+        if self.settings.on_give_up != "exit" or not isinstance(event, VersionStateChanged):
+            return
+        if event.after is VersionState.FAILED:
+            logger.error("Ending, as on_give_up says: the workers of %s could not be started", event.key)
+            self._signals.put(GAVE_UP)
+
     def _stop(self, stopper: Stopper) -> None:
         stopper.start()
         while stopper.is_alive():
             try:
-                self._signals.get(timeout=0.05)
+                if self._signals.get(timeout=0.05) == GAVE_UP:
+                    continue  # it ends already
             except queue.Empty:
                 continue
             logger.warning("Stopping at once")
