@@ -106,6 +106,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             startup_timeout_s=value("startup_timeout", wishes.startup_timeout, settings.default_startup_timeout),
             max_retry_timeout_s=value("max_retry_timeout", None, settings.max_retry_timeout),
             job_queue_size=value("job_queue_size", None, settings.job_queue_size),
+            is_sealed=folder.is_sealed,
             loaded_at_startup=wishes.loaded_at_startup,
         )
 

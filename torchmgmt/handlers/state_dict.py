@@ -1,0 +1,304 @@
+"""Loads a state dict into a new module without a second copy of the weights, and from a mapped file where that is safe.
+
+A module is made as always, but for the large parameters: those that ``torch.empty`` makes, as the layers of torch do, are
+put on the ``meta`` device, so that they take neither memory nor time to initialise, and get the loaded tensors assigned.
+All else (small tensors, buffers, whatever is made with values) is made and copied into as always. The result is
+that of ``module = make(); module.load_state_dict(state)``. Where that is not certain, this is what is done; the module is
+then made a second time. One difference is left: what is not initialised takes no numbers from the random generator.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import itertools
+import logging
+import mmap
+import os
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["MIN_DEFERRED_BYTES", "make_and_load", "read_state_dict"]
+
+log = logging.getLogger(__name__)
+
+MIN_DEFERRED_BYTES = 1 << 20
+"""Parameters from this size on are deferred. Below, what is gained is less than looking for what was left costs."""
+
+# Where torch's allocator puts tensors. Kernels may choose their way, and so their rounding, by this.
+_ALIGNMENT_BYTES = 64
+
+# What a constructor could learn from a meta tensor that it would not from a real one. (Values raise by themselves.)
+_TELLTALE = frozenset(
+    {
+        Tensor.device.__get__,
+        Tensor.is_cpu.__get__,  # type: ignore[attr-defined]
+        Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+        Tensor.__format__,
+        Tensor.__reduce_ex__,
+        Tensor.__repr__,
+        Tensor.data_ptr,
+        Tensor.get_device,
+        Tensor.is_shared,
+        Tensor.storage,
+        Tensor.type,
+        Tensor.untyped_storage,
+    }
+)
+
+
+class _NotEquivalent(Exception):
+    """Loading in this way might give another result than the plain way."""
+
+
+def read_state_dict(path: str, *, map_location: Any, weights_only: bool, is_sealed: bool) -> Any:
+    """Return what ``torch.load`` does; its tensors are views of the file if that is safe.
+
+    They may be written to: that changes no file. Raises whatever ``torch.load`` raises.
+
+    Args:
+        path: a file that ``torch.save`` wrote, in either of its formats.
+        map_location: as for ``torch.load``. Only what stays on the CPU is mapped.
+        weights_only: as for ``torch.load``.
+        is_sealed: nobody rewrites the file while it is used; it may be removed. A mapped file that is written to changes
+            the tensors, and one that is cut off kills the process.
+    """
+    can_map = is_sealed and str(map_location) == "cpu" and _can_be_mapped(path)
+    return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=can_map)
+
+
+def make_and_load(import_class: Callable[[], type[nn.Module]], read: Callable[[], Any]) -> nn.Module:
+    """Return a module on the CPU, made by its class, with the state dict that ``read`` returns. Blocks; any thread.
+
+    Args:
+        import_class: imports the class. It is called again if what the class made first left tensors without values
+            behind (in a cache of the class or of its file, say), and must give a fresh one then.
+        read: reads the state dict; it is called once. Parameters of the module may be its very tensors.
+
+    Raises:
+        Exception: whatever importing, making, reading and ``load_state_dict`` raise.
+    """
+    make, deferral = import_class(), _Deferral()
+    draft = deferral.run(make)
+    if draft is None:
+        module = _make_again(make, import_class, deferral)
+        module.load_state_dict(read())
+        return module
+    state = read()
+    if not deferral.is_used:
+        draft.load_state_dict(state)
+        return draft
+    if _fill(draft, state) and not deferral.has_leftovers():
+        return draft
+    del draft
+    module = _make_again(make, import_class, deferral)
+    module.load_state_dict(state)
+    return module
+
+
+def _make_again(make: type[nn.Module], import_class: Callable[[], type[nn.Module]], deferral: _Deferral) -> nn.Module:
+    return (import_class() if deferral.has_leftovers() else make)()
+
+
+class _Deferral(TorchFunctionMode):
+    """While it is entered, large tensors that ``torch.empty`` makes are put on the meta device. For one thread, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_used = False
+        """Whether any tensor was."""
+        self._is_refused = False
+        self._strangers: list[Tensor] = []  # what was on the meta device before
+
+    def run(self, make: Callable[[], nn.Module]) -> nn.Module | None:
+        """Return what ``make`` makes; None if it has to be made in the plain way."""
+        try:
+            with self:
+                module = make()
+        except Exception as error:
+            if not self.is_used:
+                raise
+            log.debug("The module cannot be made without its weights: %s", error)
+            return None
+        return None if self._is_refused else module
+
+    def has_leftovers(self) -> bool:
+        """Whether anything still holds a tensor without values that was made since this was first used.
+
+        Blocks while it looks at all objects of the process: 10 ms for 100,000, frozen ones aside.
+        """
+        if not self.is_used or not self._leftovers():
+            return False
+        gc.collect()
+        return bool(self._leftovers())
+
+    def _leftovers(self) -> list[Tensor]:
+        strangers = {id(each) for each in self._strangers}
+        return [each for each in _meta_tensors() if id(each) not in strangers]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.is_used and func is not torch.empty:
+            return func(*args, **kwargs)
+        try:
+            self._check_question(func, args)
+            result = func(*args, **kwargs)
+            return self._deferred(result, args, kwargs) if func is torch.empty else result
+        except Exception:
+            # Noted here, because the constructor may go on as if nothing had happened.
+            self._is_refused = self.is_used
+            raise
+
+    def _check_question(self, func: Any, args: tuple[Any, ...]) -> None:
+        if func not in _TELLTALE or not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_globals is globals():
+            frame = frame.f_back
+        # torch's own initialisers do nothing to a meta tensor, and ask for that.
+        if frame is None or frame.f_globals.get("__name__") != nn.init.__name__:
+            raise _NotEquivalent("the constructor looks at tensors as objects")
+
+    def _deferred(self, made: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the like of ``made``, of which no memory was touched yet, on the meta device if it is worth it."""
+        if (
+            kwargs.get("device") is not None
+            or kwargs.get("out") is not None
+            or made.device.type != "cpu"
+            or made.layout is not torch.strided
+            or made.nbytes < MIN_DEFERRED_BYTES
+        ):
+            return made
+        if not self.is_used:
+            self._strangers = _meta_tensors()
+            self.is_used = True
+        return torch.empty(*args, **{**kwargs, "device": "meta"})
+
+
+def _can_be_mapped(path: str) -> bool:
+    if os.name != "posix" or torch.serialization.get_default_mmap_options() != mmap.MAP_PRIVATE:
+        return False  # elsewhere a mapped file could not be removed; shared, what is written would go to the file
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def _meta_tensors() -> list[Tensor]:
+    # By type(): isinstance would ask proxies, which may do anything.
+    return [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.is_meta]
+
+
+def _fill(module: nn.Module, state: object) -> bool:
+    """Load ``state`` into a module with deferred parameters; False if that cannot be done as in the plain way.
+
+    The module is of no use then; ``state`` is as before.
+    """
+    try:
+        filled = _filled(module, state)
+        module.load_state_dict(filled, assign=True)
+        return all(filled[key] is tensor for key, tensor in _entries(module))
+    except Exception as error:  # the plain way says what is wrong, if anything is
+        log.debug("The module's weights are copied: %s", error)
+        return False
+
+
+def _filled(module: nn.Module, state: object) -> Any:
+    """Return a state dict of the tensors that the module is to have: its own, filled, or those of ``state``."""
+    if not isinstance(state, Mapping) or not all(_loads_as_usual(each) for each in module.modules()):
+        raise _NotEquivalent("the module, or what is loaded into it, has its own way of loading")
+    entries = dict(_entries(module))
+    if entries.keys() != state.keys():
+        raise _NotEquivalent("the names of the tensors differ")
+    _check_aliases(entries.values())
+    filled: Any = OrderedDict()
+    # Loading with assign=True leaves a mark in it, by which a second loading would assign, too.
+    filled._metadata = copy.deepcopy(getattr(state, "_metadata", OrderedDict()))
+    by_own: dict[int, Tensor] = {}
+    owner_by_storage: dict[int, int] = {}
+    with torch.no_grad():
+        for key, own in entries.items():
+            given = state[key]
+            if not isinstance(given, Tensor) or given.shape != own.shape:
+                raise _NotEquivalent(f"{key} has another shape")
+            # What the module holds under several names stays one tensor. As in the plain way, the last value counts.
+            by_own[id(own)] = _value_of(own, given, owner_by_storage)
+    for key, own in entries.items():
+        filled[key] = by_own[id(own)]
+    return filled
+
+
+def _value_of(own: Tensor, given: Tensor, owner_by_storage: dict[int, int]) -> Tensor:
+    if not own.is_meta:
+        return own.copy_(given)
+    _check_deferred(own)
+    if not (
+        isinstance(own, nn.Parameter)
+        and _is_like(given, own)
+        # Two parameters that are one tensor in the file only must not become one.
+        and owner_by_storage.setdefault(given.untyped_storage().data_ptr(), id(own)) == id(own)
+    ):
+        copied = torch.empty_strided(own.size(), own.stride(), dtype=own.dtype)
+        given = copied.copy_(given)
+    value = nn.Parameter(given, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else given
+    vars(value).update(vars(own))
+    return value
+
+
+def _is_like(given: Tensor, own: Tensor) -> bool:
+    """Whether ``given`` can take the place of a parameter with the dtype, shape and strides of ``own``."""
+    return (
+        type(given) in {Tensor, nn.Parameter}
+        and given.device.type == "cpu"
+        and given.layout is torch.strided
+        and (given.dtype, given.stride()) == (own.dtype, own.stride())
+        and not (given.is_conj() or given.is_neg())
+        and given.untyped_storage().nbytes() == given.nbytes
+        and given.data_ptr() % _ALIGNMENT_BYTES == 0
+    )
+
+
+def _check_deferred(own: Tensor) -> None:
+    if type(own) not in {Tensor, nn.Parameter} or (own.requires_grad and type(own) is Tensor):
+        raise _NotEquivalent("it is a special kind of tensor")
+    if own._backward_hooks or own._post_accumulate_grad_hooks:
+        raise _NotEquivalent("a tensor has hooks")
+
+
+def _check_aliases(own: Iterable[Tensor]) -> None:
+    """Raise unless deferred tensors are independent of each other: views of one another would fall apart."""
+    deferred = {id(each): each.untyped_storage() for each in own if each.is_meta}
+    if len({id(storage) for storage in deferred.values()}) != len(deferred):
+        raise _NotEquivalent("tensors share memory")
+
+
+def _entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that ``load_state_dict`` fills, by their keys and in its order; shared ones under each of their keys."""
+    for prefix, each in module.named_modules(remove_duplicate=False):
+        own = itertools.chain(each._parameters.items(), each._buffers.items())
+        for name, tensor in own:
+            if tensor is not None and name not in each._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _loads_as_usual(module: nn.Module) -> bool:
+    """Whether what is loaded into a module goes where it is told to, and nowhere else."""
+    kind = type(module)
+    methods = (kind.load_state_dict, kind._load_from_state_dict, kind.__setattr__)
+    return (
+        all(method.__module__.startswith("torch.nn.") for method in methods)
+        and not isinstance(module, torch.jit.ScriptModule)
+        and not vars(module).keys() & {"load_state_dict", "_load_from_state_dict"}
+        and not module._load_state_dict_pre_hooks
+        and not module._load_state_dict_post_hooks
+    )
