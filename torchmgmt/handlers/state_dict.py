@@ -23,35 +23,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["MIN_DEFERRED_BYTES", "make_and_load", "read_state_dict"]
 
 log = logging.getLogger(__name__)
 
-MIN_DEFERRED_BYTES = 1 << 20
-"""Parameters from this size on are deferred. Below, what is gained is less than looking for what was left costs."""
+MIN_DEFERRED_BYTES = 1 << 16
+"""Parameters from this size on are deferred. Smaller ones are a few pages; a small module is made and loaded as always."""
 
 # Where torch's allocator puts tensors. Kernels may choose their way, and so their rounding, by this.
 _ALIGNMENT_BYTES = 64
 
-# What a constructor could learn from a meta tensor that it would not from a real one. (Values raise by themselves.)
-_TELLTALE = frozenset(
-    {
-        Tensor.device.__get__,
-        Tensor.is_cpu.__get__,  # type: ignore[attr-defined]
-        Tensor.is_meta.__get__,  # type: ignore[attr-defined]
-        Tensor.__format__,
-        Tensor.__reduce_ex__,
-        Tensor.__repr__,
-        Tensor.data_ptr,
-        Tensor.get_device,
-        Tensor.is_shared,
-        Tensor.storage,
-        Tensor.type,
-        Tensor.untyped_storage,
-    }
+# What a constructor may do to a tensor without values and get what it would of a real one. What computes is left out: even
+# if only the shape is asked for, that imports parts of torch for 1 to 2 s. What not every release of torch has is no loss.
+_PROPERTIES = """
+    data dtype grad grad_fn is_cuda is_leaf is_sparse itemsize layout mT nbytes ndim requires_grad shape T
+"""
+_METHODS = """
+    __deepcopy__ __getitem__ __len__ __setitem__ add_ bfloat16 clone contiguous copy_ detach dim div_ double element_size
+    fill_ flatten float half is_complex is_contiguous is_floating_point mul_ narrow nelement numel permute requires_grad_
+    reshape size squeeze storage_offset stride sub_ t to transpose uniform_ unsqueeze view zero_
+"""
+_FUNCTIONS = "is_complex is_floating_point numel _has_compatible_shallow_copy_type"
+_HARMLESS = frozenset(
+    [getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)]
+    + [getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")]
+    + [getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)]
+    + [getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)]
+    + [nn.init.constant_, nn.init.kaiming_uniform_, nn.init.uniform_]
 )
+# The same, of which torch would do the nothing that is to be done in that expensive way.
+_FILLS = frozenset({Tensor.clamp_, Tensor.erfinv_, Tensor.normal_, nn.init.normal_})
+_IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
+# What a real tensor would answer.
+_ANSWERS: Mapping[Any, object] = {
+    Tensor.device.__get__: torch.device("cpu"),
+    Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
+    _IS_META: False,
+    Tensor.get_device: -1,
+}
 
 
 class _NotEquivalent(Exception):
@@ -70,8 +82,12 @@ def read_state_dict(path: str, *, map_location: Any, weights_only: bool, is_seal
         is_sealed: nobody rewrites the file while it is used; it may be removed. A mapped file that is written to changes
             the tensors, and one that is cut off kills the process.
     """
-    can_map = is_sealed and str(map_location) == "cpu" and _can_be_mapped(path)
-    return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=can_map)
+    if is_sealed and str(map_location) == "cpu" and _can_be_mapped(path):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
+        except RuntimeError as error:  # some file systems map nothing; anything else is raised again below
+            log.debug("%s is read, not mapped: %s", path, error)
+    return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=False)
 
 
 def make_and_load(import_class: Callable[[], type[nn.Module]], read: Callable[[], Any]) -> nn.Module:
@@ -112,10 +128,13 @@ class _Deferral(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_used = False
-        """Whether any tensor was."""
+        self._storages: list[StorageWeakRef] = []
         self._is_refused = False
-        self._strangers: list[Tensor] = []  # what was on the meta device before
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any tensor was put there."""
+        return bool(self._storages)
 
     def run(self, make: Callable[[], nn.Module]) -> nn.Module | None:
         """Return what ``make`` makes; None if it has to be made in the plain way."""
@@ -130,58 +149,79 @@ class _Deferral(TorchFunctionMode):
         return None if self._is_refused else module
 
     def has_leftovers(self) -> bool:
-        """Whether anything still holds a tensor without values that was made since this was first used.
-
-        Blocks while it looks at all objects of the process: 10 ms for 100,000, frozen ones aside.
-        """
-        if not self.is_used or not self._leftovers():
+        """Whether anything still holds a tensor without values that was made in it. May collect garbage to find out."""
+        if all(storage.expired() for storage in self._storages):
             return False
         gc.collect()
-        return bool(self._leftovers())
-
-    def _leftovers(self) -> list[Tensor]:
-        strangers = {id(each) for each in self._strangers}
-        return [each for each in _meta_tensors() if id(each) not in strangers]
+        return not all(storage.expired() for storage in self._storages)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.is_used and func is not torch.empty:
+        if func is torch.empty:
+            return self._empty(args, kwargs)
+        if not self.is_used or not _has_meta(args, kwargs):
             return func(*args, **kwargs)
         try:
-            self._check_question(func, args)
-            result = func(*args, **kwargs)
-            return self._deferred(result, args, kwargs) if func is torch.empty else result
+            result = _apply(func, args, kwargs)
         except Exception:
-            # Noted here, because the constructor may go on as if nothing had happened.
-            self._is_refused = self.is_used
+            self._is_refused = True  # whatever the constructor makes of the error
             raise
+        self._note(result)
+        return result
 
-    def _check_question(self, func: Any, args: tuple[Any, ...]) -> None:
-        if func not in _TELLTALE or not (args and isinstance(args[0], Tensor) and args[0].is_meta):
-            return
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_globals is globals():
-            frame = frame.f_back
-        # torch's own initialisers do nothing to a meta tensor, and ask for that.
-        if frame is None or frame.f_globals.get("__name__") != nn.init.__name__:
-            raise _NotEquivalent("the constructor looks at tensors as objects")
-
-    def _deferred(self, made: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the like of ``made``, of which no memory was touched yet, on the meta device if it is worth it."""
-        if (
-            kwargs.get("device") is not None
-            or kwargs.get("out") is not None
-            or made.device.type != "cpu"
-            or made.layout is not torch.strided
-            or made.nbytes < MIN_DEFERRED_BYTES
-        ):
+    def _empty(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        made = torch.empty(*args, **kwargs)  # of which the system gives no page before it is touched
+        is_plain = kwargs.get("device") is None and kwargs.get("out") is None and not kwargs.get("pin_memory")
+        on_cpu = made.device.type == "cpu" and made.layout is torch.strided
+        if not is_plain or not on_cpu or made.nbytes < MIN_DEFERRED_BYTES:
             return made
-        if not self.is_used:
-            self._strangers = _meta_tensors()
-            self.is_used = True
-        return torch.empty(*args, **{**kwargs, "device": "meta"})
+        made = torch.empty(*args, **{**kwargs, "device": "meta"})
+        self._note(made)
+        return made
+
+    def _note(self, result: object) -> None:
+        if isinstance(result, Tensor) and result.is_meta:  # any other result of what is harmless holds no tensor
+            self._storages.append(StorageWeakRef(result.untyped_storage()))
+
+
+def _has_meta(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    for value in (*args, *kwargs.values()):
+        if any(_is_meta(each) for each in (value if isinstance(value, (list, tuple)) else (value,))):
+            return True
+    return False
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _apply(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call ``func`` with a meta tensor among its arguments; raise if it would do something else with a real one."""
+    first, *others = (*args, *kwargs.values())
+    if _is_meta(first) and func in _HARMLESS:
+        return func(*args, **kwargs)
+    if _is_meta(first) and func in _ANSWERS:
+        # torch's initialisers are told the truth: they know that there is nothing for them to do.
+        return True if func == _IS_META and _is_asked_by_initialiser() else _ANSWERS[func]
+    if func in _FILLS and not any(isinstance(each, Tensor) and each is not first for each in others):
+        nothing = torch.empty(0, dtype=first.dtype)
+        stand_in = {id(first): nothing}  # wrong arguments are errors for it, too
+        func(
+            *(stand_in.get(id(each), each) for each in args),
+            **{name: stand_in.get(id(each), each) for name, each in kwargs.items()},
+        )
+        return first
+    raise _NotEquivalent(f"the constructor calls {getattr(func, '__qualname__', func)} of a parameter")
+
+
+def _is_asked_by_initialiser() -> bool:
+    """Whether what was called last was called in torch.nn.init."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals is globals():
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == nn.init.__name__
 
 
 def _can_be_mapped(path: str) -> bool:
@@ -192,11 +232,6 @@ def _can_be_mapped(path: str) -> bool:
             return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
     except (OSError, zipfile.BadZipFile, NotImplementedError):
         return False
-
-
-def _meta_tensors() -> list[Tensor]:
-    # By type(): isinstance would ask proxies, which may do anything.
-    return [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.is_meta]
 
 
 def _fill(module: nn.Module, state: object) -> bool:
