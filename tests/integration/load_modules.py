@@ -9,6 +9,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import mmap
 import sys
 import warnings
 import zipfile
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.integration.modules_to_load import CASES, Case
+from tests.integration.modules_to_load import CASES, SHARED_BY_DEFAULT, Case
 from torchmgmt.handlers.base_handler import BaseHandler
 
 
@@ -168,44 +169,64 @@ def differences(net: nn.Module, plain: nn.Module) -> list[str]:
 
 
 def mapped_files(net: nn.Module) -> set[str]:
-    """The names of the files in which the module's tensors lie."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    """The names of the files in which the module's tensors lie (Linux only)."""
+    maps = Path("/proc/self/maps")
+    lines = [line.split() for line in maps.read_text().splitlines()] if maps.exists() else []
     regions = [(*(int(end, 16) for end in line[0].split("-")), line[-1]) for line in lines if len(line) > 5]
     addresses = [each.data_ptr() for each in entries(net).values() if not nn.parameter.is_lazy(each)]
     return {Path(name).name for start, end, name in regions if any(start <= at < end for at in addresses)}
 
 
-def report(case: Case, folder: Path, *, is_sealed: bool) -> dict[str, Any]:
-    constructions.is_measured = True
-    constructions.count = 0
+def values(net: nn.Module) -> object:
+    return described({name: tensor.detach() for name, tensor in entries(net).items()})
+
+
+def is_file_unchanged_by(net: nn.Module, file: Path) -> bool:
+    """Whether writing to all tensors of the module leaves the file alone."""
+    before = file.read_bytes()
+    with torch.no_grad():
+        for tensor in entries(net).values():
+            tensor.fill_(7)
+    return file.read_bytes() == before
+
+
+def is_unchanged_by_file(net: nn.Module, file: Path) -> bool:
+    """Whether the module is as it was after the file is overwritten in place."""
+    before, content = values(net), file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.write(bytes(len(content)))
+    after = values(net)
+    file.write_bytes(content)
+    return after == before
+
+
+def report(folder: Path, *, is_sealed: bool) -> dict[str, Any]:
+    constructions.is_measured, constructions.count = True, 0
     net, error = outcome(lambda: load_by_handler(folder, is_sealed=is_sealed))
     made = constructions.count
     plain, plain_error = outcome(lambda: load_plainly(folder))
     constructions.is_measured = False
-    return {
-        "made": made,
-        "error": error,
-        "plain_error": plain_error,
-        "is_mapped": net is not None and "state.pt" in mapped_files(net),
-        "differences": differences(net, plain) if net is not None and plain is not None else [],
-    }
+    said: dict[str, Any] = {"made": made, "error": error, "plain_error": plain_error, "is_mapped": False}
+    if net is not None and plain is not None:
+        said["is_mapped"] = "state.pt" in mapped_files(net)
+        said["differences"] = differences(net, plain)
+        said["survives_overwriting"] = is_sealed or is_unchanged_by_file(net, folder / "state.pt")
+        said["writes_stay_private"] = is_file_unchanged_by(net, folder / "state.pt")
+    return said
 
 
 def main() -> None:
-    """Print what came of all cases, from a sealed and from a plain folder."""
+    """Print what came of all cases, each from a sealed and from a plain folder."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     gc.freeze()  # as the process that workers are forked from does after importing torch
-    reports = {}
+    reports: dict[str, Any] = {}
     for number, (name, case) in enumerate(CASES.items()):
         folder = Path(sys.argv[1], str(number))
         write(case, folder)
-        before = (folder / "state.pt").read_bytes()
-        reports[name] = {
-            "sealed": report(case, folder, is_sealed=True),
-            "plain folder": report(case, folder, is_sealed=False),
-            "is_file_unchanged": (folder / "state.pt").read_bytes() == before,
-        }
+        reports[name] = {"sealed": report(folder, is_sealed=True), "plain folder": report(folder, is_sealed=False)}
+    torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
+    reports[SHARED_BY_DEFAULT] = {"sealed": report(Path(sys.argv[1], "0"), is_sealed=True)}
     json.dump(reports, sys.stdout)
 
 

@@ -95,6 +95,19 @@ MAPPED: Mapping[str, Case] = {
         methods="def forward(self, rows):\n    return self.out(rows)",
         is_mapped=True,
     ),
+    "one tensor under two names, two in the file": Case(
+        "self.big = nn.Linear(512, 512, bias=False)\nself.out = nn.Linear(512, 512, bias=False)\n"
+        "self.out.weight = self.big.weight",
+        methods=_FORWARD,
+        save=_SAVE + "torch.save({**state, 'out.weight': torch.ones(512, 512)}, path)",
+        is_mapped=True,
+    ),
+    "two tensors, one in the file": Case(
+        "self.big = nn.Linear(512, 512, bias=False)\nself.out = nn.Linear(512, 512, bias=False)",
+        methods=_FORWARD,
+        save=_SAVE + "torch.save({**state, 'out.weight': state['big.weight']}, path)",
+        is_mapped=True,
+    ),
     "one module under two names": Case(BIG + "self.same = self.big", methods=_FORWARD, is_mapped=True),
     "parameters in lists": Case(
         "self.big = nn.ParameterList([nn.Parameter(torch.empty(512, 512)) for _ in range(2)])", is_mapped=True
@@ -282,3 +295,5 @@ FAILING: Mapping[str, Case] = {
 """Cannot be loaded, and say so in the same words as ever."""
 
 CASES: Mapping[str, Case] = {**MAPPED, **COPIED, **MADE_TWICE, **FAILING}
+SHARED_BY_DEFAULT: Final = "shared by default"
+"""Under this name the first case is loaded once more, in a process that has torch write to the files that it maps."""
