@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.integration.modules_to_load import CASES, SHARED_BY_DEFAULT, Case
+from tests.integration.modules_to_load import CASES, NOT_MAPPABLE, SHARED_BY_DEFAULT, Case
 from torchmgmt.handlers.base_handler import BaseHandler
 
 
@@ -57,7 +57,7 @@ def write(case: Case, folder: Path) -> None:
     net = file.Net()
     with torch.no_grad():
         for parameter in net.parameters():
-            if not nn.parameter.is_lazy(parameter):
+            if parameter.is_floating_point() and not nn.parameter.is_lazy(parameter):
                 parameter.uniform_(-0.1, 0.1)
         for name, buffer in net.named_buffers():
             if name in net.state_dict():
@@ -215,6 +215,11 @@ def report(folder: Path, *, is_sealed: bool) -> dict[str, Any]:
     return said
 
 
+def map_nothing(*_: object) -> None:
+    """What torch does if the system refuses to map a file."""
+    raise RuntimeError("unable to mmap bytes from file: No such device (19)")
+
+
 def main() -> None:
     """Print what came of all cases, each from a sealed and from a plain folder."""
     warnings.simplefilter("ignore")
@@ -227,6 +232,9 @@ def main() -> None:
         reports[name] = {"sealed": report(folder, is_sealed=True), "plain folder": report(folder, is_sealed=False)}
     torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
     reports[SHARED_BY_DEFAULT] = {"sealed": report(Path(sys.argv[1], "0"), is_sealed=True)}
+    torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
+    torch.UntypedStorage.from_file = map_nothing
+    reports[NOT_MAPPABLE] = {"sealed": report(Path(sys.argv[1], "0"), is_sealed=True)}
     json.dump(reports, sys.stdout)
 
 

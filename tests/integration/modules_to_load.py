@@ -55,6 +55,9 @@ BIG: Final = "self.big = nn.Linear(512, 512)\n"
 MAPPED: Mapping[str, Case] = {
     "a linear layer": Case(BIG, methods=_FORWARD, is_mapped=True),
     "frozen": Case(BIG + "self.big.requires_grad_(False)", methods=_FORWARD, is_mapped=True),
+    "whole numbers": Case(
+        "self.big = nn.Parameter(torch.empty(512, 512, dtype=torch.int8).fill_(3), requires_grad=False)", is_mapped=True
+    ),
     "half precision": Case("self.big = nn.Linear(1024, 1024)\nself.half()", is_mapped=True),
     "initialised in every way": Case(
         BIG
@@ -63,6 +66,9 @@ MAPPED: Mapping[str, Case] = {
         + "with torch.no_grad():\n    self.big.weight.mul_(2).copy_(torch.ones(512, 512))",
         methods=_FORWARD,
         is_mapped=True,
+    ),
+    "made of what an initialiser returns": Case(
+        BIG + "self.big.weight = nn.Parameter(self.big.weight.data.normal_(0, 0.1).clamp_(-1, 1))", is_mapped=True
     ),
     "values computed from small tensors": Case(
         BIG + "self.rates = [rate.item() for rate in torch.linspace(0, 1, 5)]\nself.where = torch.zeros(1).device",
@@ -161,7 +167,14 @@ COPIED: Mapping[str, Case] = {
         BIG, methods=_FORWARD, save=_SAVE + "torch.save(state, path, _use_new_zipfile_serialization=False)"
     ),
     "a compressed file": Case(
-        BIG, methods=_FORWARD, save=_SAVE + "torch.save(state, path)\n    constructions.repack(path, 8)"
+        BIG + "self.noise = nn.Parameter(torch.empty(1024, 1024, dtype=torch.int8), requires_grad=False)",
+        methods=_FORWARD,
+        # Read as if it was not compressed, the first would be found where the second lies.
+        save=_SAVE
+        + "state['big.weight'] = torch.ones(512, 512)\n"
+        + "    del state['noise']\n"
+        + "    state['noise'] = torch.randint(-128, 127, (1024, 1024), dtype=torch.int8)\n"
+        + "    torch.save(state, path)\n    constructions.repack(path, 8)",
     ),
     "a file packed by hand": Case(
         BIG, methods=_FORWARD, save=_SAVE + "torch.save(state, path)\n    constructions.repack(path, 0)"
@@ -177,6 +190,9 @@ MADE_TWICE: Mapping[str, Case] = {
     ),
     "a view in an attribute": Case(
         BIG + "self.top = self.big.weight[:2]", methods="def forward(self, rows):\n    return rows @ self.top.T", made=2
+    ),
+    "a copy in an attribute": Case(
+        BIG + "self.first = {'weights': nn.init.ones_(self.big.weight).detach().clone()}", made=2
     ),
     "a parameter in a plain list": Case(
         BIG + "self.weights = [self.big.weight]",
@@ -209,10 +225,25 @@ MADE_TWICE: Mapping[str, Case] = {
     "numpy looks at values": Case(BIG + "self.rows = len(self.big.weight.detach().numpy())", made=2),
     "it is written as text": Case(BIG + "self.text = f'{self.big.weight}'[:6]", made=2),
     "the address is asked for": Case(BIG + "self.has_memory = self.big.weight.data_ptr() != 0", made=2),
+    "a parameter of a class of its own": Case(
+        "self.big = Special(torch.empty(512, 512))", above="class Special(nn.Parameter):\n    pass", made=2
+    ),
     "its own way of loading": Case(
         BIG,
         methods="def _load_from_state_dict(self, state, prefix, *rest):\n"
         "    state['big.weight'] = state['big.weight'] * 2\n    super()._load_from_state_dict(state, prefix, *rest)",
+        made=2,
+    ),
+    "its own way of loading, which writes to what is loaded": Case(
+        BIG + "self.top = self.big.weight[:2]",
+        methods="def _load_from_state_dict(self, state, prefix, *rest):\n"
+        "    state['big.weight'].data.mul_(2)\n    super()._load_from_state_dict(state, prefix, *rest)",
+        made=2,
+    ),
+    "a hook that writes to what is loaded": Case(
+        BIG
+        + "self.top = self.big.weight[:2]\n"
+        + "self._register_load_state_dict_pre_hook(lambda state, *rest: state['big.weight'].data.mul_(2))",
         made=2,
     ),
     "its own load_state_dict": Case(
@@ -295,5 +326,8 @@ FAILING: Mapping[str, Case] = {
 """Cannot be loaded, and say so in the same words as ever."""
 
 CASES: Mapping[str, Case] = {**MAPPED, **COPIED, **MADE_TWICE, **FAILING}
+# Under these names the first case is loaded once more,
 SHARED_BY_DEFAULT: Final = "shared by default"
-"""Under this name the first case is loaded once more, in a process that has torch write to the files that it maps."""
+"""where torch is set to write to the files that it maps;"""
+NOT_MAPPABLE: Final = "not mappable"
+"""where the file system maps no files."""

@@ -306,14 +306,12 @@ def _is_like(given: Tensor, own: Tensor) -> bool:
 def _check_deferred(own: Tensor) -> None:
     if type(own) not in {Tensor, nn.Parameter} or (own.requires_grad and type(own) is Tensor):
         raise _NotEquivalent("it is a special kind of tensor")
-    if own._backward_hooks or own._post_accumulate_grad_hooks:
-        raise _NotEquivalent("a tensor has hooks")
 
 
 def _check_aliases(own: Iterable[Tensor]) -> None:
     """Raise unless deferred tensors are independent of each other: views of one another would fall apart."""
-    deferred = {id(each): each.untyped_storage() for each in own if each.is_meta}
-    if len({id(storage) for storage in deferred.values()}) != len(deferred):
+    deferred = {id(each): each for each in own if each.is_meta}.values()
+    if len({StorageWeakRef(each.untyped_storage()) for each in deferred}) != len(deferred):
         raise _NotEquivalent("tensors share memory")
 
 
@@ -332,7 +330,6 @@ def _loads_as_usual(module: nn.Module) -> bool:
     methods = (kind.load_state_dict, kind._load_from_state_dict, kind.__setattr__)
     return (
         all(method.__module__.startswith("torch.nn.") for method in methods)
-        and not isinstance(module, torch.jit.ScriptModule)
         and not vars(module).keys() & {"load_state_dict", "_load_from_state_dict"}
         and not module._load_state_dict_pre_hooks
         and not module._load_state_dict_post_hooks
