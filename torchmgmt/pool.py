@@ -612,7 +612,8 @@ class WorkerPool:
         try:
             handle.start()
         except (OSError, TorchmgmtError) as error:
-            self._on_exited(worker, WorkerExit(0, None, f"its process could not be started: {error}"))
+            reason = f"its process could not be started: {error}"
+            self._on_exited(worker, WorkerExit(0, None, reason, is_final=isinstance(error, ManagerClosed)))
             return
         with self._lock:
             is_stopping = worker.state is WorkerState.STOPPING

@@ -200,6 +200,8 @@ class ModelSpec:
     job_queue_size: int = field(default=100, validator=number("job_queue_size", 1))
     weights_only: bool = True
     """Whether checkpoints are loaded with ``torch.load(weights_only=True)``, which runs no code found in them."""
+    is_sealed: bool = False
+    """Whether nobody rewrites the files in ``model_dir``, because they were unpacked by us: workers may map them."""
     loaded_at_startup: bool = False
     backend: str = field(default="process", validator=backend_name)
     """How its workers are run: one of :data:`BACKENDS`."""

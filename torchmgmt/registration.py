@@ -148,6 +148,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             max_memory_bytes=value("max_memory", settings.max_memory),
             scale_down_delay_s=value("scale_down_delay", settings.scale_down_delay),
             template_idle_timeout_s=value("template_idle_timeout", settings.template_idle_timeout),
+            is_sealed=folder.is_sealed,
             loaded_at_startup=wishes.loaded_at_startup,
         )
 

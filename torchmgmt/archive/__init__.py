@@ -42,6 +42,11 @@ class ModelFolder:
     """SHA-256 of the archive in hexadecimal; None for a plain folder, which is used in place."""
     _lease: Lease | None = field(default=None, repr=False)
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether it is an unpacked copy of ours, whose files nobody rewrites; a plain folder is its owner's."""
+        return self._lease is not None
+
     def release(self) -> None:
         """Give the folder back. The last user of an unpacked archive removes its files; a plain
         folder is left alone. Idempotent; any thread; blocks while files are removed.

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from torchmgmt.handlers.state_dict import make_and_load, read_state_dict
+
 __all__ = ["BaseHandler"]
 
 log = logging.getLogger(__name__)
@@ -111,13 +113,33 @@ class BaseHandler:
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str) -> Any:
         """Make the model that ``model_file`` defines and load its state dict. Named as in TorchServe."""
-        model = _model_class(_import_file(Path(model_dir) / model_file))()
-        if model_pt_path:
-            # Anything but False: a context that a test made by hand has no such key, and the safe way is the default.
-            safe = self.context.system_properties.get("weights_only") is not False
-            state = torch.load(model_pt_path, map_location=self.map_location, weights_only=safe)
-            model.load_state_dict(state)
+
+        prefix = self.context.system_properties.get("module_prefix", "")
+
+        def import_class() -> type[torch.nn.Module]:
+            return _model_class(_import_file(Path(model_dir) / model_file, prefix))
+
+        if not model_pt_path:
+            return import_class()()
+        # safetensors files, which newer torch reads, too, are mapped without our asking: theirs is the plain way.
+        if self._is_on_cpu() and not model_pt_path.endswith(".safetensors"):
+            return make_and_load(import_class, lambda: self._read_state_dict(model_pt_path))
+        model = import_class()()
+        model.load_state_dict(self._read_state_dict(model_pt_path))
         return model
+
+    def _is_on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu" and str(self.map_location) == "cpu"
+
+    def _read_state_dict(self, path: str) -> Any:
+        properties = self.context.system_properties
+        return read_state_dict(
+            path,
+            map_location=self.map_location,
+            # Anything but False: a context that a test made by hand has no such key, and the safe way is the default.
+            weights_only=properties.get("weights_only") is not False,
+            is_sealed=properties.get("is_sealed") is True,
+        )
 
 
 def _body(row: Any) -> Any:
@@ -126,14 +148,15 @@ def _body(row: Any) -> Any:
     return row["data"] if "data" in row else row.get("body")
 
 
-def _import_file(file: Path) -> ModuleType:
+def _import_file(file: Path, prefix: str = "") -> ModuleType:
     if not file.is_file():
         raise RuntimeError(f"the manifest names the modelFile {file.name}, but the archive does not hold it")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = prefix + file.stem  # workers that are threads share their modules with the whole program
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"the modelFile {file.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -79,6 +79,7 @@ class Context:
         metrics: Metrics | None = None,
         model_yaml_config: Mapping[str, Any] | None = None,
         weights_only: bool = True,
+        is_sealed: bool = False,
     ) -> None:
         self.model_name = model_name
         self.manifest = manifest
@@ -95,6 +96,7 @@ class Context:
             "server_version": mms_version,
             "limit_max_image_pixels": limit_max_image_pixels,
             "weights_only": weights_only,
+            "is_sealed": is_sealed,
         }
 
     @classmethod
@@ -109,13 +111,15 @@ class Context:
             mms_version=importlib.metadata.version("torchmgmt"),
             model_yaml_config=spec.config,
             weights_only=spec.weights_only,
+            is_sealed=spec.is_sealed,
         )
 
     @property
     def system_properties(self) -> dict[str, Any]:
         """``model_dir``, ``gpu_id``, ``batch_size``, ``server_name``, ``server_version``, ``limit_max_image_pixels``.
 
-        And one of ours: ``weights_only``, whether checkpoints are to be loaded without running code found in them.
+        And two of ours: ``weights_only``, whether checkpoints are to be loaded without running code found in them, and
+        ``is_sealed``, whether nobody rewrites the files in ``model_dir``, so that they may be mapped.
         """
         return self._system_properties
 
