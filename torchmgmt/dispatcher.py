@@ -133,11 +133,17 @@ class Dispatcher:
         if self._closed:
             raise ManagerClosed("The dispatcher")
         if self._thread is None:
-            self._wake_fds = os.pipe()
-            for fd in self._wake_fds:
+            fds = os.pipe()
+            for fd in fds:
                 os.set_blocking(fd, False)
-            self._thread = threading.Thread(target=self._run, args=self._wake_fds, name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=fds, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives us no more threads
+                for fd in fds:
+                    os.close(fd)
+                raise
+            self._wake_fds, self._thread = fds, thread
 
     def _wake_locked(self) -> None:
         if self._wake_fds is not None and not self.on_thread():

@@ -152,6 +152,8 @@ def error_of_death(
     """Return the error that tells of a worker's end; ``end_reason`` is why we ended it, if we did."""
     lines = tuple(exit.last_lines)
     reason = end_reason or exit.reason
+    if end_reason and exit.is_final:
+        reason = f"{end_reason}; {exit.reason}"
     if not was_loading:
         return WorkerDied(key.name, key.version, exit.pid, exit.exitcode, reason, lines)
     fault = exit.fault

@@ -558,8 +558,11 @@ class WorkerPool:
                 self._actions.append(handle.terminate)
             return
         worker.overdue_at = NEVER
+        if not self._backend.can_kill:
+            self._gave_up = True  # before anybody thinks of one in its place
+        elif handle is not None and handle.pid is not None:
+            self._killed.append(handle.pid)
         if handle is not None:
-            self._killed += [handle.pid] if handle.pid is not None else []
             self._actions.append(handle.kill)
 
     def _overdue_reason(self, state: WorkerState) -> str:
@@ -714,7 +717,7 @@ class WorkerPool:
                 self._queue.give_back(unstarted)
             if not worker.is_unwanted:
                 self._note_failure_locked(worker, error)
-            if exit.is_final and not self._gave_up:
+            if exit.is_final:
                 self._last_error = error
                 self._give_up_locked()
             self._follow_workers_locked()

@@ -272,7 +272,7 @@ class WorkerJob:
 
 @frozen
 class WorkerExit:
-    """How a worker process ended."""
+    """How a worker ended."""
 
     pid: int
     exitcode: int | None

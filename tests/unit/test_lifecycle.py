@@ -152,11 +152,20 @@ def test_a_worker_may_die_at_any_moment(state: WorkerState):
     assert advance_worker(state, WorkerEvent.EXIT) is WorkerState.EXITED
 
 
-@pytest.mark.parametrize("state", [s for s in WorkerState if s is not WorkerState.READY], ids=lambda s: s.name)
-def test_only_an_idle_worker_is_assigned_a_batch(state: WorkerState):
-    """A worker that is busy, loading or leaving never gets a batch."""
+SERVING = {WorkerState.READY, WorkerState.BUSY}
+
+
+@pytest.mark.parametrize("state", [s for s in WorkerState if s not in SERVING], ids=lambda s: s.name)
+def test_only_a_worker_that_serves_is_assigned_a_batch(state: WorkerState):
+    """A worker that is loading or leaving never gets a batch."""
     with pytest.raises(IllegalTransition):
         advance_worker(state, WorkerEvent.ASSIGN)
+
+
+@pytest.mark.parametrize("state", SERVING, ids=lambda s: s.name)
+def test_a_worker_with_a_batch_is_busy(state: WorkerState):
+    """Further batches may lie with a worker that computes."""
+    assert advance_worker(state, WorkerEvent.ASSIGN) is WorkerState.BUSY
 
 
 def test_a_failed_version_tries_again_when_it_is_scaled():

@@ -222,7 +222,13 @@ def test_describe_is_the_contract_to_the_letter():
     assert list(item)[: len(CONTRACT_ITEM)] == list(CONTRACT_ITEM)
     assert {key: item[key] for key in CONTRACT_ITEM} == CONTRACT_ITEM
     assert shape({key: item[key] for key in CONTRACT_ITEM}) == shape(CONTRACT_ITEM)
-    assert {key: item[key] for key in set(item) - set(CONTRACT_ITEM)} == {"state": "READY", "defaultVersion": True}
+    assert {key: item[key] for key in set(item) - set(CONTRACT_ITEM)} == {
+        "state": "READY",
+        "defaultVersion": True,
+        "shareWeights": "auto",
+        "weightsShared": None,
+        "weightsSharedReason": "no worker has been started yet",
+    }
 
 
 @given(

@@ -35,6 +35,14 @@ TEXTS = {
     "disable_token_authorization": "0",
     "max_request_size": "1000",
     "log_level": "debug",
+    "on_give_up": "Exit",
+    "share_weights": "never",
+    "threads_per_worker": "2",
+    "batches_in_flight": "1",
+    "max_requests": "1000",
+    "max_memory": "1000000",
+    "scale_down_delay": "1.5",
+    "template_idle_timeout": "0",
 }
 
 
@@ -52,6 +60,8 @@ def test_the_defaults_are_the_contracts():
     assert (settings.job_queue_size, settings.max_request_size) == (100, 6553500)
     assert settings.default_response_timeout == settings.default_startup_timeout == 120
     assert (settings.unregister_model_timeout, settings.max_retry_timeout) == (120, 300)
+    assert (settings.share_weights, settings.on_give_up) == ("auto", "stay")
+    assert settings.threads_per_worker is settings.max_requests is settings.max_memory is None
     assert settings.enable_model_api is False
     assert settings.model_store is settings.default_workers_per_model is None
     assert settings.disable_token_authorization is None

@@ -20,7 +20,10 @@ Outcome = Encoded | WorkerFault
 
 
 class WorkerListener(Protocol):
-    """Whom a backend tells what becomes of one worker. Called on one thread at a time, with no lock held."""
+    """Whom a backend tells what becomes of one worker.
+
+    Called on the backend's one own thread, which is that of :meth:`Backend.call_at`, in order and with no lock held.
+    """
 
     def ready(self) -> None:
         """The model is loaded; the worker takes batches from now on. At most once."""
@@ -33,10 +36,13 @@ class WorkerListener(Protocol):
 
 
 class WorkerHandle(Protocol):
-    """One worker. Every method may be called from any thread and does not block."""
+    """One worker. Every method may be called from any thread and does not block.
+
+    What comes before :meth:`start` or after the worker's end does nothing.
+    """
 
     def start(self) -> None:
-        """Start it; to be called once, before anything else. Whatever goes wrong later is told to ``exited``.
+        """Start it; to be called once. Whatever goes wrong later is told to ``exited``.
 
         Raises:
             OSError: nothing was started, and the listener will hear nothing.
@@ -45,23 +51,24 @@ class WorkerHandle(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None until known."""
+        """The id of the process that it runs in, perhaps this one, or that loads its model for it; None until known."""
 
     @property
     def memory_bytes(self) -> int:
-        """Its proportional (else resident) set size when last sampled; 0 before that."""
+        """The proportional (else resident) set size of that process when last sampled; 0 before that."""
 
     @property
     def private_bytes(self) -> int:
-        """The memory that would be free without it (its unique set size) when last sampled; 0 before that."""
+        """The memory that its end would free (its unique set size) when last sampled; 0 before that, or if none would."""
 
     def last_lines(self) -> Sequence[str]:
-        """Return the last lines that it printed."""
+        """Return the last lines that it printed, where the backend can tell."""
 
     def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
         """Hand it a batch, to be answered by ``done(number, …)``.
 
-        It may be handed more while it computes; it runs them in the order in which it got them. Numbers ascend.
+        It may be handed more while it computes; it runs one after the other. What it does not begin, also because it was
+        told to end before, is not answered: ``WorkerExit.last_started`` tells, which counts descriptions as well.
         """
 
     def describe(self, number: int) -> None:
@@ -71,10 +78,13 @@ class WorkerHandle(Protocol):
         """Ask it to end when what it was handed is done."""
 
     def terminate(self) -> None:
-        """Make it end soon, whatever it does (SIGTERM)."""
+        """Make it end soon: it begins nothing more, and what runs may be cut off."""
 
     def kill(self) -> None:
-        """End it now; it first says in its last lines where it was."""
+        """End it now, whatever it does; it first says in its last lines where it was. ``exited`` follows shortly.
+
+        One that cannot be ended is abandoned: then ``exited`` says that it is final.
+        """
 
 
 class ModelHost(Protocol):
@@ -100,6 +110,10 @@ class ModelHost(Protocol):
 class Backend(Protocol):
     """A way to run workers. Thread-safe."""
 
+    @property
+    def can_kill(self) -> bool:
+        """Whether a worker that hangs can be ended. If not, none is started in its place: each would leave one more."""
+
     def host(self, spec: ModelSpec) -> ModelHost:
         """Return what will run the workers of ``spec``. Starts nothing."""
 
@@ -115,5 +129,6 @@ class Backend(Protocol):
     def close(self) -> None:
         """End everything that the backend runs for itself. Blocks shortly; idempotent.
 
-        Workers still alive are killed, and their listeners told, before this returns.
+        Workers still alive are killed, perhaps after a short moment to end by themselves, and their listeners told,
+        before this returns.
         """

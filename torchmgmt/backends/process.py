@@ -47,6 +47,8 @@ class ProcessBackend:
     that imports torch, and two threads. POSIX only: it needs fork and descriptors passed over sockets.
     """
 
+    can_kill = True
+
     def __init__(self) -> None:
         self.dispatcher = Dispatcher("torchmgmt-dispatcher")
         """Reads channels; for this backend's own parts."""

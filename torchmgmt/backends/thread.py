@@ -63,6 +63,8 @@ class ThreadBackend:
     folder as working directory, a second file from there, or the ``ts`` modules.
     """
 
+    can_kill = False
+
     def __init__(self) -> None:
         self.memory_bytes = 0
         self._dispatcher = Dispatcher("torchmgmt-threads")

@@ -46,7 +46,7 @@ def run_batch(
     return [outcome if outcome is not None else next(answers) for outcome in outcomes]
 
 
-_EXPIRED = WorkerFault("DeadlineExceeded", "its time was over before it was begun", "")
+_EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
 
 
 def _is_over(deadline: float | None) -> bool:
