@@ -79,6 +79,7 @@ class Forker:
         # guarded by _lock
         self._listeners: dict[int, ForkListener] = {}
         self._unanswered: set[int] = set()  # noted before it is asked
+        self._is_over = False  # whoever asks from now on is told so at once
 
     def listen(self) -> None:
         """Begin to read."""
@@ -94,12 +95,23 @@ class Forker:
         """Have a child forked that does ``job``; its descriptors ``fds`` are closed here. Return its number.
 
         ``in_place``: the process shall not fork but do it itself, and forks no more. It is told of as what it was.
+
+        Raises:
+            ManagerClosed: the process is gone, and so is the dispatcher that would tell ``listener`` of it.
         """
         number = next(self._numbers)
-        if not in_place:
-            with self._lock:
+        with self._lock:
+            is_over = self._is_over
+            if not (is_over or in_place):
                 self._listeners[number] = listener
                 self._unanswered.add(number)
+        if is_over:
+            for fd in fds:
+                os.close(fd)
+            if not in_place:
+                # Its end was dealt with while we were on our way here: nobody else will say so.
+                self._dispatcher.call_soon(lambda: listener.fork_failed("the process that was to fork it ended", []))
+            return number
         self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
         self._look_later(number)
         return number
@@ -111,8 +123,9 @@ class Forker:
         self.send(Frame(Kind.ADOPT, (template, {pid: number for number, (pid, _) in orphans.items()})))
 
     def take_listeners(self) -> dict[int, ForkListener]:
-        """Return, by their numbers, those that wait to be told of something, and forget them."""
+        """Return, by their numbers, those that wait to be told of something; who asks later is told at once."""
         with self._lock:
+            self._is_over = True
             listeners, self._listeners = self._listeners, {}
             self._unanswered.clear()
         return listeners
@@ -160,7 +173,8 @@ class Forker:
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind is Kind.FORKED:
             number, pid, has_pidfd = frame.head
-            pidfd = self._reader.fds.pop(0) if has_pidfd else None
+            # It got lost if this program has no descriptor left.
+            pidfd = self._reader.fds.pop(0) if has_pidfd and self._reader.fds else None
             listener = self._answered(number, is_over=False)
             if listener is not None:
                 listener.forked(pid, pidfd)
