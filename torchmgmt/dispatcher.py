@@ -133,16 +133,16 @@ class Dispatcher:
         if self._closed:
             raise ManagerClosed("The dispatcher")
         if self._thread is None:
-            fds = os.pipe()
-            for fd in fds:
-                os.set_blocking(fd, False)
-            thread = threading.Thread(target=self._run, args=fds, name=self._name, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # the system gives us no more threads
+            with contextlib.ExitStack() as undo:
+                # Here, where there may be no descriptor left for it: a thread that failed would be waited for for ever.
+                selector = undo.enter_context(selectors.DefaultSelector())
+                fds = os.pipe()
                 for fd in fds:
-                    os.close(fd)
-                raise
+                    undo.callback(os.close, fd)
+                    os.set_blocking(fd, False)
+                thread = threading.Thread(target=self._run, args=(selector, *fds), name=self._name, daemon=True)
+                thread.start()  # raises RuntimeError where the system gives us no more threads
+                undo.pop_all()
             self._wake_fds, self._thread = fds, thread
 
     def _wake_locked(self) -> None:
@@ -153,8 +153,8 @@ class Dispatcher:
 
     # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
 
-    def _run(self, wake_fd: int, wake_writer_fd: int) -> None:
-        with selectors.DefaultSelector() as selector:
+    def _run(self, selector: selectors.BaseSelector, wake_fd: int, wake_writer_fd: int) -> None:
+        with selector:
             self._selector = selector
             selector.register(wake_fd, selectors.EVENT_READ)
             while not self._closed:
