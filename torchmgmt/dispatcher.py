@@ -86,7 +86,8 @@ class Dispatcher:
             ManagerClosed: it was closed.
         """
         with self._lock:
-            self._ensure_running_locked()
+            if not self.on_thread():  # what the last callbacks have to put away is put away, too
+                self._ensure_running_locked()
             self._soon.append(callback)
             self._wake_locked()
 
@@ -121,7 +122,7 @@ class Dispatcher:
         return threading.current_thread() is self._thread
 
     def close(self) -> None:
-        """Stop after the callbacks that are due already. Blocks until the thread ended, unless called on it. Idempotent."""
+        """Stop after the callbacks that are due already, and what those ask for. Blocks until the thread ended, unless called on it. Idempotent."""
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -164,7 +165,8 @@ class Dispatcher:
                     else:
                         self._serve(key, events)
                 self._run_due()
-            self._run_due()
+            while self._soon:
+                self._run_due()
         with self._lock:
             self._wake_fds = None
             os.close(wake_fd)
