@@ -34,8 +34,8 @@ class ForkListener(Protocol):
     def forked(self, pid: int, pidfd: int | None) -> None:
         """The child runs. The descriptor is the listener's from now on; None where the system has none."""
 
-    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
-        """There is no child and there will be none."""
+    def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
+        """There is no child and there will be none. ``is_retryable``: because who should fork it has died since."""
 
     def process_exited(self, exitcode: int | None) -> None:
         """The child is gone; None if its status is not known."""
@@ -197,8 +197,9 @@ class Forker:
             return self._listeners.pop(number, None) if is_over else self._listeners.get(number)
 
     def _tell_soon(self, listener: ForkListener) -> None:
+        reason = "the process that should fork it had ended"
         with contextlib.suppress(ManagerClosed):  # then all are told of their end
-            self._dispatcher.call_soon(lambda: listener.fork_failed("the process that should fork it had ended", []))
+            self._dispatcher.call_soon(lambda: listener.fork_failed(reason, [], is_retryable=True))
 
     def _look_later(self, number: int) -> None:
         with contextlib.suppress(ManagerClosed):

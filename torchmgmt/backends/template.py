@@ -160,9 +160,9 @@ class Template:
         self.child.forked(pid, pidfd)
         self._forker.listen()
 
-    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+    def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         """There is no process."""
-        self._finish(WorkerExit(0, None, reason, last_lines))
+        self._finish(WorkerExit(0, None, reason, last_lines, is_retryable=is_retryable))
 
     def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None:
         """It is gone. Its workers are not; from now on their grandparent reports how they end."""
@@ -193,7 +193,7 @@ class Template:
             for _, listener in orphans.values():
                 listener.orphaned()
         for number in listeners.keys() - orphans.keys():
-            listeners[number].fork_failed(exit.reason, exit.last_lines)
+            listeners[number].fork_failed(exit.reason, exit.last_lines, is_retryable=True)
 
     def _finish(self, exit: WorkerExit) -> None:
         with self._lock:
