@@ -71,6 +71,7 @@ class Template:
         self._fault: WorkerFault | None = None
         self._end_reason = ""
         self._successor: ProcessWorker | None = None
+        self._is_orphan = False
         self._stop_watching: Callable[[], object] = no_watch
         self._lock = threading.Lock()
         # guarded by _lock
@@ -172,16 +173,25 @@ class Template:
         self._forker.read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
         reason, lines = f"its template: {reason}", self._output.last_lines()
-        exit = WorkerExit(self.pid or 0, exitcode, reason, lines, self._fault, is_final=is_final)
+        exit = WorkerExit(
+            self.pid or 0,
+            exitcode,
+            reason,
+            lines,
+            self._fault,
+            is_final=is_final,
+            is_retryable=self._is_orphan and self._fault is None,
+        )
         if not is_final:  # else each of them is told by the backend
             self._hand_over_workers(exit)
         self._finish(exit)
 
     def orphaned(self) -> None:
-        """It lives on without anybody who reports its end, so watch it ourselves."""
+        """It lives on without anybody who reports its end, so watch it ourselves; one that still loads is killed."""
         if self._successor is not None:
             self._successor.orphaned()
         else:
+            self._is_orphan = True
             self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
 
     def _hand_over_workers(self, exit: WorkerExit) -> None:
