@@ -275,6 +275,8 @@ class WorkerPool:
 
     def check_serving(self) -> None:
         """Raise ManagerClosed or NoWorker if a request that came now would never be run. Does not block."""
+        if self._state is VersionState.READY:
+            return  # what changes at this moment is dealt with when the request is there
         with self._lock:
             if self._state in _OVER:
                 raise self._closed_error()
@@ -292,7 +294,10 @@ class WorkerPool:
                 handle.describe(number)
             else:
                 handle.run(number, job.items)
-        self._flush()
+            if not self._queue.may_have_some():
+                break
+        if self._actions:
+            self._flush()
 
     def close(self, timeout: float = 30, *, drain: bool = True) -> CloseReport:
         """Take nothing more, let what was accepted finish, end all workers, and return what had to be done for it.
@@ -350,6 +355,8 @@ class WorkerPool:
     def _assign(self) -> tuple[PoolWorker, int, Job] | None:
         """Assign the next batch to a worker; None if there is no such pair."""
         with self._lock:
+            if not self._queue.may_have_some():
+                return None
             while self._idle and self._idle[-1].state is not WorkerState.READY:
                 self._idle.pop()  # it was told to go since
             if self._idle:
@@ -379,9 +386,11 @@ class WorkerPool:
     def _assign_locked(self, worker: PoolWorker, job: Job) -> tuple[PoolWorker, int, Job]:
         number, now = next(self._numbers), time.monotonic()
         worker.assign(number, job, now, self.spec.response_timeout_s)
-        self._look_by_locked(worker.overdue_at)
+        look_at = worker.overdue_at
         if self._scale.min_workers < self._scale.max_workers:
-            self._look_by_locked(now + _FIRST_LOOK_S)
+            look_at = min(look_at, now + _FIRST_LOOK_S)
+        if look_at < self._look_at:
+            self._look_by_locked(look_at)
         return worker, number, job
 
     def _no_worker_error_locked(self) -> NoWorker | None:
@@ -604,9 +613,16 @@ class WorkerPool:
                 try:
                     action()
                 except ManagerClosed:
-                    log.debug("%s is closing", self.spec.key, exc_info=True)
+                    log.debug("The backend of %s is closed", self.spec.key, exc_info=True)
+                    self._abandon()
                 except Exception:
                     log.exception("Something that the pool of %s set off failed", self.spec.key)
+
+    def _abandon(self) -> None:
+        """Without a backend there will be no worker, and no timer that tries again."""
+        with self._lock:
+            self._gave_up = True
+        self._fail_waiting(self._closed_error())
 
     def _start(self, worker: PoolWorker, threads: int) -> None:
         handle = self._host.worker(worker.id, threads, _WorkerEvents(self, worker))
@@ -681,9 +697,16 @@ class WorkerPool:
             self._run_s += _NEW_SHARE * (took_s - self._run_s) if self._run_s else took_s
             is_worn = self._wears and worker.note_wear(self.spec)
             self._after_batch_locked(worker)
+            is_idle = worker.state is WorkerState.READY and not self._queue.may_have_some()
+        if is_idle:
+            self._answer(worker, job, outcomes)  # first, as somebody waits for this, and for nothing else
         if is_worn:
             self._reconcile()
-        self.pump()  # first, so that the worker computes while the answers are handed out
+        self.pump()
+        if not is_idle:
+            self._answer(worker, job, outcomes)  # last, so that the worker computes meanwhile
+
+    def _answer(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome]) -> None:
         has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
         lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
         job.finish(answers_of(self.spec.key, outcomes, lines))

@@ -22,6 +22,7 @@ from torchmgmt.errors import (
     HandlerFailed,
     InvalidArgument,
     ModelNotFound,
+    NoWorker,
     QueueFull,
     WorkerDied,
     WorkerStartFailed,
@@ -345,7 +346,7 @@ def test_a_manager_outlives_the_backend_that_it_was_lent(tmp_path: Path) -> None
     future = manager.register(folder, model_name="m", handler="handler.py").submit("time.sleep(60)")
     until(future.running, "the batch runs")
     backend.close()
-    assert isinstance(future.exception(timeout=5), WorkerDied)
+    assert isinstance(future.exception(timeout=5), (WorkerDied, NoWorker))
     thread = threading.Thread(target=manager.close, args=(1,))
     thread.start()
     thread.join(20)

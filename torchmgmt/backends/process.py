@@ -55,6 +55,7 @@ class ProcessBackend:
         # Lines go to the program's log handlers, which may be slow; answers must not wait for them.
         self._output_dispatcher = Dispatcher("torchmgmt-output")
         self.forkserver = ForkServer(self.dispatcher, self._output_dispatcher)
+        self.is_closed = False
         self._close_lock = threading.Lock()
         self._lock = threading.Lock()
         # guarded by _lock
@@ -82,6 +83,7 @@ class ProcessBackend:
 
     def close(self) -> None:
         """End the torch-only process, every process that is left, and the two threads. Blocks shortly; idempotent."""
+        self.is_closed = True
         with self._close_lock:  # one after the other: the second must not close what the first still tells workers with
             self.forkserver.close()
             self._report_the_rest()
@@ -149,6 +151,11 @@ class ProcessHost:
         self._sharing = _decided_before(spec)
         self._template: Template | None = None
         self._templates: set[Template] = set()  # those on their way out included
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the backend is closed, so that there will be no more workers."""
+        return self._backend.is_closed
 
     @property
     def sharing(self) -> Sharing:

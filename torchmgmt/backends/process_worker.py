@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import attrs
+
 from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.backends.child import Child, describe_exit
 from torchmgmt.backends.forker import FORK_LIMIT_S
@@ -37,6 +39,10 @@ class Parent(Protocol):
     @property
     def dispatcher(self) -> Dispatcher:
         """Reads the workers' channels."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether there will be no more workers."""
 
     def open_output(self, fd: int, job: WorkerJob) -> Output:
         """Read what a worker prints."""
@@ -241,7 +247,7 @@ class ProcessWorker:
         self._output.close()
         self._page.close()
         self._parent.forget(self)
-        self._listener.exited(exit)
+        self._listener.exited(attrs.evolve(exit, is_final=True) if self._parent.is_closed else exit)
 
     def _on_dispatcher(self, callback: Callable[[], object]) -> None:
         with contextlib.suppress(ManagerClosed):  # then all are told of their end
