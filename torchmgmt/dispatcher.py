@@ -87,7 +87,8 @@ class Dispatcher:
             ManagerClosed: it was closed.
         """
         with self._lock:
-            self._ensure_running_locked()
+            if not self.on_thread():  # what the last callbacks have to put away is put away, too
+                self._ensure_running_locked()
             self._soon.append(callback)
             self._wake_locked()
 
@@ -122,7 +123,10 @@ class Dispatcher:
         return threading.get_ident() == self._thread_id
 
     def close(self) -> None:
-        """Stop after the callbacks that are due already. Blocks until the thread ended, unless called on it. Idempotent."""
+        """Stop after the callbacks that are due already, and what those ask for. Idempotent.
+
+        Blocks until the thread ended, unless called on it.
+        """
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -166,7 +170,8 @@ class Dispatcher:
                         self._serve(key, events)
                 if self._has_due():
                     self._run_due()
-            self._run_due()
+            while self._soon:
+                self._run_due()
         with self._lock:
             self._wake_fds = None
             os.close(wake_fd)

@@ -163,7 +163,9 @@ def error_of_death(
         reason = f"{end_reason}; {exit.reason}"
     if not was_loading:
         return WorkerDied(key.name, key.version, exit.pid, exit.exitcode, reason, lines)
-    fault = exit.fault
-    if fault is None or end_reason:
-        return WorkerStartFailed(key.name, key.version, reason, "", lines)
-    return WorkerStartFailed(key.name, key.version, fault.reason, fault.traceback, lines, fault.out_of_memory)
+    traceback, out_of_memory = "", False
+    if exit.fault is not None and not end_reason:
+        reason, traceback, out_of_memory = exit.fault.reason, exit.fault.traceback, exit.fault.out_of_memory
+    return WorkerStartFailed(
+        key.name, key.version, reason, traceback, lines, out_of_memory, pid=exit.pid, exitcode=exit.exitcode
+    )

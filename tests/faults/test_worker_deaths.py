@@ -6,31 +6,13 @@ import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.faults.processes import SEGFAULT, forkers_of, only_pid, pids_of, wait_for_another, wait_for_others
 from tests.handlers import EVAL, TOOLS, Deployer, Gate, is_gone, lines_of, until
-from torchmgmt import Model, ModelManager, ProcessBackend
+from torchmgmt import ModelManager
 from torchmgmt.errors import HandlerFailed, NoWorker, WorkerDied, WorkerStartFailed
 from torchmgmt.lifecycle import VersionState
-
-SEGFAULT = "__import__('ctypes').string_at(0)"
-
-
-def only_pid(model: Model) -> int:
-    (worker,) = model.describe().workers
-    assert worker.pid is not None
-    return worker.pid
-
-
-def wait_for_another(model: Model, old: int) -> int:
-    """Wait until the one worker is ready and is not the process ``old``; return its pid."""
-
-    def replaced() -> bool:
-        return [worker.state.name for worker in model.describe().workers] == ["READY"] and only_pid(model) != old
-
-    until(replaced, "the worker is replaced")
-    return only_pid(model)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGABRT])
@@ -84,11 +66,11 @@ def test_a_segfault_leaves_its_stack(deploy: Deployer) -> None:
     assert any("string_at" in line for line in caught.value.last_lines)
 
 
-def test_only_the_running_batch_fails_when_its_worker_dies(deploy: Deployer, gate: Gate) -> None:
+def test_only_the_running_batch_fails_when_its_worker_dies(deploy_both: Deployer, gate: Gate) -> None:
     """When a busy worker dies, those that wait are not harmed: the replacement serves them."""
-    model = deploy()
-    running = model.submit(f"wait_for({gate.path!r})")
-    until(running.running, "the request runs")
+    model = deploy_both()
+    running = model.submit(gate.expression)
+    until(gate.reached, "the request runs")
     waiting = [model.submit(str(number)) for number in range(10)]
 
     os.kill(only_pid(model), signal.SIGKILL)
@@ -100,57 +82,40 @@ def test_only_the_running_batch_fails_when_its_worker_dies(deploy: Deployer, gat
 def test_one_dead_worker_does_not_disturb_the_others(deploy: Deployer, gate: Gate) -> None:
     """A worker that dies takes no other one's batch with it."""
     model = deploy(initial_workers=2)
-    victim = model.submit(f"wait_for({gate.path!r})")
-    survivor = model.submit(f"wait_for({gate.path!r}) or 'survived'")
-    until(lambda: victim.running() and survivor.running(), "both requests run")
-    first, _second = (worker.pid for worker in model.describe().workers)
-    assert first is not None
-    os.kill(first, signal.SIGKILL)
-    until(lambda: victim.done() or survivor.done(), "one request failed")
+    futures = [model.submit(f"{gate.expression} or os.getpid()") for _ in range(2)]
+    until(lambda: len(gate.reached()) == 2, "both requests run")
+    dead, alive = pids_of(model)
+    os.kill(dead, signal.SIGKILL)
+    until(lambda: any(future.done() for future in futures), "one request failed")
     gate.open()
-    outcomes = [victim.exception(20), survivor.exception(20)]
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["NoneType", "WorkerDied"]
+    outcomes = [future.exception(20) or future.result() for future in futures]
+    (error,) = (outcome for outcome in outcomes if isinstance(outcome, WorkerDied))
+    assert error.pid == dead
+    assert alive in outcomes
 
 
-def test_all_workers_of_a_version_may_die_at_once(deploy: Deployer) -> None:
+def test_all_workers_of_a_version_may_die_at_once(deploy_both: Deployer) -> None:
     """After all workers were killed together there are as many as before again, and all is served."""
-    model = deploy(initial_workers=3)
-    old = [worker.pid or 0 for worker in model.describe().workers]
+    model = deploy_both(initial_workers=3)
+    old = pids_of(model)
     for pid in old:
         os.kill(pid, signal.SIGKILL)
     futures = [model.submit("os.getpid()") for _ in range(12)]
     answers = [future.exception(20) or future.result() for future in futures]
     assert all(isinstance(answer, WorkerDied) or answer not in old for answer in answers)
-
-    def whole() -> bool:
-        workers = model.describe().workers
-        return [worker.state.name for worker in workers] == ["READY"] * 3 and not {w.pid for w in workers} & set(old)
-
-    until(whole, "there are three workers again")
+    wait_for_others(model, 3, old)
 
 
-@pytest.mark.usefixtures("light_torch")
-def test_an_end_that_coincides_with_a_start_is_not_overlooked(tmp_path: Path) -> None:
-    """A worker that dies while the torch-only process is about to fork another is reported like any other."""
-    own = ProcessBackend()
-    try:
-        with ModelManager(backend=own) as manager:
-            model = Deployer(tmp_path, manager)()
-            old = only_pid(model)
-            (torch_only,) = (child for child in psutil.Process().children() if child.pid == psutil.Process(old).ppid())
-            torch_only.suspend()
-            os.kill(old, signal.SIGKILL)
-            model.scale(2, synchronous=False)
-            torch_only.resume()
-            until(
-                lambda: (
-                    [worker.state.name for worker in model.describe().workers] == ["READY"] * 2
-                    and old not in [worker.pid for worker in model.describe().workers]
-                ),
-                "the dead worker is replaced",
-            )
-    finally:
-        own.close()
+def test_an_end_that_coincides_with_a_start_is_not_overlooked(deploy_own: Deployer) -> None:
+    """A worker that dies while the process that forked it is about to fork another is reported like any other."""
+    model = deploy_own()
+    old = only_pid(model)
+    forker = forkers_of(old)[0]
+    forker.suspend()
+    os.kill(old, signal.SIGKILL)
+    model.scale(2, synchronous=False)
+    forker.resume()
+    wait_for_others(model, 2, [old])
 
 
 def test_a_hung_worker_is_killed_and_says_where_it_hung(deploy: Deployer) -> None:
@@ -346,23 +311,29 @@ def test_a_large_request_and_answer_arrive_intact(deploy: Deployer) -> None:
     assert np.array_equal(answer, data)
 
 
-def test_a_large_request_to_a_worker_that_dies_does_not_block(deploy: Deployer) -> None:
-    """A request of 50 MB to a worker that reads none of it and is killed fails, and the next one is served."""
+def test_a_large_request_to_a_worker_that_dies_is_handed_on(deploy: Deployer) -> None:
+    """A request of 50 MB to a worker that is killed before it has read it is run by the next one, and blocks nobody."""
     model = deploy()
     old = only_pid(model)
     os.kill(old, signal.SIGSTOP)
-    future = model.submit(fields={"body": "1", "ballast": bytes(50_000_000)})
+    ballast = os.urandom(50_000_000)
+    future = model.submit(fields={"body": "data[0]['ballast'], os.getpid()", "ballast": ballast})
     os.kill(old, signal.SIGKILL)
-    assert isinstance(future.exception(20), WorkerDied)
-    assert model.predict("1", timeout=30) == 1
+    answer, new = future.result(30)
+    assert bytes(answer) == ballast
+    assert new not in {0, old}
 
 
-def test_a_worker_is_replaced_after_each_of_many_deaths(deploy: Deployer, tmp_path: Path) -> None:
-    """However often a worker dies, the version serves again, and each death is one failed request."""
+@pytest.mark.parametrize("share_weights, expected", [("auto", 1), ("never", 5)])
+def test_a_worker_is_replaced_after_each_of_many_deaths(
+    deploy: Deployer, tmp_path: Path, share_weights: str, expected: int
+) -> None:
+    """However often a worker dies, the version serves again; each death is one failed request, and only without a
+    template one more load."""
     loads = tmp_path / "loads"
-    model = deploy(f"{TOOLS}note({str(loads)!r})\n{EVAL}")
+    model = deploy(share_weights=share_weights, source=f"{TOOLS}note({str(loads)!r})\n{EVAL}")
     for _ in range(4):
         with pytest.raises(WorkerDied):
             model.predict("os._exit(1)", timeout=30)
         assert model.predict("1", timeout=30) == 1
-    assert len(lines_of(loads)) == 5
+    assert len(lines_of(loads)) == expected

@@ -79,6 +79,7 @@ class Forker:
         # guarded by _lock
         self._listeners: dict[int, ForkListener] = {}
         self._unanswered: set[int] = set()  # noted before it is asked
+        self._is_over = False
 
     def listen(self) -> None:
         """Begin to read."""
@@ -96,10 +97,16 @@ class Forker:
         ``in_place``: the process shall not fork but do it itself, and forks no more. It is told of as what it was.
         """
         number = next(self._numbers)
-        if not in_place:
-            with self._lock:
+        with self._lock:
+            is_over = self._is_over
+            if not (in_place or is_over):
                 self._listeners[number] = listener
                 self._unanswered.add(number)
+        if is_over:  # since the caller looked, and all that were waiting have been told
+            for fd in fds:
+                os.close(fd)
+            self._tell_soon(listener)
+            return number
         self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
         self._look_later(number)
         return number
@@ -111,8 +118,9 @@ class Forker:
         self.send(Frame(Kind.ADOPT, (template, {pid: number for number, (pid, _) in orphans.items()})))
 
     def take_listeners(self) -> dict[int, ForkListener]:
-        """Return, by their numbers, those that wait to be told of something, and forget them."""
+        """Return, by their numbers, those that wait to be told of something; for when the process has ended."""
         with self._lock:
+            self._is_over = True
             listeners, self._listeners = self._listeners, {}
             self._unanswered.clear()
         return listeners
@@ -187,6 +195,10 @@ class Forker:
         with self._lock:
             self._unanswered.discard(number)
             return self._listeners.pop(number, None) if is_over else self._listeners.get(number)
+
+    def _tell_soon(self, listener: ForkListener) -> None:
+        with contextlib.suppress(ManagerClosed):  # then all are told of their end
+            self._dispatcher.call_soon(lambda: listener.fork_failed("the process that should fork it had ended", []))
 
     def _look_later(self, number: int) -> None:
         with contextlib.suppress(ManagerClosed):

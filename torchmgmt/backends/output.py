@@ -45,7 +45,11 @@ class Output:
         # guarded by _lock
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._rest = b""
-        dispatcher.watch(self._pipe, self._on_readable)
+        try:
+            dispatcher.watch(self._pipe, self._on_readable)
+        except BaseException:  # the dispatcher was closed
+            self._pipe.close()
+            raise
 
     def last_lines(self) -> list[str]:
         """Return the last lines, those included that were printed but not read yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, MutableMapping, Sequence
@@ -37,7 +38,7 @@ class _Looked(Protocol):
 
     def end_if_stopped(self) -> None: ...
 
-    def process_exited(self, exitcode: int | None) -> None: ...
+    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None: ...
 
 
 class ProcessBackend:
@@ -123,7 +124,11 @@ class ProcessBackend:
             self._output_dispatcher.call_at(time.monotonic() + _LOOK_PERIOD_S, self._look)
 
     def _report_the_rest(self) -> None:
-        """Tell of what ended with the torch-only process: nobody else does, and pools wait for it."""
+        """Tell of what ended with the torch-only process: nobody else does, and pools wait for it.
+
+        What had outlived an earlier torch-only process did not end with this one, so it is ended here. No other worker
+        can follow: without :attr:`WorkerExit.is_final` a pool would wait to start one, on a timer that never comes.
+        """
         with self._lock:
             processes = list(self._processes)
         if not processes:
@@ -131,7 +136,8 @@ class ProcessBackend:
         told = threading.Event()
         try:
             for process in processes:
-                self.dispatcher.call_soon(functools.partial(process.process_exited, None))
+                process.child.send(signal.SIGKILL)
+                self.dispatcher.call_soon(functools.partial(process.process_exited, None, is_final=True))
             self.dispatcher.call_soon(told.set)
         except ManagerClosed:
             return  # it was closed before, and they were told then
@@ -191,8 +197,7 @@ class ProcessHost:
         """Have a worker forked, from the template unless there must be none."""
         self._backend.look_after(worker)
         try:
-            with self._changed:
-                template = self._template_locked()
+            template = self._template_or_close(fds)
             if template is None or not template.fork(worker, job, fds):
                 worker.template = None
                 self._backend.forkserver.fork(job, fds, worker)
@@ -225,6 +230,16 @@ class ProcessHost:
         """A worker is gone."""
         self._backend.forget(worker)
 
+    def _template_or_close(self, fds: Sequence[int]) -> Template | None:
+        """Return the template, started if need be, or None if there must be none; close ``fds`` if that fails."""
+        try:
+            with self._changed:
+                return self._template_locked()
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
     def _template_locked(self) -> Template | None:
         if self._sharing.is_shared is False:
             return None
@@ -233,7 +248,12 @@ class ProcessHost:
             reader, writer = os.pipe()
             self._templates.add(template)
             try:
-                template.start(self._backend.output(reader, self._spec, "template"), writer)
+                try:
+                    output = self._backend.output(reader, self._spec, "template")
+                except BaseException:
+                    os.close(writer)
+                    raise
+                template.start(output, writer)
             except BaseException:
                 self._templates.discard(template)
                 raise

@@ -25,7 +25,7 @@ from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import NUMBER_BYTES, Encoded, WorkerExit, WorkerFault, WorkerJob, WorkerRequest
 from torchmgmt.segments import BrokenSegment
 
-__all__ = ["Parent", "ProcessWorker", "watch_exit"]
+__all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class ProcessWorker:
         self._fault: WorkerFault | None = None
         self._is_ready = False
         self._end_reason = ""
+        self._stop_watching: Callable[[], object] = no_watch
         self._is_over = False
 
     def __repr__(self) -> str:
@@ -103,16 +104,20 @@ class ProcessWorker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self._channel = Channel(ours, self._watch_writable)
-        output_reader, output_writer = os.pipe()
-        self._output = self._parent.open_output(output_reader, self._job)
         page_fd, self._page = _shared_page()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._channel.close)
+            undo.callback(self._page.close)
+            with contextlib.ExitStack() as theirs_too:
+                theirs_too.callback(os.close, page_fd)
+                output_reader, output_writer = os.pipe()
+                theirs_too.callback(os.close, output_writer)
+                self._output = self._parent.open_output(output_reader, self._job)
+                undo.callback(self._output.close)
+                theirs_too.pop_all()
+            # From here on whoever forks it closes them, also if that fails.
             self._parent.fork(self, self._job, (theirs.detach(), output_writer, page_fd))
-        except BaseException:
-            self._channel.close()
-            self._output.close()
-            self._page.close()
-            raise
+            undo.pop_all()
 
     def last_lines(self) -> Sequence[str]:
         """Return the last lines that the worker printed."""
@@ -171,7 +176,7 @@ class ProcessWorker:
         """There is no process, because the one that it was to be forked from ended while it loaded the model."""
         self._finish(exit)
 
-    def process_exited(self, exitcode: int | None) -> None:
+    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None:
         """The process is gone; what it sent before is read first, so that no finished batch is lost with it."""
         if self._is_over:
             return  # it was given up before it came to be
@@ -179,11 +184,11 @@ class ProcessWorker:
         reason = self._end_reason or describe_exit(exitcode)
         lines = self.last_lines()
         started = int.from_bytes(self._page[:], "little")
-        self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started))
+        self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started, is_final))
 
     def orphaned(self) -> None:
         """The process lives on without anybody who reports its end, so watch it ourselves."""
-        watch_exit(self._dispatcher, self.child, self.process_exited)
+        self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
 
     def _finish_unforked(self, reason: str) -> None:
         if self.child.pid is None:
@@ -241,6 +246,7 @@ class ProcessWorker:
         if self._is_over:
             return
         self._is_over = True
+        self._stop_watching()
         self.child.forget()
         self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._channel.close)
@@ -257,20 +263,31 @@ class ProcessWorker:
         self._dispatcher.watch_writable(self._channel, self._channel.flush if on else None)
 
 
-def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | None], object]) -> None:
-    """Have ``on_exit`` called when a process has ended that nobody else watches; without pidfds it is ended now."""
+def no_watch() -> None:
+    """Stop watching what was never watched."""
+
+
+def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | None], object]) -> Callable[[], object]:
+    """Have ``on_exit`` called when a process has ended that nobody else watches; without pidfds it is ended now.
+
+    Returns what ends that, which is to be called on the dispatcher's thread and does nothing the second time.
+    """
     pidfd = child.copy_pidfd()
     if pidfd is None:
         child.send(signal.SIGKILL)
         on_exit(None)
-        return
+        return no_watch
     watched = os.fdopen(pidfd, "rb", buffering=0)
 
-    def on_readable() -> None:
+    def stop() -> None:
         dispatcher.unwatch(watched, watched.close)
+
+    def on_readable() -> None:
+        stop()
         on_exit(None)
 
     dispatcher.watch(watched, on_readable)
+    return stop
 
 
 def _shared_page() -> tuple[int, mmap.mmap]:

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -17,7 +17,7 @@ from torchmgmt.backends.child import Child, describe_exit
 from torchmgmt.backends.forker import Forker
 from torchmgmt.backends.forkserver import ForkServer
 from torchmgmt.backends.output import Output
-from torchmgmt.backends.process_worker import ProcessWorker, watch_exit
+from torchmgmt.backends.process_worker import ProcessWorker, no_watch, watch_exit
 from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.records import ModelSpec, TemplateJob, WorkerExit, WorkerFault, WorkerJob
@@ -71,6 +71,7 @@ class Template:
         self._fault: WorkerFault | None = None
         self._end_reason = ""
         self._successor: ProcessWorker | None = None
+        self._stop_watching: Callable[[], object] = no_watch
         self._lock = threading.Lock()
         # guarded by _lock
         self._waiting: list[_Waiting] | None = []  # None: it waits for nothing, so workers are forked at once
@@ -163,15 +164,17 @@ class Template:
         """There is no process."""
         self._finish(WorkerExit(0, None, reason, last_lines))
 
-    def process_exited(self, exitcode: int | None) -> None:
+    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None:
         """It is gone. Its workers are not; from now on their grandparent reports how they end."""
         if self._successor is not None:
-            self._successor.process_exited(exitcode)
+            self._successor.process_exited(exitcode, is_final=is_final)
             return
         self._forker.read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
-        exit = WorkerExit(self.pid or 0, exitcode, f"its template: {reason}", self._output.last_lines(), self._fault)
-        self._hand_over_workers(exit)
+        reason, lines = f"its template: {reason}", self._output.last_lines()
+        exit = WorkerExit(self.pid or 0, exitcode, reason, lines, self._fault, is_final=is_final)
+        if not is_final:  # else each of them is told by the backend
+            self._hand_over_workers(exit)
         self._finish(exit)
 
     def orphaned(self) -> None:
@@ -179,7 +182,7 @@ class Template:
         if self._successor is not None:
             self._successor.orphaned()
         else:
-            watch_exit(self._dispatcher, self.child, self.process_exited)
+            self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
 
     def _hand_over_workers(self, exit: WorkerExit) -> None:
         listeners = self._forker.take_listeners()
@@ -196,6 +199,7 @@ class Template:
         with self._lock:
             self._is_over = True
             waiting, self._waiting = self._waiting or [], None
+        self._stop_watching()
         self.child.forget()
         self._forker.close()
         self._output.close()

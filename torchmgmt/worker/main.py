@@ -28,6 +28,7 @@ from torchmgmt.worker.process import (
     EXIT_STOPPED,
     be_process,
     die_with,
+    keep_standard_streams_open,
     redirect_output,
     reseed,
     restore_environment,
@@ -132,6 +133,7 @@ def load_model(spec: ModelSpec) -> Handler:
     try:
         return load_handler(spec, Context.for_model(spec))
     finally:
+        keep_standard_streams_open()
         # A handler's file may be called like a module that was imported before, and that others import later.
         sys.modules.update(before)
 
