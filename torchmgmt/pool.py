@@ -221,10 +221,13 @@ class WorkerPool:
             if self._state in _OVER:
                 raise self._closed_error()
             self._scale = wanted
-            self._drain_until = NEVER if timeout < 0 else time.monotonic() + timeout
+            self._drain_until = drain_until = NEVER if timeout < 0 else time.monotonic() + timeout
             self._gave_up = False
             self._failures = Failures()
         self._reconcile()
+        with self._lock:
+            if self._drain_until == drain_until:
+                self._drain_until = NEVER  # a worker that goes later, to be replaced or for lack of work, has its time
         self.pump()
 
     def wait_ready(self, timeout: float | None = None) -> None:
@@ -716,7 +719,9 @@ class WorkerPool:
         if self._last_error is not None and worker.state is WorkerState.BUSY:
             self._note_success_locked()
         if not worker.jobs:
-            if worker.state is WorkerState.BUSY:
+            if self._is_ending and worker.state in {WorkerState.BUSY, WorkerState.DRAINING}:
+                self._stop_locked(worker, STOP_GRACE_S)  # it was done just before it would have been killed
+            elif worker.state is WorkerState.BUSY:
                 worker.advance(WorkerEvent.FINISH)
                 self._idle.append(worker)
             elif worker.state is WorkerState.DRAINING:

@@ -95,6 +95,9 @@ class Forker:
         """Have a child forked that does ``job``; its descriptors ``fds`` are closed here. Return its number.
 
         ``in_place``: the process shall not fork but do it itself, and forks no more. It is told of as what it was.
+
+        Raises:
+            ManagerClosed: the process is gone, and so is the dispatcher that would tell ``listener`` of it.
         """
         number = next(self._numbers)
         with self._lock:
@@ -168,7 +171,8 @@ class Forker:
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind is Kind.FORKED:
             number, pid, has_pidfd = frame.head
-            pidfd = self._reader.fds.pop(0) if has_pidfd else None
+            # It got lost if this program has no descriptor left.
+            pidfd = self._reader.fds.pop(0) if has_pidfd and self._reader.fds else None
             listener = self._answered(number, is_over=False)
             if listener is not None:
                 listener.forked(pid, pidfd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -99,15 +100,22 @@ class ProcessBackend:
         """Sample its memory and see that it is not stopped, until :meth:`forget`; for this backend's own parts."""
         with self._lock:
             self._processes[process] = 0
-            if self._is_looking:
-                return
-            self._is_looking = True
-        self._output_dispatcher.call_at(time.monotonic() + _LOOK_PERIOD_S, self._look)
+            was_looking, self._is_looking = self._is_looking, True
+        if not was_looking:
+            try:
+                self._look_later()
+            except BaseException:
+                with self._lock:
+                    self._is_looking = False
+                raise
 
     def forget(self, process: _Looked) -> None:
         """Drop a process that is gone."""
         with self._lock:
             self._processes.pop(process, None)
+
+    def _look_later(self) -> None:
+        self._output_dispatcher.call_at(time.monotonic() + _LOOK_PERIOD_S, self._look)
 
     def _look(self) -> None:
         with self._lock:
@@ -115,13 +123,15 @@ class ProcessBackend:
                 self._processes[process] += 1
             processes = dict(self._processes)
             self._is_looking = bool(processes)
+        if not processes:
+            return
+        with contextlib.suppress(ManagerClosed):
+            self._look_later()  # first: whatever goes wrong with one of them, the others are looked after
         for process, looks in processes.items():
             process.end_if_stopped()
             if looks % _LOOKS_PER_SAMPLE == 2:  # the first time when it has settled
                 process.child.sample_memory()
-        if processes:
-            self.forkserver.end_if_stopped()
-            self._output_dispatcher.call_at(time.monotonic() + _LOOK_PERIOD_S, self._look)
+        self.forkserver.end_if_stopped()
 
     def _report_the_rest(self) -> None:
         """Tell of what ended with the torch-only process: nobody else does, and pools wait for it.
@@ -157,6 +167,7 @@ class ProcessHost:
         self._sharing = _decided_before(spec)
         self._template: Template | None = None
         self._templates: set[Template] = set()  # those on their way out included
+        self._unforked: set[ProcessWorker] = set()  # those that were started and have no process yet
 
     @property
     def is_closed(self) -> bool:
@@ -173,8 +184,13 @@ class ProcessHost:
         return ProcessWorker(self, WorkerJob(self._spec, worker_id, threads), listener)
 
     def rest(self) -> None:
-        """Give up the template; the next worker loads the model anew. Does not block; idempotent."""
+        """Give up the template; the next worker loads the model anew. Does not block; idempotent.
+
+        While a worker waits to be forked from it this does nothing: that was wanted after the wish to rest.
+        """
         with self._changed:
+            if self._unforked:
+                return
             template, self._template = self._template, None
             self._sharing = _decided_before(self._spec)
         if template is not None:
@@ -195,14 +211,13 @@ class ProcessHost:
 
     def fork(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> None:
         """Have a worker forked, from the template unless there must be none."""
-        self._backend.look_after(worker)
         try:
             template = self._template_or_close(fds)
             if template is None or not template.fork(worker, job, fds):
                 worker.template = None
                 self._backend.forkserver.fork(job, fds, worker)
         except BaseException:
-            self._backend.forget(worker)
+            self.forget(worker)
             raise
 
     def withdraw(self, worker: ProcessWorker) -> bool:
@@ -229,6 +244,12 @@ class ProcessHost:
     def forget(self, worker: ProcessWorker) -> None:
         """A worker is gone."""
         self._backend.forget(worker)
+        self.was_forked(worker)
+
+    def was_forked(self, worker: ProcessWorker) -> None:
+        """A worker does not wait for the template any more."""
+        with self._changed:
+            self._unforked.discard(worker)
 
     def _template_or_close(self, fds: Sequence[int]) -> Template | None:
         """Return the template, started if need be, or None if there must be none; close ``fds`` if that fails."""
@@ -245,7 +266,6 @@ class ProcessHost:
             return None
         if self._template is None:
             template = Template(self, self._spec, self._backend.forkserver, self.dispatcher)
-            reader, writer = os.pipe()
             self._templates.add(template)
             try:
                 try:
@@ -255,10 +275,10 @@ class ProcessHost:
                     raise
                 template.start(output, writer)
             except BaseException:
+                self._backend.forget(template)
                 self._templates.discard(template)
                 raise
             self._template = template
-            self._backend.look_after(template)
         return self._template
 
     # -- for its template, on the dispatcher's thread ------------------------------------------------------------------

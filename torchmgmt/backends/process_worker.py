@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -59,6 +60,9 @@ class Parent(Protocol):
     def hung_after_fork(self, worker: ProcessWorker) -> None:
         """The worker was forked from a template and showed no sign of life."""
 
+    def was_forked(self, worker: ProcessWorker) -> None:
+        """It has a process of its own."""
+
     def forget(self, worker: ProcessWorker) -> None:
         """It is gone."""
 
@@ -79,6 +83,8 @@ class ProcessWorker:
         self._end_reason = ""
         self._stop_watching: Callable[[], object] = no_watch
         self._is_over = False
+        self._is_started = False
+        self._is_to_be_killed = False
 
     def __repr__(self) -> str:
         return f"<ProcessWorker {self._job.worker_id} of {self._job.spec.key}, pid {self.child.pid}>"
@@ -121,21 +127,21 @@ class ProcessWorker:
 
     def last_lines(self) -> Sequence[str]:
         """Return the last lines that the worker printed."""
-        return self._output.last_lines()
+        return self._output.last_lines() if self._is_open else ()
 
     def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
         """Send it a batch."""
         head = [(each.request_id, each.headers, len(each.row.segments), each.deadline) for each in requests]
         segments = [segment for request in requests for segment in request.row.segments]
-        self._channel.send(Frame(Kind.RUN, (number, head), segments))
+        self._send(Frame(Kind.RUN, (number, head), segments))
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
-        self._channel.send(Frame(Kind.DESCRIBE, number))
+        self._send(Frame(Kind.DESCRIBE, number))
 
     def stop(self) -> None:
         """Ask it to end after what it was sent."""
-        self._channel.send(Frame(Kind.STOP))
+        self._send(Frame(Kind.STOP))
 
     def terminate(self) -> None:
         """Send it SIGTERM; one that is not forked yet never is."""
@@ -146,6 +152,10 @@ class ProcessWorker:
 
     def kill(self) -> None:
         """Have it write down where it is, then send it SIGKILL."""
+        with self._lock:
+            self._is_to_be_killed = True
+            if not self._is_started:
+                return  # whoever starts it sees to that
         if self._parent.end_loading(self) or self.child.kill():
             return
         # Not forked yet, perhaps because torch is being imported. Nobody shall wait for that; if the process still comes
@@ -162,6 +172,7 @@ class ProcessWorker:
     def forked(self, pid: int, pidfd: int | None) -> None:
         """The process runs."""
         self.child.forked(pid, pidfd)
+        self._parent.was_forked(self)
         if self._is_over:
             return
         self._dispatcher.watch(self._channel, self._on_readable)
@@ -182,6 +193,8 @@ class ProcessWorker:
             return  # it was given up before it came to be
         self._read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
+        if self._was_cut_off and exitcode in {None, -signal.SIGKILL} and not self._end_reason:
+            reason = "it had closed the socket through which it is spoken to, and was killed"
         lines = self.last_lines()
         started = int.from_bytes(self._page[:], "little")
         self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started, is_final))
@@ -224,7 +237,10 @@ class ProcessWorker:
         self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._channel.close)
         # Its end is reported by whoever reaps it. A handler may have closed the descriptor and live on, though.
-        self._dispatcher.call_at(time.monotonic() + _LINGER_S, lambda: self.child.send(signal.SIGKILL))
+        self._dispatcher.call_at(time.monotonic() + _LINGER_S, self._cut_off)
+
+    def _cut_off(self) -> None:
+        self._was_cut_off = self.child.send(signal.SIGKILL)
 
     def _read_the_rest(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
@@ -243,17 +259,47 @@ class ProcessWorker:
             self._fault = frame.head
 
     def _finish(self, exit: WorkerExit) -> None:
-        if self._is_over:
+        if not self._is_last():
             return
         self._is_over = True
         self._stop_watching()
         self.child.forget()
         self._channel.close_sending()
-        self._dispatcher.unwatch(self._channel, self._channel.close)
+        self._dispatcher.unwatch(self._channel, self._close_ends)
         self._output.close()
-        self._page.close()
         self._parent.forget(self)
         self._listener.exited(attrs.evolve(exit, is_final=True) if self._parent.is_closed else exit)
+
+    def _is_last(self) -> bool:
+        """Mark it as over; return whether it was not before."""
+        with self._lock:
+            was_over, self._is_over = self._is_over, True
+        return not was_over
+
+    def _close_ends(self) -> None:
+        self._channel.close()
+        self._page.close()
+
+    def _open(self) -> Sequence[int]:
+        """Make what connects it with its process, and return the descriptors that the process gets."""
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            undo.callback(theirs.close)
+            reader, writer = os.pipe()
+            undo.callback(os.close, writer)
+            output = self._parent.open_output(reader, self._job)
+            undo.callback(output.close)
+            page_fd, page = _shared_page()
+            undo.pop_all()
+        ours.setblocking(False)
+        self._channel, self._output, self._page = Channel(ours, self._watch_writable), output, page
+        self._is_open = True
+        return theirs.detach(), writer, page_fd
+
+    def _send(self, frame: Frame) -> None:
+        if self._is_open:
+            self._channel.send(frame)
 
     def _on_dispatcher(self, callback: Callable[[], object]) -> None:
         with contextlib.suppress(ManagerClosed):  # then all are told of their end
