@@ -79,7 +79,7 @@ class Forker:
         # guarded by _lock
         self._listeners: dict[int, ForkListener] = {}
         self._unanswered: set[int] = set()  # noted before it is asked
-        self._is_over = False
+        self._is_over = False  # whoever asks from now on is told so at once
 
     def listen(self) -> None:
         """Begin to read."""
@@ -102,13 +102,15 @@ class Forker:
         number = next(self._numbers)
         with self._lock:
             is_over = self._is_over
-            if not (in_place or is_over):
+            if not (is_over or in_place):
                 self._listeners[number] = listener
                 self._unanswered.add(number)
-        if is_over:  # since the caller looked, and all that were waiting have been told
+        if is_over:
             for fd in fds:
                 os.close(fd)
-            self._tell_soon(listener)
+            if not in_place:
+                # Its end was dealt with while we were on our way here: nobody else will say so.
+                self._dispatcher.call_soon(lambda: listener.fork_failed("the process that was to fork it ended", []))
             return number
         self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
         self._look_later(number)
@@ -121,7 +123,7 @@ class Forker:
         self.send(Frame(Kind.ADOPT, (template, {pid: number for number, (pid, _) in orphans.items()})))
 
     def take_listeners(self) -> dict[int, ForkListener]:
-        """Return, by their numbers, those that wait to be told of something; for when the process has ended."""
+        """Return, by their numbers, those that wait to be told of something; who asks later is told at once."""
         with self._lock:
             self._is_over = True
             listeners, self._listeners = self._listeners, {}
@@ -199,10 +201,6 @@ class Forker:
         with self._lock:
             self._unanswered.discard(number)
             return self._listeners.pop(number, None) if is_over else self._listeners.get(number)
-
-    def _tell_soon(self, listener: ForkListener) -> None:
-        with contextlib.suppress(ManagerClosed):  # then all are told of their end
-            self._dispatcher.call_soon(lambda: listener.fork_failed("the process that should fork it had ended", []))
 
     def _look_later(self, number: int) -> None:
         with contextlib.suppress(ManagerClosed):

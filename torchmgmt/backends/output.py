@@ -53,7 +53,7 @@ class Output:
         self._rest = b""
         try:
             dispatcher.watch(self._pipe, self._on_readable)
-        except BaseException:  # the dispatcher was closed
+        except BaseException:
             self._pipe.close()
             raise
 

@@ -39,7 +39,7 @@ class _Looked(Protocol):
 
     def end_if_stopped(self) -> None: ...
 
-    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None: ...
+    def process_exited(self, exitcode: int | None) -> None: ...
 
 
 class ProcessBackend:
@@ -134,11 +134,7 @@ class ProcessBackend:
         self.forkserver.end_if_stopped()
 
     def _report_the_rest(self) -> None:
-        """Tell of what ended with the torch-only process: nobody else does, and pools wait for it.
-
-        What had outlived an earlier torch-only process did not end with this one, so it is ended here. No other worker
-        can follow: without :attr:`WorkerExit.is_final` a pool would wait to start one, on a timer that never comes.
-        """
+        """Tell of what ended with the torch-only process: nobody else does, and pools wait for it."""
         with self._lock:
             processes = list(self._processes)
         if not processes:
@@ -146,8 +142,8 @@ class ProcessBackend:
         told = threading.Event()
         try:
             for process in processes:
-                process.child.send(signal.SIGKILL)
-                self.dispatcher.call_soon(functools.partial(process.process_exited, None, is_final=True))
+                process.child.send(signal.SIGKILL)  # what had outlived an earlier one did not end with this one
+                self.dispatcher.call_soon(functools.partial(process.process_exited, None))
             self.dispatcher.call_soon(told.set)
         except ManagerClosed:
             return  # it was closed before, and they were told then
@@ -212,7 +208,17 @@ class ProcessHost:
     def fork(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> None:
         """Have a worker forked, from the template unless there must be none."""
         try:
-            template = self._template_or_close(fds)
+            with self._changed:
+                self._unforked.add(worker)
+            self._backend.look_after(worker)
+            with self._changed:
+                template = self._template_locked()
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            self.forget(worker)
+            raise
+        try:
             if template is None or not template.fork(worker, job, fds):
                 worker.template = None
                 self._backend.forkserver.fork(job, fds, worker)
@@ -251,16 +257,6 @@ class ProcessHost:
         with self._changed:
             self._unforked.discard(worker)
 
-    def _template_or_close(self, fds: Sequence[int]) -> Template | None:
-        """Return the template, started if need be, or None if there must be none; close ``fds`` if that fails."""
-        try:
-            with self._changed:
-                return self._template_locked()
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-
     def _template_locked(self) -> Template | None:
         if self._sharing.is_shared is False:
             return None
@@ -268,12 +264,8 @@ class ProcessHost:
             template = Template(self, self._spec, self._backend.forkserver, self.dispatcher)
             self._templates.add(template)
             try:
-                try:
-                    output = self._backend.output(reader, self._spec, "template")
-                except BaseException:
-                    os.close(writer)
-                    raise
-                template.start(output, writer)
+                self._backend.look_after(template)
+                template.start(lambda fd: self._backend.output(fd, self._spec, "template"))
             except BaseException:
                 self._backend.forget(template)
                 self._templates.discard(template)

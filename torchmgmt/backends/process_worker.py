@@ -82,6 +82,13 @@ class ProcessWorker:
         self._is_ready = False
         self._end_reason = ""
         self._stop_watching: Callable[[], object] = no_watch
+        self._was_cut_off = False
+        self._channel: Channel  # these three from start on
+        self._output: Output
+        self._page: mmap.mmap
+        self._is_open = False
+        self._lock = threading.Lock()
+        # guarded by _lock
         self._is_over = False
         self._is_started = False
         self._is_to_be_killed = False
@@ -107,23 +114,20 @@ class ProcessWorker:
 
     def start(self) -> None:
         """Have the process forked. What it is sent before it runs waits in the socket."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._channel = Channel(ours, self._watch_writable)
-        page_fd, self._page = _shared_page()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._channel.close)
-            undo.callback(self._page.close)
-            with contextlib.ExitStack() as theirs_too:
-                theirs_too.callback(os.close, page_fd)
-                output_reader, output_writer = os.pipe()
-                theirs_too.callback(os.close, output_writer)
-                self._output = self._parent.open_output(output_reader, self._job)
-                undo.callback(self._output.close)
-                theirs_too.pop_all()
-            # From here on whoever forks it closes them, also if that fails.
-            self._parent.fork(self, self._job, (theirs.detach(), output_writer, page_fd))
-            undo.pop_all()
+        fds = self._open()
+        try:
+            self._parent.fork(self, self._job, fds)
+        except BaseException:
+            if not self._is_last():
+                return  # the backend was closed meanwhile, and the listener told
+            self._output.close()
+            self._close_ends()
+            raise
+        with self._lock:
+            self._is_started = True
+            is_to_be_killed = self._is_to_be_killed
+        if is_to_be_killed:
+            self.kill()
 
     def last_lines(self) -> Sequence[str]:
         """Return the last lines that the worker printed."""
@@ -187,7 +191,7 @@ class ProcessWorker:
         """There is no process, because the one that it was to be forked from ended while it loaded the model."""
         self._finish(exit)
 
-    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None:
+    def process_exited(self, exitcode: int | None) -> None:
         """The process is gone; what it sent before is read first, so that no finished batch is lost with it."""
         if self._is_over:
             return  # it was given up before it came to be
@@ -197,7 +201,7 @@ class ProcessWorker:
             reason = "it had closed the socket through which it is spoken to, and was killed"
         lines = self.last_lines()
         started = int.from_bytes(self._page[:], "little")
-        self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started, is_final))
+        self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started))
 
     def orphaned(self) -> None:
         """The process lives on without anybody who reports its end, so watch it ourselves."""
@@ -261,7 +265,6 @@ class ProcessWorker:
     def _finish(self, exit: WorkerExit) -> None:
         if not self._is_last():
             return
-        self._is_over = True
         self._stop_watching()
         self.child.forget()
         self._channel.close_sending()

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -76,6 +76,7 @@ class Template:
         self._number = 0
         self._successor: ProcessWorker | None = None
         self._stop_watching: Callable[[], object] = no_watch
+        self._is_finished = False
         self._lock = threading.Lock()
         # guarded by _lock
         self._waiting: list[_Waiting] | None = []  # None: it waits for nothing, so workers are forked at once
@@ -177,17 +178,17 @@ class Template:
         """There is no process."""
         self._finish(WorkerExit(0, None, reason, last_lines))
 
-    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None:
+    def process_exited(self, exitcode: int | None) -> None:
         """It is gone. Its workers are not; from now on their grandparent reports how they end."""
-        if self._successor is not None:
-            self._successor.process_exited(exitcode, is_final=is_final)
+        if self._successor is not None or self._is_finished:
+            self._hand_over({})
+            if self._successor is not None:
+                self._successor.process_exited(exitcode)
             return
         self._forker.read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
-        reason, lines = f"its template: {reason}", self._output.last_lines()
-        exit = WorkerExit(self.pid or 0, exitcode, reason, lines, self._fault, is_final=is_final)
-        if not is_final:  # else each of them is told by the backend
-            self._hand_over_workers(exit)
+        exit = WorkerExit(self.pid or 0, exitcode, f"its template: {reason}", self._output.last_lines(), self._fault)
+        self._hand_over_workers(exit)
         self._finish(exit)
 
     def orphaned(self) -> None:
