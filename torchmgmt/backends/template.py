@@ -187,6 +187,8 @@ class Template:
             return
         self._forker.read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
+        if not (self._end_reason or self._fault):
+            log.warning("The template %s of %s ended: %s", self.pid, self._spec.key, reason)
         exit = WorkerExit(self.pid or 0, exitcode, f"its template: {reason}", self._output.last_lines(), self._fault)
         self._hand_over_workers(exit)
         self._finish(exit)
