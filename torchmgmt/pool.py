@@ -744,7 +744,7 @@ class WorkerPool:
             if not self._is_ending:
                 self._queue.give_back(unstarted)
             if not worker.is_unwanted:
-                self._note_failure_locked(worker, error)
+                self._note_failure_locked(worker, error, is_retryable=exit.is_retryable)
             if exit.is_final:
                 self._last_error = error
                 self._give_up_locked()
@@ -771,13 +771,16 @@ class WorkerPool:
         if self._ready_locked() >= self._scale.min_workers:
             self._last_error = None
 
-    def _note_failure_locked(self, worker: PoolWorker, error: WorkerStartFailed | WorkerDied) -> None:
+    def _note_failure_locked(
+        self, worker: PoolWorker, error: WorkerStartFailed | WorkerDied, *, is_retryable: bool
+    ) -> None:
         now = time.monotonic()
         earlier = Failures() if now - worker.ready_at >= WELL_AFTER_S else self._failures
         self._failures = earlier.another(now, worker.spawned_at)
         self._jitter = random.uniform(0.5, 1.5)
         self._last_error = error
-        self._starts_failed += isinstance(error, WorkerStartFailed)
+        # Whoever waits for a start need not hear of what another attempt, which is made in a moment, may well set right.
+        self._starts_failed += isinstance(error, WorkerStartFailed) and not is_retryable
         self._actions.append(lambda: log.warning("%s", error))
 
 

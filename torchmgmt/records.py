@@ -289,6 +289,8 @@ class WorkerExit:
     """The number of the last batch that it began, 0 for none; None if nobody can tell, so that all may have begun."""
     is_final: bool = False
     """Whether another worker must not be started in its place: what ended it would end that one, too."""
+    is_retryable: bool = False
+    """Whether it never came to be because who should fork it had died: that says nothing against another attempt."""
 
 
 @frozen(kw_only=True)

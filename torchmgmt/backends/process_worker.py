@@ -183,9 +183,9 @@ class ProcessWorker:
         if self.template is not None:
             self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, self._check_sign_of_life)
 
-    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+    def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         """There is no process."""
-        self._finish(WorkerExit(0, None, reason, last_lines))
+        self._finish(WorkerExit(0, None, reason, last_lines, is_retryable=is_retryable))
 
     def template_failed(self, exit: WorkerExit) -> None:
         """There is no process, because the one that it was to be forked from ended while it loaded the model."""

@@ -174,9 +174,9 @@ class Template:
         if not self._is_finished:
             self._forker.listen()
 
-    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+    def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         """There is no process."""
-        self._finish(WorkerExit(0, None, reason, last_lines))
+        self._finish(WorkerExit(0, None, reason, last_lines, is_retryable=is_retryable))
 
     def process_exited(self, exitcode: int | None) -> None:
         """It is gone. Its workers are not; from now on their grandparent reports how they end."""
@@ -205,7 +205,7 @@ class Template:
         orphans = {number: (pid, each) for number, each in listeners.items() if (pid := each.child.pid) is not None}
         self._hand_over(orphans)
         for number in listeners.keys() - orphans.keys():
-            listeners[number].fork_failed(exit.reason, exit.last_lines)
+            listeners[number].fork_failed(exit.reason, exit.last_lines, is_retryable=True)
 
     def _hand_over(self, orphans: Mapping[int, tuple[int, ForkListener]]) -> None:
         """Say whose ends are still to be reported. Also if there are none: it ends no stray before it knows."""
