@@ -688,6 +688,7 @@ class WorkerPool:
             pid = worker.handle.pid if worker.handle else None
             self._tell_locked(WorkerReady(self.spec.key, worker.id, pid or 0, worker.ready_at - worker.spawned_at))
             self._changed.notify_all()
+        self._reconcile()  # the one that it takes the place of can go now
         self.pump()
 
     def _on_done(self, worker: PoolWorker, number: int, outcomes: Sequence[Outcome]) -> None:

@@ -304,9 +304,24 @@ def test_what_is_replaced_later_has_its_time(backend: FakeBackend, make: Callabl
     assert successor is not worn
     successor.listener.ready()
     backend.look()
+    backend.look()
     assert "kill" not in worn.told, "its running batch was cut off"
     worn.answers("whole")
     assert running.result(0) == ["whole"]
+    assert "stop" in worn.told
+    finish(pool, backend)
+
+
+def test_a_worn_worker_goes_as_soon_as_its_successor_serves(
+    backend: FakeBackend, make: Callable[..., WorkerPool]
+) -> None:
+    """Nothing else has to happen for that: the one is told to end when the other is ready."""
+    pool = make(1, max_requests=1)
+    (worn,) = backend.model.workers
+    pool.submit([1])
+    worn.answers()
+    assert "stop" not in worn.told
+    backend.model.workers[-1].listener.ready()
     assert "stop" in worn.told
     finish(pool, backend)
 
