@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.faults.conftest import both_ways
 from tests.faults.processes import forkers_of, kill, only_pid, pids_of, torch_only_of, wait_for_another
-from tests.handlers import EVAL, Deployer, Gate, is_gone, until, write_folder
+from tests.handlers import EVAL, TOOLS, Deployer, Gate, is_gone, until, write_folder
 from torchmgmt import ModelManager, ProcessBackend
 from torchmgmt.backends import child, forker
 from torchmgmt.errors import TorchmgmtError, WorkerDied, WorkerStartFailed
@@ -70,6 +71,55 @@ def test_no_process_outlives_the_program(
         program.wait(20)
     for pid in pids:
         until(lambda pid=pid: is_gone(pid), f"process {pid} of a program that was {what} is gone")
+
+
+def is_sleep(pid: int) -> bool:
+    """Whether a process is the one that a handler of this file starts."""
+    try:
+        return psutil.Process(pid).name() == "sleep"
+    except psutil.NoSuchProcess:
+        return False
+
+
+LOADING_PROGRAM = """
+import json, os, sys, threading
+import psutil
+from torchmgmt import ModelManager
+manager = ModelManager()
+options = {"handler": "handler.py", "share_weights": sys.argv[2], "synchronous": False}
+model = manager.register(sys.argv[1], model_name="m", initial_workers=2, **options)
+while not os.path.exists(sys.argv[3]):
+    pass
+print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)]), flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.usefixtures("light_torch")
+@pytest.mark.parametrize("torch_only_too", [False, True], ids=["program", "both"])
+@both_ways
+def test_no_process_outlives_the_program_while_it_loads(
+    tmp_path: Path, share_weights: str, torch_only_too: bool
+) -> None:
+    """Killed in the middle of a load that never ends, the program leaves nobody: not who loads, nor what that started."""
+    begun = tmp_path / "begun"
+    load = f"import subprocess\nsubprocess.Popen(['sleep', '1000'])\nnote({str(begun)!r})\nthreading.Event().wait()\n"
+    folder = write_folder(tmp_path / "model", TOOLS + load)
+    command: list[Any] = [sys.executable, "-c", LOADING_PROGRAM, folder, share_weights, begun]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        pids: list[int] = json.loads(program.stdout.readline())
+        assert len(pids) >= 3
+        if torch_only_too:
+            os.kill(pids[0], signal.SIGKILL)
+        program.kill()
+        program.wait(20)
+    # Nobody is left to end what a handler had started when both are killed at once.
+    ours = [pid for pid in pids if not (torch_only_too and is_sleep(pid))]
+    for pid in ours:
+        until(lambda pid=pid: is_gone(pid), f"process {pid} of a program that was loading is gone")
+    for pid in {*pids} - {*ours}:
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("light_torch")
@@ -202,12 +252,11 @@ def test_a_hung_torch_only_process_is_replaced(deploy_own: Deployer, monkeypatch
     torch_only = torch_only_of(worker)
     torch_only.suspend()
 
-    with pytest.raises(WorkerStartFailed):
-        deploy_own(model_name="other", startup_timeout=1)
+    other = deploy_own(model_name="other")
 
-    until(lambda: is_gone(torch_only.pid), "the hung torch-only process is gone")
+    assert is_gone(torch_only.pid)
+    assert other.predict("1", timeout=20) == 1
     assert model.predict("os.getpid()", timeout=20) == worker
-    assert deploy_own(model_name="other").predict("1") == 1
 
 
 def test_an_impatient_model_does_not_fail_the_start_of_others(deploy_own: Deployer, light_torch: Path) -> None:
