@@ -16,6 +16,7 @@ import re
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from typing import Any
 import torch
 from attrs import frozen
 
-__all__ = ["Marks", "accelerators_in_use", "findings", "marks", "postponed_thread_settings"]
+__all__ = ["Marks", "accelerators_in_use", "findings", "marks", "marks_after", "postponed_thread_settings"]
 
 _PROC = Path("/proc/self")
 _HARMLESS = frozenset({"/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"})
 _FLAGS = re.compile(r"^flags:\s*([0-7]+)", re.MULTILINE)
+# What ends a thread after Python has let go of it takes microseconds, on a busy machine milliseconds.
+_THREADS_END_S = 0.2
 _ACCELERATORS = ("cuda", "xpu", "mtia")
 
 
@@ -54,6 +57,20 @@ def marks() -> Marks:
         frozenset(_writable_shared_mappings()),
         frozenset(_children()),
     )
+
+
+def marks_after(before: Marks) -> Marks:
+    """Return what this process has now that loading is over; blocks for a moment if threads are about to vanish.
+
+    The system has a thread a little longer than whoever waited for its end.
+    """
+    until = time.monotonic() + _THREADS_END_S
+    while True:
+        after = marks()
+        alive = {str(thread.native_id) for thread in threading.enumerate()}
+        if after.threads <= before.threads | alive or time.monotonic() >= until:
+            return after
+        time.sleep(0.001)
 
 
 def findings(before: Marks, after: Marks) -> list[str]:

@@ -82,7 +82,7 @@ class TemplateProcess:
             return [f"a context on an accelerator ({name})" for name in accelerators], True
         if before is None:
             return ["this system does not show what loading a model leaves behind"], False
-        found = fitness.findings(before, fitness.marks())
+        found = fitness.findings(before, fitness.marks_after(before))
         if found and self._spec.share_weights is ShareWeights.ALWAYS:
             log.warning("Forked although loading the model left behind: %s", "; ".join(found))
         return found, False
