@@ -75,6 +75,7 @@ class Template:
         self._grandparent: Forker | None = None
         self._number = 0
         self._successor: ProcessWorker | None = None
+        self._is_orphan = False
         self._stop_watching: Callable[[], object] = no_watch
         self._is_finished = False
         self._lock = threading.Lock()
@@ -189,15 +190,23 @@ class Template:
         reason = self._end_reason or describe_exit(exitcode)
         if not (self._end_reason or self._fault):
             log.warning("The template %s of %s ended: %s", self.pid, self._spec.key, reason)
-        exit = WorkerExit(self.pid or 0, exitcode, f"its template: {reason}", self._output.last_lines(), self._fault)
+        exit = WorkerExit(
+            self.pid or 0,
+            exitcode,
+            f"its template: {reason}",
+            self._output.last_lines(),
+            self._fault,
+            is_retryable=self._is_orphan and self._fault is None,
+        )
         self._hand_over_workers(exit)
         self._finish(exit)
 
     def orphaned(self) -> None:
-        """It lives on without anybody who reports its end, so watch it ourselves."""
+        """It lives on without anybody who reports its end, so watch it ourselves; one that still loads is killed."""
         if self._successor is not None:
             self._successor.orphaned()
         else:
+            self._is_orphan = True
             self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
 
     def _hand_over_workers(self, exit: WorkerExit) -> None:
