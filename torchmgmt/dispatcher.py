@@ -74,6 +74,7 @@ class Dispatcher:
         self._soon: deque[Callback] = deque()
         self._timers: list[Timer] = []
         self._thread: threading.Thread | None = None
+        self._thread_id = 0
         self._closed = False
         self._wake_fds: tuple[int, int] | None = None
         # belongs to the dispatcher's thread
@@ -119,10 +120,13 @@ class Dispatcher:
 
     def on_thread(self) -> bool:
         """Return whether the caller runs on the dispatcher's thread."""
-        return threading.current_thread() is self._thread
+        return threading.get_ident() == self._thread_id
 
     def close(self) -> None:
-        """Stop after the callbacks that are due already, and what those ask for. Blocks until the thread ended, unless called on it. Idempotent."""
+        """Stop after the callbacks that are due already, and what those ask for. Idempotent.
+
+        Blocks until the thread ended, unless called on it.
+        """
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -144,7 +148,7 @@ class Dispatcher:
                 for fd in fds:
                     os.close(fd)
                 raise
-            self._wake_fds, self._thread = fds, thread
+            self._wake_fds, self._thread, self._thread_id = fds, thread, thread.ident or 0
 
     def _wake_locked(self) -> None:
         if self._wake_fds is not None and not self.on_thread():
@@ -164,7 +168,8 @@ class Dispatcher:
                         self._drain_wake_ups(wake_fd)
                     else:
                         self._serve(key, events)
-                self._run_due()
+                if self._has_due():
+                    self._run_due()
             while self._soon:
                 self._run_due()
         with self._lock:
@@ -182,6 +187,11 @@ class Dispatcher:
                 return None
             return min(max(0.0, self._timers[0].when - self.clock()), _LONGEST_WAIT_S)
 
+    def _has_due(self) -> bool:
+        """Whether there is something to run. Without the lock: what comes at this moment also wakes the selector."""
+        timers = self._timers
+        return bool(self._soon) or bool(timers and timers[0].when <= self.clock())
+
     def _run_due(self) -> None:
         now = self.clock()
         due: list[Callback] = []
@@ -194,10 +204,10 @@ class Dispatcher:
             self._call(callback)
 
     def _serve(self, key: selectors.SelectorKey, events: int) -> None:
-        for event in (selectors.EVENT_READ, selectors.EVENT_WRITE):
-            callback = key.data.get(event)
-            if events & event and callback is not None:
-                self._call(callback)
+        if events & selectors.EVENT_READ and (callback := key.data.get(selectors.EVENT_READ)) is not None:
+            self._call(callback)
+        if events & selectors.EVENT_WRITE and (callback := key.data.get(selectors.EVENT_WRITE)) is not None:
+            self._call(callback)
 
     def _call(self, callback: Callback) -> None:
         try:

@@ -42,6 +42,9 @@ class JobSource(Protocol):
     def fail_waiting(self, error: BaseException) -> int:
         """Answer all that waits with ``error``; return how many requests that were."""
 
+    def may_have_some(self) -> bool:
+        """Whether something may wait; False only if nothing does. Called with the pool's lock held."""
+
     def waited_s(self) -> float:
         """For how many seconds the oldest request has waited; 0 if none does."""
 
@@ -77,6 +80,10 @@ class JobQueue:
             if job.begin():
                 return job
         return self.source.take(full=full) if self.source is not None else None
+
+    def may_have_some(self) -> bool:
+        """Whether something may wait; False only if nothing does. Cheaper than to count it."""
+        return bool(self._returned or self._own) or (self.source is not None and self.source.may_have_some())
 
     def waited_s(self) -> float:
         """For how many seconds the oldest request has waited at the source; 0 if none does."""

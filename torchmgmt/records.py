@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Any, TypeAlias
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, define, field, frozen
 from attrs.validators import optional
 
 from torchmgmt.errors import InvalidArgument
@@ -222,14 +222,17 @@ class ModelSpec:
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
 
 
-@frozen
+# These two are not frozen, as other facts are: to make a frozen one costs a microsecond more, for each request thrice.
+
+
+@define(eq=False)
 class Encoded:
     """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker."""
 
     segments: Sequence[bytes | bytearray | memoryview]
 
 
-@frozen
+@define(eq=False)
 class WorkerRequest:
     """One request as a worker gets it: the row for the handler, its id and its headers."""
 

@@ -170,7 +170,7 @@ def test_scaling_up_again_needs_no_wait_for_those_that_go(deploy: Deployer, gate
 
 @pytest.mark.parametrize("share_weights", ["auto", "never"], ids=["forked", "alone"])
 def test_workers_that_cannot_start_fail_the_call_but_stay_wanted(
-    deploy: Deployer, tmp_path: Path, share_weights: str
+    deploy: Deployer, tmp_path: Path, share_weights: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A synchronous scale whose workers cannot start raises why; what was wanted stays wanted, and is tried again."""
     flag = tmp_path / "flag"
@@ -178,6 +178,7 @@ def test_workers_that_cannot_start_fail_the_call_but_stay_wanted(
     flag.touch()
     if share_weights == "auto":
         kill(template_of(pids(model)[0]))  # the next worker needs another one, which loads the model again
+        until(lambda: "The template" in caplog.text, "its end is known")
 
     with pytest.raises(WorkerStartFailed) as caught:
         model.scale(2)

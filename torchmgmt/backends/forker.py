@@ -79,7 +79,7 @@ class Forker:
         # guarded by _lock
         self._listeners: dict[int, ForkListener] = {}
         self._unanswered: set[int] = set()  # noted before it is asked
-        self._is_over = False
+        self._is_over = False  # whoever asks from now on is told so at once
 
     def listen(self) -> None:
         """Begin to read."""
@@ -95,17 +95,23 @@ class Forker:
         """Have a child forked that does ``job``; its descriptors ``fds`` are closed here. Return its number.
 
         ``in_place``: the process shall not fork but do it itself, and forks no more. It is told of as what it was.
+
+        Raises:
+            ManagerClosed: the process is gone, and so is the dispatcher that would tell ``listener`` of it.
         """
         number = next(self._numbers)
         with self._lock:
             is_over = self._is_over
-            if not (in_place or is_over):
+            if not (is_over or in_place):
                 self._listeners[number] = listener
                 self._unanswered.add(number)
-        if is_over:  # since the caller looked, and all that were waiting have been told
+        if is_over:
             for fd in fds:
                 os.close(fd)
-            self._tell_soon(listener)
+            if not in_place:
+                # Its end was dealt with while we were on our way here: nobody else will say so.
+                reason = "the process that was to fork it ended"
+                self._dispatcher.call_soon(lambda: listener.fork_failed(reason, [], is_retryable=True))
             return number
         self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
         self._look_later(number)
@@ -118,7 +124,7 @@ class Forker:
         self.send(Frame(Kind.ADOPT, (template, {pid: number for number, (pid, _) in orphans.items()})))
 
     def take_listeners(self) -> dict[int, ForkListener]:
-        """Return, by their numbers, those that wait to be told of something; for when the process has ended."""
+        """Return, by their numbers, those that wait to be told of something; who asks later is told at once."""
         with self._lock:
             self._is_over = True
             listeners, self._listeners = self._listeners, {}
@@ -168,7 +174,8 @@ class Forker:
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind is Kind.FORKED:
             number, pid, has_pidfd = frame.head
-            pidfd = self._reader.fds.pop(0) if has_pidfd else None
+            # It got lost if this program has no descriptor left.
+            pidfd = self._reader.fds.pop(0) if has_pidfd and self._reader.fds else None
             listener = self._answered(number, is_over=False)
             if listener is not None:
                 listener.forked(pid, pidfd)
@@ -195,11 +202,6 @@ class Forker:
         with self._lock:
             self._unanswered.discard(number)
             return self._listeners.pop(number, None) if is_over else self._listeners.get(number)
-
-    def _tell_soon(self, listener: ForkListener) -> None:
-        reason = "the process that should fork it had ended"
-        with contextlib.suppress(ManagerClosed):  # then all are told of their end
-            self._dispatcher.call_soon(lambda: listener.fork_failed(reason, [], is_retryable=True))
 
     def _look_later(self, number: int) -> None:
         with contextlib.suppress(ManagerClosed):

@@ -140,28 +140,28 @@ class ForkServer:
 
     def _start(self) -> tuple[_Server, Forker]:
         ours, theirs = socket.socketpair()
-        output_reader, output_writer = os.pipe()
-        with theirs, contextlib.ExitStack() as stack:
-            stack.callback(os.close, output_writer)
-            try:
+        with contextlib.ExitStack() as undo, theirs:
+            undo.callback(ours.close)
+            output_reader, output_writer = os.pipe()
+            with os.fdopen(output_writer, "wb", buffering=0):
+                output = Output(output_reader, self._output_dispatcher, log)
+                undo.callback(output.close)
                 process = _popen(theirs, output_writer)
-            except BaseException:
-                ours.close()
-                os.close(output_reader)
-                raise
-        child = Child(self._dispatcher.call_at)
-        child.forked(process.pid, None)
-        server = _Server(process, child, Output(output_reader, self._output_dispatcher, log), time.monotonic())
-        forker = Forker(
-            ours,
-            self._dispatcher,
-            self.numbers,
-            on_message=lambda frame: self._on_message(server, frame),
-            on_end=lambda: self._on_death(server, forker),
-            on_stuck=lambda: self._is_importing_still(server),
-        )
-        forker.send(Frame(Kind.HELLO, _environment_to_restore()))
-        forker.listen()
+            undo.callback(_reap, process, 0)
+            child = Child(self._dispatcher.call_at)
+            child.forked(process.pid, None)
+            server = _Server(process, child, output, time.monotonic())
+            forker = Forker(
+                ours,
+                self._dispatcher,
+                self.numbers,
+                on_message=lambda frame: self._on_message(server, frame),
+                on_end=lambda: self._on_death(server, forker),
+                on_stuck=lambda: self._is_importing_still(server),
+            )
+            forker.send(Frame(Kind.HELLO, _environment_to_restore()))
+            forker.listen()
+            undo.pop_all()
         return server, forker
 
     # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 
 from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.errors import ManagerClosed
 
 __all__ = ["Output"]
 
@@ -31,9 +32,14 @@ class Output:
     """The reading end of one process's stdout and stderr. Thread-safe; nothing blocks.
 
     Args:
-        fd: a pipe's reading end; it is owned from now on and closed when the last writer closed its end.
+        fd: a pipe's reading end; it is owned from now on, closed when the last writer closed its end, and also if this
+            raises.
         dispatcher: reads it. Not the one that carries answers: somebody's slow log handler must not delay those.
         log: gets each line, as INFO unless the line begins with a syslog priority such as ``<4>``.
+
+    Raises:
+        ManagerClosed: the dispatcher was closed.
+        OSError: the dispatcher cannot be started.
     """
 
     def __init__(self, fd: int, dispatcher: Dispatcher, log: logging.Logger | logging.LoggerAdapter[logging.Logger]):
@@ -47,7 +53,7 @@ class Output:
         self._rest = b""
         try:
             dispatcher.watch(self._pipe, self._on_readable)
-        except BaseException:  # the dispatcher was closed
+        except BaseException:
             self._pipe.close()
             raise
 
@@ -60,7 +66,14 @@ class Output:
 
     def close(self) -> None:
         """Stop reading. Idempotent."""
-        self._dispatcher.unwatch(self._pipe, self._pipe.close)
+        try:
+            self._dispatcher.unwatch(self._pipe, self._close_pipe)
+        except ManagerClosed:  # then nobody waits for it any more
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        with self._lock:  # somebody may be reading the last lines
+            self._pipe.close()
 
     def _on_readable(self) -> None:
         self._log_lines(self._read())
@@ -70,17 +83,20 @@ class Output:
         with self._lock:
             if self._pipe.closed:
                 return []
+            is_over = False
             data = self._pipe.read(_READ_SIZE)
             if data is None:  # nothing is there now
                 return []
             if not data:
                 lines, self._rest = ([self._rest] if self._rest else []), b""
-                self._dispatcher.unwatch(self._pipe, self._pipe.close)
+                is_over = True
             else:
                 *lines, self._rest = (self._rest + data).split(b"\n")
                 if len(self._rest) > _LONGEST_LINE:
                     lines, self._rest = [*lines, self._rest], b""
             self._lines.extend(_PRIORITY.sub("", _text(line), count=1) for line in lines[-_LINES_KEPT:])
+        if is_over:
+            self.close()
         return lines
 
     def _log_lines(self, lines: list[bytes]) -> None:

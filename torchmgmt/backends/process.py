@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -38,7 +39,7 @@ class _Looked(Protocol):
 
     def end_if_stopped(self) -> None: ...
 
-    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None: ...
+    def process_exited(self, exitcode: int | None) -> None: ...
 
 
 class ProcessBackend:
@@ -56,6 +57,7 @@ class ProcessBackend:
         # Lines go to the program's log handlers, which may be slow; answers must not wait for them.
         self._output_dispatcher = Dispatcher("torchmgmt-output")
         self.forkserver = ForkServer(self.dispatcher, self._output_dispatcher)
+        self.is_closed = False
         self._close_lock = threading.Lock()
         self._lock = threading.Lock()
         # guarded by _lock
@@ -83,6 +85,7 @@ class ProcessBackend:
 
     def close(self) -> None:
         """End the torch-only process, every process that is left, and the two threads. Blocks shortly; idempotent."""
+        self.is_closed = True
         with self._close_lock:  # one after the other: the second must not close what the first still tells workers with
             self.forkserver.close()
             self._report_the_rest()
@@ -97,15 +100,22 @@ class ProcessBackend:
         """Sample its memory and see that it is not stopped, until :meth:`forget`; for this backend's own parts."""
         with self._lock:
             self._processes[process] = 0
-            if self._is_looking:
-                return
-            self._is_looking = True
-        self._output_dispatcher.call_at(time.monotonic() + _LOOK_PERIOD_S, self._look)
+            was_looking, self._is_looking = self._is_looking, True
+        if not was_looking:
+            try:
+                self._look_later()
+            except BaseException:
+                with self._lock:
+                    self._is_looking = False
+                raise
 
     def forget(self, process: _Looked) -> None:
         """Drop a process that is gone."""
         with self._lock:
             self._processes.pop(process, None)
+
+    def _look_later(self) -> None:
+        self._output_dispatcher.call_at(time.monotonic() + _LOOK_PERIOD_S, self._look)
 
     def _look(self) -> None:
         with self._lock:
@@ -113,20 +123,18 @@ class ProcessBackend:
                 self._processes[process] += 1
             processes = dict(self._processes)
             self._is_looking = bool(processes)
+        if not processes:
+            return
+        with contextlib.suppress(ManagerClosed):
+            self._look_later()  # first: whatever goes wrong with one of them, the others are looked after
         for process, looks in processes.items():
             process.end_if_stopped()
             if looks % _LOOKS_PER_SAMPLE == 2:  # the first time when it has settled
                 process.child.sample_memory()
-        if processes:
-            self.forkserver.end_if_stopped()
-            self._output_dispatcher.call_at(time.monotonic() + _LOOK_PERIOD_S, self._look)
+        self.forkserver.end_if_stopped()
 
     def _report_the_rest(self) -> None:
-        """Tell of what ended with the torch-only process: nobody else does, and pools wait for it.
-
-        What had outlived an earlier torch-only process did not end with this one, so it is ended here. No other worker
-        can follow: without :attr:`WorkerExit.is_final` a pool would wait to start one, on a timer that never comes.
-        """
+        """Tell of what ended with the torch-only process: nobody else does, and pools wait for it."""
         with self._lock:
             processes = list(self._processes)
         if not processes:
@@ -134,8 +142,8 @@ class ProcessBackend:
         told = threading.Event()
         try:
             for process in processes:
-                process.child.send(signal.SIGKILL)
-                self.dispatcher.call_soon(functools.partial(process.process_exited, None, is_final=True))
+                process.child.send(signal.SIGKILL)  # what had outlived an earlier one did not end with this one
+                self.dispatcher.call_soon(functools.partial(process.process_exited, None))
             self.dispatcher.call_soon(told.set)
         except ManagerClosed:
             return  # it was closed before, and they were told then
@@ -155,6 +163,12 @@ class ProcessHost:
         self._sharing = _decided_before(spec)
         self._template: Template | None = None
         self._templates: set[Template] = set()  # those on their way out included
+        self._unforked: set[ProcessWorker] = set()  # those that were started and have no process yet
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the backend is closed, so that there will be no more workers."""
+        return self._backend.is_closed
 
     @property
     def sharing(self) -> Sharing:
@@ -166,8 +180,13 @@ class ProcessHost:
         return ProcessWorker(self, WorkerJob(self._spec, worker_id, threads), listener)
 
     def rest(self) -> None:
-        """Give up the template; the next worker loads the model anew. Does not block; idempotent."""
+        """Give up the template; the next worker loads the model anew. Does not block; idempotent.
+
+        While a worker waits to be forked from it this does nothing: that was wanted after the wish to rest.
+        """
         with self._changed:
+            if self._unforked:
+                return
             template, self._template = self._template, None
             self._sharing = _decided_before(self._spec)
         if template is not None:
@@ -188,14 +207,23 @@ class ProcessHost:
 
     def fork(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> None:
         """Have a worker forked, from the template unless there must be none."""
-        self._backend.look_after(worker)
         try:
-            template = self._template_or_close(fds)
+            with self._changed:
+                self._unforked.add(worker)
+            self._backend.look_after(worker)
+            with self._changed:
+                template = self._template_locked()
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            self.forget(worker)
+            raise
+        try:
             if template is None or not template.fork(worker, job, fds):
                 worker.template = None
                 self._backend.forkserver.fork(job, fds, worker)
         except BaseException:
-            self._backend.forget(worker)
+            self.forget(worker)
             raise
 
     def withdraw(self, worker: ProcessWorker) -> bool:
@@ -222,36 +250,27 @@ class ProcessHost:
     def forget(self, worker: ProcessWorker) -> None:
         """A worker is gone."""
         self._backend.forget(worker)
+        self.was_forked(worker)
 
-    def _template_or_close(self, fds: Sequence[int]) -> Template | None:
-        """Return the template, started if need be, or None if there must be none; close ``fds`` if that fails."""
-        try:
-            with self._changed:
-                return self._template_locked()
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
+    def was_forked(self, worker: ProcessWorker) -> None:
+        """A worker does not wait for the template any more."""
+        with self._changed:
+            self._unforked.discard(worker)
 
     def _template_locked(self) -> Template | None:
         if self._sharing.is_shared is False:
             return None
         if self._template is None:
             template = Template(self, self._spec, self._backend.forkserver, self.dispatcher)
-            reader, writer = os.pipe()
             self._templates.add(template)
             try:
-                try:
-                    output = self._backend.output(reader, self._spec, "template")
-                except BaseException:
-                    os.close(writer)
-                    raise
-                template.start(output, writer)
+                self._backend.look_after(template)
+                template.start(lambda fd: self._backend.output(fd, self._spec, "template"))
             except BaseException:
+                self._backend.forget(template)
                 self._templates.discard(template)
                 raise
             self._template = template
-            self._backend.look_after(template)
         return self._template
 
     # -- for its template, on the dispatcher's thread ------------------------------------------------------------------

@@ -9,9 +9,12 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import attrs
 
 from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.backends.child import Child, describe_exit
@@ -38,6 +41,10 @@ class Parent(Protocol):
     def dispatcher(self) -> Dispatcher:
         """Reads the workers' channels."""
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether there will be no more workers."""
+
     def open_output(self, fd: int, job: WorkerJob) -> Output:
         """Read what a worker prints."""
 
@@ -52,6 +59,9 @@ class Parent(Protocol):
 
     def hung_after_fork(self, worker: ProcessWorker) -> None:
         """The worker was forked from a template and showed no sign of life."""
+
+    def was_forked(self, worker: ProcessWorker) -> None:
+        """It has a process of its own."""
 
     def forget(self, worker: ProcessWorker) -> None:
         """It is gone."""
@@ -72,7 +82,16 @@ class ProcessWorker:
         self._is_ready = False
         self._end_reason = ""
         self._stop_watching: Callable[[], object] = no_watch
+        self._was_cut_off = False
+        self._channel: Channel  # these three from start on
+        self._output: Output
+        self._page: mmap.mmap
+        self._is_open = False
+        self._lock = threading.Lock()
+        # guarded by _lock
         self._is_over = False
+        self._is_started = False
+        self._is_to_be_killed = False
 
     def __repr__(self) -> str:
         return f"<ProcessWorker {self._job.worker_id} of {self._job.spec.key}, pid {self.child.pid}>"
@@ -95,41 +114,38 @@ class ProcessWorker:
 
     def start(self) -> None:
         """Have the process forked. What it is sent before it runs waits in the socket."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._channel = Channel(ours, self._watch_writable)
-        page_fd, self._page = _shared_page()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._channel.close)
-            undo.callback(self._page.close)
-            with contextlib.ExitStack() as theirs_too:
-                theirs_too.callback(os.close, page_fd)
-                output_reader, output_writer = os.pipe()
-                theirs_too.callback(os.close, output_writer)
-                self._output = self._parent.open_output(output_reader, self._job)
-                undo.callback(self._output.close)
-                theirs_too.pop_all()
-            # From here on whoever forks it closes them, also if that fails.
-            self._parent.fork(self, self._job, (theirs.detach(), output_writer, page_fd))
-            undo.pop_all()
+        fds = self._open()
+        try:
+            self._parent.fork(self, self._job, fds)
+        except BaseException:
+            if not self._is_last():
+                return  # the backend was closed meanwhile, and the listener told
+            self._output.close()
+            self._close_ends()
+            raise
+        with self._lock:
+            self._is_started = True
+            is_to_be_killed = self._is_to_be_killed
+        if is_to_be_killed:
+            self.kill()
 
     def last_lines(self) -> Sequence[str]:
         """Return the last lines that the worker printed."""
-        return self._output.last_lines()
+        return self._output.last_lines() if self._is_open else ()
 
     def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
         """Send it a batch."""
         head = [(each.request_id, each.headers, len(each.row.segments), each.deadline) for each in requests]
         segments = [segment for request in requests for segment in request.row.segments]
-        self._channel.send(Frame(Kind.RUN, (number, head), segments))
+        self._send(Frame(Kind.RUN, (number, head), segments))
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
-        self._channel.send(Frame(Kind.DESCRIBE, number))
+        self._send(Frame(Kind.DESCRIBE, number))
 
     def stop(self) -> None:
         """Ask it to end after what it was sent."""
-        self._channel.send(Frame(Kind.STOP))
+        self._send(Frame(Kind.STOP))
 
     def terminate(self) -> None:
         """Send it SIGTERM; one that is not forked yet never is."""
@@ -140,6 +156,10 @@ class ProcessWorker:
 
     def kill(self) -> None:
         """Have it write down where it is, then send it SIGKILL."""
+        with self._lock:
+            self._is_to_be_killed = True
+            if not self._is_started:
+                return  # whoever starts it sees to that
         if self._parent.end_loading(self) or self.child.kill():
             return
         # Not forked yet, perhaps because torch is being imported. Nobody shall wait for that; if the process still comes
@@ -156,6 +176,7 @@ class ProcessWorker:
     def forked(self, pid: int, pidfd: int | None) -> None:
         """The process runs."""
         self.child.forked(pid, pidfd)
+        self._parent.was_forked(self)
         if self._is_over:
             return
         self._dispatcher.watch(self._channel, self._on_readable)
@@ -170,15 +191,17 @@ class ProcessWorker:
         """There is no process, because the one that it was to be forked from ended while it loaded the model."""
         self._finish(exit)
 
-    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None:
+    def process_exited(self, exitcode: int | None) -> None:
         """The process is gone; what it sent before is read first, so that no finished batch is lost with it."""
         if self._is_over:
             return  # it was given up before it came to be
         self._read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
+        if self._was_cut_off and exitcode in {None, -signal.SIGKILL} and not self._end_reason:
+            reason = "it had closed the socket through which it is spoken to, and was killed"
         lines = self.last_lines()
         started = int.from_bytes(self._page[:], "little")
-        self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started, is_final))
+        self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started))
 
     def orphaned(self) -> None:
         """The process lives on without anybody who reports its end, so watch it ourselves."""
@@ -218,7 +241,10 @@ class ProcessWorker:
         self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._channel.close)
         # Its end is reported by whoever reaps it. A handler may have closed the descriptor and live on, though.
-        self._dispatcher.call_at(time.monotonic() + _LINGER_S, lambda: self.child.send(signal.SIGKILL))
+        self._dispatcher.call_at(time.monotonic() + _LINGER_S, self._cut_off)
+
+    def _cut_off(self) -> None:
+        self._was_cut_off = self.child.send(signal.SIGKILL)
 
     def _read_the_rest(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
@@ -237,17 +263,46 @@ class ProcessWorker:
             self._fault = frame.head
 
     def _finish(self, exit: WorkerExit) -> None:
-        if self._is_over:
+        if not self._is_last():
             return
-        self._is_over = True
         self._stop_watching()
         self.child.forget()
         self._channel.close_sending()
-        self._dispatcher.unwatch(self._channel, self._channel.close)
+        self._dispatcher.unwatch(self._channel, self._close_ends)
         self._output.close()
-        self._page.close()
         self._parent.forget(self)
-        self._listener.exited(exit)
+        self._listener.exited(attrs.evolve(exit, is_final=True) if self._parent.is_closed else exit)
+
+    def _is_last(self) -> bool:
+        """Mark it as over; return whether it was not before."""
+        with self._lock:
+            was_over, self._is_over = self._is_over, True
+        return not was_over
+
+    def _close_ends(self) -> None:
+        self._channel.close()
+        self._page.close()
+
+    def _open(self) -> Sequence[int]:
+        """Make what connects it with its process, and return the descriptors that the process gets."""
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            undo.callback(theirs.close)
+            reader, writer = os.pipe()
+            undo.callback(os.close, writer)
+            output = self._parent.open_output(reader, self._job)
+            undo.callback(output.close)
+            page_fd, page = _shared_page()
+            undo.pop_all()
+        ours.setblocking(False)
+        self._channel, self._output, self._page = Channel(ours, self._watch_writable), output, page
+        self._is_open = True
+        return theirs.detach(), writer, page_fd
+
+    def _send(self, frame: Frame) -> None:
+        if self._is_open:
+            self._channel.send(frame)
 
     def _on_dispatcher(self, callback: Callable[[], object]) -> None:
         with contextlib.suppress(ManagerClosed):  # then all are told of their end

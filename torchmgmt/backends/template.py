@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from attrs import frozen
 
 from torchmgmt.backends.child import Child, describe_exit
-from torchmgmt.backends.forker import Forker
+from torchmgmt.backends.forker import Forker, ForkListener
 from torchmgmt.backends.forkserver import ForkServer
 from torchmgmt.backends.output import Output
 from torchmgmt.backends.process_worker import ProcessWorker, no_watch, watch_exit
 from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import ModelSpec, TemplateJob, WorkerExit, WorkerFault, WorkerJob
 
 __all__ = ["Template", "TemplateOwner"]
@@ -59,7 +61,7 @@ class Template:
     Args:
         spec: what it loads.
         forkserver: forks it, and reports its workers' ends should it die.
-        output_fd_reader: makes the :class:`Output` of what it prints.
+        dispatcher: reads what it says.
     """
 
     def __init__(self, owner: TemplateOwner, spec: ModelSpec, forkserver: ForkServer, dispatcher: Dispatcher) -> None:
@@ -70,9 +72,12 @@ class Template:
         self._dispatcher = dispatcher
         self._fault: WorkerFault | None = None
         self._end_reason = ""
+        self._grandparent: Forker | None = None
+        self._number = 0
         self._successor: ProcessWorker | None = None
         self._is_orphan = False
         self._stop_watching: Callable[[], object] = no_watch
+        self._is_finished = False
         self._lock = threading.Lock()
         # guarded by _lock
         self._waiting: list[_Waiting] | None = []  # None: it waits for nothing, so workers are forked at once
@@ -83,15 +88,21 @@ class Template:
         """Its process id; None until known."""
         return self.child.pid
 
-    def start(self, output: Output, output_fd: int) -> None:
-        """Have it forked and load the model; ``output_fd`` is what it prints to, and is closed here.
+    def start(self, open_output: Callable[[int], Output]) -> None:
+        """Have it forked and load the model; ``open_output`` reads what it prints from a descriptor.
 
         Raises:
             OSError: the torch-only process could not be started.
             ManagerClosed: the backend was closed.
         """
-        self._output = output
-        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            undo.callback(theirs.close)
+            reader, writer = os.pipe()
+            undo.callback(os.close, writer)
+            self._output = open_output(reader)
+            undo.pop_all()
         self._forker = Forker(
             ours,
             self._dispatcher,
@@ -101,7 +112,7 @@ class Template:
             on_stuck=self._on_stuck,
         )
         try:
-            fds = (theirs.detach(), output_fd)
+            fds = (theirs.detach(), writer)
             self._grandparent, self._number = self._forkserver.fork(TemplateJob(self._spec), fds, self)
         except BaseException:
             self._forker.close()
@@ -141,12 +152,14 @@ class Template:
     def kill(self, reason: str) -> None:
         """End it now, whatever it does. Its workers live on."""
         self._end_reason = self._end_reason or reason
-        self.child.kill()
+        if not self.child.kill():
+            self._give_up_unforked()
 
     def end(self) -> None:
         """End it at once: it is not needed any more, and has nothing to save."""
         self._end_reason = self._end_reason or "it was not needed any more"
-        self.child.send(signal.SIGKILL)
+        if not self.child.send(signal.SIGKILL):
+            self._give_up_unforked()
 
     def end_if_stopped(self) -> None:
         """Kill it if somebody has stopped it for too long. Not for a thread that carries answers."""
@@ -159,31 +172,33 @@ class Template:
     def forked(self, pid: int, pidfd: int | None) -> None:
         """It runs, and loads the model."""
         self.child.forked(pid, pidfd)
-        self._forker.listen()
+        if not self._is_finished:
+            self._forker.listen()
 
     def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         """There is no process."""
         self._finish(WorkerExit(0, None, reason, last_lines, is_retryable=is_retryable))
 
-    def process_exited(self, exitcode: int | None, *, is_final: bool = False) -> None:
+    def process_exited(self, exitcode: int | None) -> None:
         """It is gone. Its workers are not; from now on their grandparent reports how they end."""
-        if self._successor is not None:
-            self._successor.process_exited(exitcode, is_final=is_final)
+        if self._successor is not None or self._is_finished:
+            self._hand_over({})
+            if self._successor is not None:
+                self._successor.process_exited(exitcode)
             return
         self._forker.read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
-        reason, lines = f"its template: {reason}", self._output.last_lines()
+        if not (self._end_reason or self._fault):
+            log.warning("The template %s of %s ended: %s", self.pid, self._spec.key, reason)
         exit = WorkerExit(
             self.pid or 0,
             exitcode,
-            reason,
-            lines,
+            f"its template: {reason}",
+            self._output.last_lines(),
             self._fault,
-            is_final=is_final,
             is_retryable=self._is_orphan and self._fault is None,
         )
-        if not is_final:  # else each of them is told by the backend
-            self._hand_over_workers(exit)
+        self._hand_over_workers(exit)
         self._finish(exit)
 
     def orphaned(self) -> None:
@@ -197,15 +212,36 @@ class Template:
     def _hand_over_workers(self, exit: WorkerExit) -> None:
         listeners = self._forker.take_listeners()
         orphans = {number: (pid, each) for number, each in listeners.items() if (pid := each.child.pid) is not None}
-        if self._forkserver.is_served_by(self._grandparent):
-            self._grandparent.adopt(self._number, orphans)
-        else:
-            for _, listener in orphans.values():
-                listener.orphaned()
+        self._hand_over(orphans)
         for number in listeners.keys() - orphans.keys():
             listeners[number].fork_failed(exit.reason, exit.last_lines, is_retryable=True)
 
+    def _hand_over(self, orphans: Mapping[int, tuple[int, ForkListener]]) -> None:
+        """Say whose ends are still to be reported. Also if there are none: it ends no stray before it knows."""
+        grandparent = self._grandparent
+        if grandparent is not None and self._forkserver.is_served_by(grandparent):
+            grandparent.adopt(self._number, orphans)
+            return
+        for _, listener in orphans.values():
+            listener.orphaned()
+
+    def _give_up_unforked(self) -> None:
+        """Wait no longer for a process that is not there, perhaps because torch is being imported.
+
+        If it still comes to be, it is killed at once.
+        """
+
+        def finish() -> None:
+            if self.child.pid is None:
+                self._finish(WorkerExit(0, None, f"its template: {self._end_reason}"))
+
+        with contextlib.suppress(ManagerClosed):  # then all are told of their end
+            self._dispatcher.call_soon(finish)
+
     def _finish(self, exit: WorkerExit) -> None:
+        if self._is_finished:
+            return
+        self._is_finished = True
         with self._lock:
             self._is_over = True
             waiting, self._waiting = self._waiting or [], None
@@ -233,7 +269,10 @@ class Template:
     def _on_hang_up(self) -> None:
         # Whoever reaps it tells how it ended; a handler may have closed the descriptor and let it live on, though.
         if self._successor is None:
-            self._dispatcher.call_at(time.monotonic() + 1.0, self.end)
+            self._dispatcher.call_at(time.monotonic() + 1.0, self._cut_off)
+
+    def _cut_off(self) -> None:
+        self.kill("it had closed the socket through which it is told what to do")
 
     def _on_stuck(self) -> bool:
         log.error("Killing the template %s of %s: it did not fork a worker in time", self.pid, self._spec.key)
@@ -268,6 +307,7 @@ class Template:
     def _become(self, first: _Waiting) -> None:
         self._successor = first.worker
         self._forker.fork(first.job, first.fds, first.worker, in_place=True)
+        first.worker.template = None  # it is not forked any more
         pid, pidfd = self.pid or 0, self.child.take_pidfd()
         first.worker.forked(pid, pidfd)
         self._forker.close_when_ended()

@@ -8,11 +8,15 @@ before and after the handler's ``initialize``, by what Linux tells in ``/proc/se
 from __future__ import annotations
 
 import contextlib
+import gc
+import io
+import operator
 import os
 import re
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,13 @@ from typing import Any
 import torch
 from attrs import frozen
 
-__all__ = ["Marks", "accelerators_in_use", "findings", "marks", "postponed_thread_settings"]
+__all__ = ["Marks", "accelerators_in_use", "findings", "marks", "marks_after", "postponed_thread_settings"]
 
 _PROC = Path("/proc/self")
 _HARMLESS = frozenset({"/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"})
 _FLAGS = re.compile(r"^flags:\s*([0-7]+)", re.MULTILINE)
-_POSITION = re.compile(r"^pos:\s*(\d+)", re.MULTILINE)
+# What ends a thread after Python has let go of it takes microseconds, on a busy machine milliseconds.
+_THREADS_END_S = 0.2
 _ACCELERATORS = ("cuda", "xpu", "mtia")
 
 
@@ -54,6 +59,20 @@ def marks() -> Marks:
     )
 
 
+def marks_after(before: Marks) -> Marks:
+    """Return what this process has now that loading is over; blocks for a moment if threads are about to vanish.
+
+    The system has a thread a little longer than whoever waited for its end.
+    """
+    until = time.monotonic() + _THREADS_END_S
+    while True:
+        after = marks()
+        alive = {str(thread.native_id) for thread in threading.enumerate()}
+        if after.threads <= before.threads | alive or time.monotonic() >= until:
+            return after
+        time.sleep(0.001)
+
+
 def findings(before: Marks, after: Marks) -> list[str]:
     """Return, in words, all that is there after and was not before and that forked processes must not share."""
     new_threads = after.threads - before.threads
@@ -67,7 +86,7 @@ def findings(before: Marks, after: Marks) -> list[str]:
 def accelerators_in_use() -> list[str]:
     """Return the accelerators that this process has a context on: such a context does not survive a fork."""
     modules = ((name, getattr(torch, name, None)) for name in _ACCELERATORS)
-    return [name for name, module in modules if module is not None and module.is_initialized()]
+    return [name for name, module in modules if getattr(module, "is_initialized", bool)()]
 
 
 @contextlib.contextmanager
@@ -78,16 +97,20 @@ def postponed_thread_settings() -> Iterator[list[int]]:
     """
     wanted: list[int] = []
     original = torch.set_num_threads
+    is_loading = True
 
     def note(count: Any) -> None:
-        if not isinstance(count, int) or count < 1:
-            original(count)  # raises what it always does
-        wanted.append(count)
+        # Who has imported this function by its name calls it later, too.
+        if is_loading and hasattr(count, "__index__") and (number := operator.index(count)) >= 1:
+            wanted.append(number)
+        else:
+            original(count)  # sets it, or raises what it always does
 
     torch.set_num_threads = note  # type: ignore[assignment]  # mypy takes the name of the parameter for a part of it
     try:
         yield wanted
     finally:
+        is_loading = False
         torch.set_num_threads = original
 
 
@@ -113,9 +136,9 @@ def _writable_shared_mappings() -> Iterator[str]:
 def _finding_of(fd: int, target: str) -> str | None:
     if target in _HARMLESS:
         return None
-    kind, _, _rest = target.partition(":")
     if not target.startswith("/"):
-        return f"an open {kind} (descriptor {fd})"
+        kind, _, rest = target.partition(":")  # socket:[1234], anon_inode:[eventfd]
+        return f"an open {rest.strip('[]') if kind == 'anon_inode' else kind} (descriptor {fd})"
     try:
         status = os.fstat(fd)
         details = (_PROC / "fdinfo" / str(fd)).read_text()
@@ -125,22 +148,23 @@ def _finding_of(fd: int, target: str) -> str | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return f"the open device {target}"
-    if _number(_FLAGS, details, 8) & (os.O_WRONLY | os.O_RDWR):
+    flags = _FLAGS.search(details)
+    if flags and int(flags[1], 8) & (os.O_WRONLY | os.O_RDWR):
         return f"{target}, open for writing"
-    # A mapping keeps a descriptor of its own that nothing is ever read through.
-    if _number(_POSITION, details, 10) == 0 and _is_mapped(status):
+    # A mapping keeps a descriptor of its own (a copy of the file's, wherever that stood) that nothing is read through.
+    if _is_mapped(status) and not _is_of_file_object(fd):
         return None
     return f"the open file {target}, in which they would move each other's position"
-
-
-def _number(pattern: re.Pattern[str], text: str, base: int) -> int:
-    found = pattern.search(text)
-    return int(found[1], base) if found else 0
 
 
 def _is_mapped(status: os.stat_result) -> bool:
     lines = (_PROC / "maps").read_text(errors="replace").splitlines()
     return any(line.split(maxsplit=5)[4] == str(status.st_ino) for line in lines)
+
+
+def _is_of_file_object(fd: int) -> bool:
+    files = (each for each in gc.get_objects() if issubclass(type(each), io.FileIO))  # no question to a lazy object
+    return any(not file.closed and file.fileno() == fd for file in files)
 
 
 def _thread_name(thread: str) -> str:

@@ -36,6 +36,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _READ = selectors.EVENT_READ
 _MAX_FDS = 16
+# So often, a second apart, what is left is killed once more; what lives on then cannot be killed by us.
+_MOST_ROUNDS = 10
 # What a job brings with it: the process's channel and its output, and a worker's page of shared memory.
 _FDS: Mapping[type[WorkerJob] | type[TemplateJob], int] = {WorkerJob: 3, TemplateJob: 2}
 
@@ -111,6 +113,8 @@ class Forker:
         # A handler that does nothing: what matters is the byte that the wake-up descriptor gets.
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The program, or the model's handler, may have blocked it; then no end of a child would be noticed.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         self._selector.register(self._control, _READ)
         self._selector.register(self._wake_reader, _READ)
@@ -152,6 +156,11 @@ class Forker:
     def _on_fork(self, number: int, job: WorkerJob | TemplateJob, in_place: bool) -> None:
         count = _FDS[type(job)]
         fds, self._reader.fds[:count] = self._reader.fds[:count], []
+        if len(fds) < count:  # what this process has no room for gets lost on its way
+            _close_all(fds)
+            reason = "no process could be forked: too many files are open in the one that forks it"
+            send(self._control, Frame(Kind.NOT_FORKED, (number, reason)))
+            return
         body = self._make_body(job, fds)
         if in_place:
             self._successor = body
@@ -159,8 +168,7 @@ class Forker:
         try:
             self._fork(number, body, is_template=isinstance(job, TemplateJob))
         finally:
-            for fd in fds:
-                os.close(fd)
+            _close_all(fds)
 
     def _fork(self, number: int, body: Body, *, is_template: bool) -> None:
         process = self._context.Process(target=self._run_child, args=(body,), daemon=False)
@@ -174,15 +182,17 @@ class Forker:
         self._report_fork(number, pid)
 
     def _report_fork(self, number: int, pid: int) -> None:
-        if not hasattr(os, "pidfd_open"):
-            send(self._control, Frame(Kind.FORKED, (number, pid, False)))
-            return
-        # Opened by the parent, before it reaps, this can be no other process that got the same pid.
-        pidfd = os.pidfd_open(pid)
+        # Opened by the parent, before it reaps, this can be no other process that got the same pid. None: the system has
+        # none, or this process has no room for one more.
+        pidfd = None
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+        fds = [] if pidfd is None else [pidfd]
         try:
-            send(self._control, Frame(Kind.FORKED, (number, pid, True)), [pidfd])
+            send(self._control, Frame(Kind.FORKED, (number, pid, bool(fds))), fds)
         finally:
-            os.close(pidfd)
+            _close_all(fds)
 
     def _run_child(self, body: Body) -> NoReturn:
         """Give up, in the child, what belongs to this process; then be what it is to be."""
@@ -242,7 +252,7 @@ class Forker:
             return  # among the orphans are workers that live; who is who will be said soon
         for child in psutil.Process().children():
             if child.pid not in self._children:
-                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
                     if not self._may_stay(child):
                         child.kill()
 
@@ -252,11 +262,11 @@ class Forker:
         One that left both behind cannot be told from another's; it stays while there is any worker.
         """
         session = os.getsid(orphan.pid)
-        owner = orphan.environ().get(WORKER_VARIABLE)
         if session in self._children:
             return True
+        owner = _owner_of(orphan)
         if owner is not None:
-            return int(owner) in self._children
+            return owner in self._children
         return bool(self._children) and psutil.pid_exists(session)
 
 
@@ -286,16 +296,31 @@ def _prctl(option: int, argument: int) -> None:
 
 
 def _kill_descendants() -> None:
-    while children := psutil.Process().children(recursive=True):
+    for _ in range(_MOST_ROUNDS):
+        if not (children := psutil.Process().children(recursive=True)):
+            return
         _kill(children)
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:
     killed = list(processes)
     for process in killed:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(killed, timeout=1)
+
+
+def _owner_of(process: psutil.Process) -> int | None:
+    """Return the pid of the worker that started it, by the variable; None if that is not there, or no number any more."""
+    with contextlib.suppress(psutil.AccessDenied, ValueError):  # it runs as another user
+        owner = process.environ().get(WORKER_VARIABLE)
+        return None if owner is None else int(owner)
+    return None
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _is_child(pid: int) -> bool:

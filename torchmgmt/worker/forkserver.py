@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 def main() -> NoReturn:
     """Run the torch-only process. Its arguments: the control socket's and the parent's pidfd's descriptors, then sys.path."""
     logging.basicConfig(format="<4>%(name)s: %(message)s")
+    # Which signals the program has blocked, perhaps to wait for them, is its own affair.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     control, root_pidfd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     torch.set_num_threads(1)
     become_subreaper()

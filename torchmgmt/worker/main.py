@@ -9,8 +9,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from attrs import frozen
@@ -50,6 +51,8 @@ class Loaded:
     handler: Handler
     threads: int | None
     """The number of threads that the handler asked for, if it did."""
+    on_child_end: Callable[[int, FrameType | None], Any] | int | None = signal.SIG_DFL
+    """What the handler wants to happen at SIGCHLD, which the template needs for itself."""
 
 
 class WorkerProcess:
@@ -107,7 +110,7 @@ class WorkerProcess:
         else:
             # The template has done the rest, and the handler may have changed it to its liking since.
             redirect_output(self._output_fd)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, self._loaded.on_child_end or signal.SIG_DFL)
             with contextlib.suppress(PermissionError):  # one that was the template leads its session already
                 os.setsid()
         restore_environment(self._environment)

@@ -6,9 +6,11 @@ so and is not forked: it becomes the first worker itself, and the others load th
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -57,6 +59,7 @@ class TemplateProcess:
         become_subreaper()
         os.environ[WORKER_VARIABLE] = str(os.getpid())
         control = socket.socket(fileno=self._channel_fd)
+        variables = {name: os.environ.get(name) for name in self._environment}
         before = fitness.marks() if fitness.can_tell() else None
         try:
             with dying_with(self._parent_pid), fitness.postponed_thread_settings() as threads:
@@ -64,7 +67,9 @@ class TemplateProcess:
         except Exception as error:
             send(control, Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
-        self._loaded = Loaded(handler, threads[-1] if threads else None)
+        self._loaded = Loaded(handler, threads[-1] if threads else None, signal.getsignal(signal.SIGCHLD))
+        # What the handler has set itself, it has set for its workers.
+        self._environment = {name: value for name, value in self._environment.items() if _is_still(name, variables)}
         send(control, Frame(Kind.READY, self._objections(before)))
         self._settle()
         successor = Forker(control, self._root_pidfd, self._worker).run()
@@ -78,7 +83,7 @@ class TemplateProcess:
             return [f"a context on an accelerator ({name})" for name in accelerators], True
         if before is None:
             return ["this system does not show what loading a model leaves behind"], False
-        found = fitness.findings(before, fitness.marks())
+        found = fitness.findings(before, fitness.marks_after(before))
         if found and self._spec.share_weights is ShareWeights.ALWAYS:
             log.warning("Forked although loading the model left behind: %s", "; ".join(found))
         return found, False
@@ -86,7 +91,8 @@ class TemplateProcess:
     def _settle(self) -> None:
         """Make ready to be forked often: what is printed is out, and a collection in a worker copies no page of this."""
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(Exception):  # the handler may have closed or replaced it
+                stream.flush()
         gc.collect()
         gc.freeze()
 
@@ -94,3 +100,7 @@ class TemplateProcess:
         if not isinstance(job, WorkerJob):
             raise TypeError("a template forks workers only")
         return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._loaded)
+
+
+def _is_still(name: str, variables: Mapping[str, str | None]) -> bool:
+    return os.environ.get(name) == variables[name]
