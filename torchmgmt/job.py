@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torchmgmt.backends import Outcome
 from torchmgmt.channel import AnswerFuture
-from torchmgmt.errors import HandlerFailed, WorkerDied, WorkerStartFailed
-from torchmgmt.records import Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
+from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
 __all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "answers_of", "error_of_death", "size_of"]
 
@@ -132,12 +132,23 @@ class OwnJob:
             self.future.set_exception(error)
 
 
-def answers_of(key: ModelKey, outcomes: Sequence[Outcome], last_lines: Sequence[str]) -> list[Encoded | BaseException]:
-    """Return the worker's outcomes as answers: what it says went wrong becomes an error of ours."""
+def answers_of(
+    key: ModelKey, items: Sequence[WorkerRequest], outcomes: Sequence[Outcome], last_lines: Sequence[str]
+) -> list[Encoded | BaseException]:
+    """Return the worker's outcomes to ``items`` as answers: what it says went wrong becomes an error of ours."""
     return [
-        _handler_failed(key, outcome, last_lines) if isinstance(outcome, WorkerFault) else outcome
-        for outcome in outcomes
+        _error_of(key, items[index : index + 1], outcome, last_lines) if isinstance(outcome, WorkerFault) else outcome
+        for index, outcome in enumerate(outcomes)
     ]
+
+
+def _error_of(
+    key: ModelKey, request: Sequence[WorkerRequest], fault: WorkerFault, last_lines: Sequence[str]
+) -> HandlerFailed | DeadlineExceeded:
+    """Return what a fault is to the caller; ``request`` is empty if it was the wish for a description."""
+    if fault == EXPIRED and request:  # and the worker was quicker to say so than whoever watches the deadlines here
+        return DeadlineExceeded(f"The request to model {key.name} version {key.version}", request[0].limit_s)
+    return _handler_failed(key, fault, last_lines)
 
 
 def _handler_failed(key: ModelKey, fault: WorkerFault, last_lines: Sequence[str]) -> HandlerFailed:

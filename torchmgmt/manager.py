@@ -502,8 +502,8 @@ class ModelManager:
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
         served = self._get(name, version)
-        deadline = None if timeout is None else _deadline(timeout)
-        request = _request(data, fields, headers, f"{self._request_prefix}{next(self._request_numbers):016x}", deadline)
+        request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
+        request = _request(data, fields, headers, request_id, timeout)
         future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
         try:
             served.pool.check_serving()
@@ -656,8 +656,9 @@ def _request(
     fields: Mapping[str, Any] | None,
     headers: Mapping[str, str] | None,
     request_id: str,
-    deadline: float | None,
+    timeout: float | None,
 ) -> WorkerRequest:
+    deadline = None if timeout is None else _deadline(timeout)
     if fields is not None and not isinstance(fields, Mapping):
         raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
     if headers is not None and not _are_headers(headers):
@@ -668,7 +669,7 @@ def _request(
     except Exception as error:  # whatever a __reduce__ raises
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
-    return WorkerRequest(encoded, request_id, dict(headers) if headers else None, deadline)
+    return WorkerRequest(encoded, request_id, dict(headers) if headers else None, deadline, timeout or 0.0)
 
 
 def _are_headers(value: object) -> bool:

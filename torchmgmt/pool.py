@@ -673,7 +673,7 @@ class WorkerPool:
     def _answer(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome]) -> None:
         has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
         lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
-        job.finish(answers_of(self.spec.key, outcomes, lines))
+        job.finish(answers_of(self.spec.key, job.items, outcomes, lines))
 
     def _after_batch_locked(self, worker: PoolWorker) -> None:
         """Let a worker that has nothing more to do wait for the next batch, or go."""

@@ -20,6 +20,7 @@ from torchmgmt.lifecycle import VersionState, WorkerState
 
 __all__ = [
     "BACKENDS",
+    "EXPIRED",
     "NUMBER_BYTES",
     "CloseReport",
     "Encoded",
@@ -241,6 +242,8 @@ class WorkerRequest:
     headers: Mapping[str, str] | None = None
     deadline: float | None = None
     """When nobody waits for it any more, on the monotonic clock of the machine (s); it is not begun after that."""
+    limit_s: float = 0.0
+    """How long after the request was made that is."""
 
 
 @frozen
@@ -254,6 +257,10 @@ class WorkerFault:
     traceback: str
     error_code: int | None = None
     out_of_memory: bool = False
+
+
+EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
+"""What a worker says of a request that it did not begin because nobody waited for it any more."""
 
 
 @frozen
