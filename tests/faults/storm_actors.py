@@ -34,7 +34,7 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 
-__all__ = ["Assassin", "Client", "Request", "Steward", "World", "write_models"]
+__all__ = ["STEADY", "Assassin", "Client", "Request", "Steward", "World", "write_models"]
 
 HANDLER = """
 import os, time, zlib
