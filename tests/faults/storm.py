@@ -29,7 +29,7 @@ from random import Random
 import attrs
 import psutil
 
-from tests.faults.storm_actors import STEADY, Assassin, Client, Request, Steward, World, write_models
+from tests.faults.storm_actors import LONG_S, STEADY, Assassin, Client, Request, Steward, World, write_models
 from tests.leaks import MARK, carries, our_descriptors
 from torchmgmt import ModelManager
 from torchmgmt.errors import DeadlineExceeded, TorchmgmtError, WorkerDied
@@ -133,6 +133,8 @@ def _complaints_of(request: Request, begun: list[float]) -> Iterator[str]:
     elif isinstance(outcome, DeadlineExceeded):
         if took_s < request.limit_s - 0.05:
             yield f"{request} failed too early, after {took_s:.3f} s: {outcome}"
+        elif request.limit_s >= LONG_S and request.model in STEADY:
+            yield f"{request} was lost: all that time nobody answered it"
     elif isinstance(outcome, WorkerDied):
         if not (outcome.pid and outcome.reason):
             yield f"{request} failed with a death that does not say whose and why: {outcome}"
@@ -203,10 +205,11 @@ def _rage(world: World, seconds: float, seed: int) -> list[str]:
             thread.start()
         world.over.wait(seconds)
         world.over.set()
+        deadline = time.monotonic() + REST_S
         for thread in (assassin, *threads):
-            thread.join(REST_S + 60)
+            thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                wrong.append("a call never came back")
+                wrong.append("a call did not come back")
         wrong += world.wrong
         wrong += _restless(world)
         report = world.manager.close(30)

@@ -34,7 +34,7 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 
-__all__ = ["STEADY", "Assassin", "Client", "Request", "Steward", "World", "write_models"]
+__all__ = ["LONG_S", "STEADY", "Assassin", "Client", "Request", "Steward", "World", "write_models"]
 
 HANDLER = """
 import os, time, zlib
@@ -56,9 +56,12 @@ STEADY: Mapping[str, Mapping[str, Any]] = {
     "batched": {"share_weights": "auto", "batch_size": 4, "max_batch_delay": 2},
 }
 """Models that are there all the time, and what they are registered with."""
+LIMITS: Mapping[str, Any] = {"startup_timeout": 30, "response_timeout": 30}
 GUESTS = ("guest0", "guest1", "guest2")
 """Models that come and go, from an archive."""
 MOST_WORKERS = 3
+LONG_S = 20.0
+"""So much time that a request to a model that is always there is answered in it, whoever is killed meanwhile."""
 
 
 @attrs.define
@@ -146,7 +149,7 @@ class Client:
             choose = self.random
             name = choose.choice([*STEADY, *STEADY, *GUESTS])
             size = choose.choice([10, 100, 1000]) if choose.random() < 0.95 else choose.randrange(1 << 17, 1 << 22)
-            limit_s = choose.choice([0.05, 0.5, 5.0, 10.0, 10.0])
+            limit_s = choose.choice([0.05, 0.5, 5.0, LONG_S, LONG_S])
             request = self.world.request(name, limit_s, size)
             row = self.world.row(size=size, pause_s=choose.random() ** 8 * 0.2, number=request.number)
             (self._submit if choose.random() < 0.5 else self._predict)(request, row)
@@ -206,7 +209,7 @@ class Steward:
     def begin(self) -> None:
         """Register what is there all the time."""
         for name, options in STEADY.items():
-            settings = {"handler": "handler.py", "initial_workers": 2, "max_batch_delay": 0, **options}
+            settings = {"handler": "handler.py", "initial_workers": 2, "max_batch_delay": 0, **LIMITS, **options}
             self.world.manager.register(self.world.models / "model", model_name=name, **settings)
 
     def run(self) -> None:
@@ -243,6 +246,7 @@ class Steward:
                 initial_workers=workers,
                 share_weights=share,
                 synchronous=wait,
+                **LIMITS,
             )
 
     def _unregister(self) -> None:

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from tests.faults.storm import MARGIN_S, Remains, Report, complaints, storm
-from tests.faults.storm_actors import Request
+from tests.faults.storm_actors import LONG_S, Request
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, NoWorker, WorkerDied
 
 SECONDS = 15.0
@@ -68,6 +68,7 @@ def test_what_may_happen_is_no_complaint(request_: Request, begun: list[float]) 
         (answered(is_right=False), [100.1], "wrong answer"),
         (answered(), [], "without having been begun"),
         (answered(outcome=LATE), [], "too early"),
+        (answered(outcome=LATE, limit_s=LONG_S, ended_at=100.0 + LONG_S), [], "lost"),
         (answered(outcome=WorkerDied("forked", "1.0", 0, None, "")), [], "does not say"),
         (answered(outcome=NoWorker("forked", "1.0", "none")), [], "NoWorker"),
         (answered(outcome=HandlerFailed("forked", "1.0", "a bug")), [100.1], "HandlerFailed"),
