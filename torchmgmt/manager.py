@@ -311,6 +311,7 @@ class ModelManager:
         )
         if synchronous:
             self._check_may_wait("register")
+        self._warm_for(wishes)
         with contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._sources.open(url, trusted=trusted))
             spec = spec_of(folder, wishes, self.settings)
@@ -550,6 +551,13 @@ class ModelManager:
         self._check_usable(name, version)
         with self._lock:
             return self._registry.get(name, version)
+
+    def _warm_for(self, wishes: Wishes) -> None:
+        """Have torch imported while the source is unpacked, if there are going to be worker processes."""
+        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
+        if workers and wishes.backend != "thread":
+            with contextlib.suppress(OSError):  # the start of the first worker meets it again, and tells of it
+                self._backend.warm()
 
     def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
         key = spec.key
