@@ -264,7 +264,7 @@ class ModelManager:
             threads_per_worker: threads that one operation of a worker may use, at least 1; default: the cores divided by
                 ``max_workers``. What a handler sets itself counts more.
             batches_in_flight: how many batches may be with a worker at once, the one that it computes included, at least
-                1; default 4. Further ones are handed over early only where a batch takes less than 20 ms.
+                1; default 4. Further ones are handed over early only as far as they take no longer than 50 ms in all.
             max_requests: a worker that has answered so many requests is replaced, at least 1; default: no limit.
             max_memory: a worker that has more private memory, in bytes, is replaced, at least 1; default: no limit. Memory
                 that workers share is not counted. Looked at every 5 s. While a worker is replaced there may be one more
@@ -311,6 +311,7 @@ class ModelManager:
         )
         if synchronous:
             self._check_may_wait("register")
+        self._warm_for(wishes)
         with contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._sources.open(url, trusted=trusted))
             spec = spec_of(folder, wishes, self.settings)
@@ -550,6 +551,13 @@ class ModelManager:
         self._check_usable(name, version)
         with self._lock:
             return self._registry.get(name, version)
+
+    def _warm_for(self, wishes: Wishes) -> None:
+        """Have torch imported while the source is unpacked, if there are going to be worker processes."""
+        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
+        if workers and wishes.backend != "thread":
+            with contextlib.suppress(OSError):  # the start of the first worker meets it again, and tells of it
+                self._backend.warm()
 
     def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
         key = spec.key

@@ -18,9 +18,9 @@ from torchmgmt.scaling import Observation, WorkerFacts
 __all__ = ["NEVER", "PoolWorker", "PoolWorkers"]
 
 NEVER = float("inf")
-# Further batches are handed to a busy worker only where a batch takes no longer than this: what a worker would lose by
-# waiting for the next one is nothing beside a longer one, and a batch that lies there cannot go to whoever is free first.
-_SHORT_RUN_S = 0.02
+# No more work than this lies with a worker: what one would lose by waiting for its next batch is nothing beside a long
+# one, and a batch that lies there cannot go to whoever is free first.
+_LYING_S = 0.05
 _NEW_SHARE = 0.1  # of each new run time in their moving average
 _SERVING = (WorkerState.READY, WorkerState.BUSY)
 _PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *_SERVING)
@@ -174,7 +174,8 @@ class PoolWorkers:
 
     def busy_with_room(self, most: int) -> PoolWorker | None:
         """Return one that computes, and with which a further batch may lie meanwhile: the one with the fewest."""
-        if most < 2 or not 0 < self._run_s < _SHORT_RUN_S:
+        most = min(most, 1 + int(_LYING_S / self._run_s)) if self._run_s else 1
+        if most < 2:
             return None
         busy = [each for each in self._by_id.values() if each.state is WorkerState.BUSY and len(each.jobs) < most]
         return min(busy, key=lambda each: len(each.jobs), default=None)

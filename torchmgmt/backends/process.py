@@ -163,6 +163,7 @@ class ProcessHost:
         self._sharing = _decided_before(spec)
         self._template: Template | None = None
         self._templates: set[Template] = set()  # those on their way out included
+        self._said = ""
         self._unforked: set[ProcessWorker] = set()  # those that were started and have no process yet
 
     @property
@@ -196,6 +197,10 @@ class ProcessHost:
         """Give up the template, and block until it is gone. To be called when no worker is left; idempotent."""
         self.rest()
         with self._changed:
+            templates = list(self._templates)
+        for template in templates:
+            template.end()
+        with self._changed:
             # No time limit: it is killed, and the backend reports every end, its own included.
             self._changed.wait_for(lambda: not self._templates)
 
@@ -219,6 +224,8 @@ class ProcessHost:
             self.forget(worker)
             raise
         try:
+            if template is None:
+                self._say_once()
             if template is None or not template.fork(worker, job, fds):
                 worker.template = None
                 self._backend.forkserver.fork(job, fds, worker)
@@ -240,10 +247,10 @@ class ProcessHost:
     def hung_after_fork(self, worker: ProcessWorker) -> None:
         """Fork no more from this template: what comes of it hangs."""
         reason = f"{worker} was forked from a template and hung"
-        log.warning("Workers of %s load the model by themselves: %s", self._spec.key, reason)
         with self._changed:
             template, self._template = self._template, None
             self._sharing = Sharing(False, reason)
+        self._say_once(logging.WARNING)
         if template is not None:
             template.end()
 
@@ -273,9 +280,16 @@ class ProcessHost:
             self._template = template
         return self._template
 
+    def _say_once(self, level: int = logging.INFO) -> None:
+        """Say in the log that workers load by themselves, and why, unless that was said."""
+        with self._changed:
+            said, self._said = self._said, self._sharing.reason
+        if said != self._said:
+            log.log(level, "Workers of %s load the model by themselves: %s", self._spec.key, self._said)
+
     # -- for its template, on the dispatcher's thread ------------------------------------------------------------------
 
-    def check_fitness(self, objections: Sequence[str], *, is_impossible: bool) -> bool:
+    def check_fitness(self, template: Template, objections: Sequence[str], *, is_impossible: bool) -> bool:
         """Decide whether the template may be forked, given what loading the model left behind."""
         found = "; ".join(objections)
         may = not objections or (self._spec.share_weights is ShareWeights.ALWAYS and not is_impossible)
@@ -284,11 +298,14 @@ class ProcessHost:
             log.info("Workers of %s are forked from a template and share its weights: %s", self._spec.key, reason)
         else:
             reason = f"loading it left behind {found}"
-            log.info("Workers of %s load the model by themselves: %s", self._spec.key, reason)
         with self._changed:
+            if self._template is not template:
+                return may  # it was given up meanwhile
             self._sharing = Sharing(may, reason)
             if not may:
                 self._template = None
+        if not may:
+            self._say_once()
         return may
 
     def fork_separately(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> None:

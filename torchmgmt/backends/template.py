@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class TemplateOwner(Protocol):
     """For whom a template works. Called on the dispatcher's thread, with no lock of the template's held."""
 
-    def check_fitness(self, objections: Sequence[str], *, is_impossible: bool) -> bool:
+    def check_fitness(self, template: Template, objections: Sequence[str], *, is_impossible: bool) -> bool:
         """Decide whether a template may be forked that has loaded the model, given what speaks against it."""
 
     def fork_separately(self, worker: ProcessWorker, job: WorkerJob, fds: Sequence[int]) -> None:
@@ -261,7 +261,7 @@ class Template:
             self._fault = frame.head
         elif frame.kind is Kind.READY:
             objections, is_impossible = frame.head
-            if self._owner.check_fitness(objections, is_impossible=is_impossible):
+            if self._owner.check_fitness(self, objections, is_impossible=is_impossible):
                 self._fork_waiting()
             else:
                 self._give_way()

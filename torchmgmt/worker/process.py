@@ -132,9 +132,10 @@ def reseed() -> None:
     The generator and not ``torch.seed``: that imports, and a handler's file may be called torch.
     """
     torch.default_generator.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and hasattr(numpy, "random"):
-        numpy.random.seed()
+    # Imported later it begins with numbers of its own. Not asked for by the package's attribute, which would import it.
+    random = sys.modules.get("numpy.random")
+    if random is not None and hasattr(random, "seed"):
+        random.seed()
 
 
 def die_with(root_pidfd: int) -> None:
