@@ -666,7 +666,8 @@ class WorkerPool:
             self._answer(worker, job, outcomes)  # first, as somebody waits for this, and for nothing else
         if is_worn:
             self._reconcile()
-        self.pump()
+        if self._actions or self._queue.may_have_some():
+            self.pump()
         if not is_idle:
             self._answer(worker, job, outcomes)  # last, so that the worker computes meanwhile
 
