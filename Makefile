@@ -1,11 +1,11 @@
-# One command for everything, here and in CI. `demo`, `test`, `lint` and `bench` set up .venv when it is
+# One command for everything, here and in CI. `demo`, `test`, `lint`, `bench` and `soak` set up .venv when it is
 # missing or older than what it was made from.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench soak clean
 
 demo: $(VENV)/.installed
 	$(RUN) examples/digits/demo.py
@@ -22,6 +22,12 @@ lint: $(VENV)/.installed
 # With TORCHMGMT_BENCH_TORCHSERVE=DIR, a virtual environment with TorchServe, that is measured beside it.
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks
+
+# Kills processes at random while clients ask and models come and go, for as long as wanted: make soak SOAK_SECONDS=60
+SOAK_SECONDS := 600
+
+soak: $(VENV)/.installed
+	$(RUN) -m tests.faults.storm --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
 
 # hatchling first and no build isolation: an isolated build would fetch it unpinned, past constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt

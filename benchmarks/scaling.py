@@ -242,8 +242,8 @@ def _torchserve(peer: TorchServe, store: Path) -> Sample:
 def _first_workers(noop: Path, heavy: models.Files, runs: int) -> Table:
     with ModelManager() as manager:
         manager.register(noop, model_name="first")
-        asleep = {"no-op": manager.register(noop, initial_workers=0, max_workers=1)}
-        asleep["400 MB"] = manager.register(heavy.folder, initial_workers=0, max_workers=1)
+        to_zero: Mapping[str, Any] = {"initial_workers": 0, "max_workers": 1, "scale_down_delay": 0}
+        asleep = {"no-op": manager.register(noop, **to_zero), "400 MB": manager.register(heavy.folder, **to_zero)}
         items: Mapping[str, object] = {"no-op": b"x", "400 MB": models.HEAVY_ITEM}
         variants: dict[str, Callable[[], Sample]] = {
             "register": lambda: _register(manager, noop),
@@ -260,8 +260,8 @@ def _first_workers(noop: Path, heavy: models.Files, runs: int) -> Table:
     notes = (
         "On one manager that has served all of these models before: its torch-only process runs, and so do templates.",
         (
-            "No worker → first answer: a model that may have 0 to 1 workers, scaled to 0 after it has answered, is asked. The"
-            " second answer comes from the worker that is there then."
+            "No worker → first answer: a model that may have 0 to 1 workers is asked when its worker has gone because nobody"
+            " asked for a moment (scale_down_delay=0). The second answer comes from the worker that is there then."
         ),
         "TorchServe does not start a worker for a request; its time to register is in the suite `server`.",
     )
@@ -277,12 +277,8 @@ def _register(manager: ModelManager, folder: Path) -> Sample:
 
 
 def _wake(model: Model, item: object) -> Sample:
-    """Let a model that may have 0 or 1 workers answer, take its worker away, and ask again."""
+    """Let a model that may have 0 or 1 workers answer, wait until its worker has gone by itself, and ask again."""
     model.predict(item)
-    model.scale(0, 1)
-    if model.describe().workers:  # where the load is followed, a worker stays for a while that has just answered
-        model.scale(0, 0)
-        model.scale(0, 1)
     _wait_without_workers(model)
     sample: dict[str, float] = {}
     with timed(sample, "first"):

@@ -116,6 +116,19 @@ class Gate:
     def open(self) -> None:
         self.file.touch()
 
+    @property
+    def expression(self) -> str:
+        """A request to EVAL that notes its worker's pid and waits here; it answers None."""
+        return f"note({str(self._visitors)!r}, os.getpid()) or wait_for({self.path!r})"
+
+    def reached(self) -> list[int]:
+        """The pids of the workers that came here, in that order: their requests have begun."""
+        return [int(line) for line in lines_of(self._visitors)]
+
+    @property
+    def _visitors(self) -> Path:
+        return self.file.with_name(self.file.name + "-reached")
+
 
 @attrs.define
 class Deployer:
@@ -124,6 +137,8 @@ class Deployer:
     root: Path
     manager: ModelManager
     count: int = 0
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+    """What every registration is given unless it says otherwise."""
 
     def __call__(
         self,
@@ -136,7 +151,7 @@ class Deployer:
     ) -> Model:
         self.count += 1
         folder = write_folder(self.root / f"model{self.count}", source, config=config, **(files or {}))
-        options = {"handler": "handler.py", "max_batch_delay": 0, **options}
+        options = {"handler": "handler.py", "max_batch_delay": 0, **self.options, **options}
         return self.manager.register(folder, model_name=model_name, **options)
 
 

@@ -109,7 +109,7 @@ class LeakGuard:
                 for name in os.listdir(self.temporary_root)  # noqa: PTH208 - strings are quicker, and this runs twice per test
                 if name.startswith(TEMPORARY_PREFIX)
             ),
-            descriptors=_our_descriptors() - self._blamed_descriptors,
+            descriptors=our_descriptors() - self._blamed_descriptors,
         )
 
     @contextlib.contextmanager
@@ -167,7 +167,7 @@ def _our_processes(run: str) -> dict[ProcessKey, int]:
     return {
         ProcessKey(pid, started): parent
         for pid, (parent, started) in table.items()
-        if pid not in me and (_has_ancestor(pid, me, parents) or _carries(pid, run))
+        if pid not in me and (_has_ancestor(pid, me, parents) or carries(pid, run))
     }
 
 
@@ -183,7 +183,7 @@ def _read_stat(name: str) -> tuple[int, tuple[int, float]] | None:
     return int(name), (int(fields[1]), float(fields[19]))
 
 
-def _carries(pid: int, run: str) -> bool:
+def carries(pid: int, run: str) -> bool:
     try:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:  # noqa: PTH123 - see above
             return run.encode() in file.read()
@@ -198,7 +198,7 @@ def _has_ancestor(pid: int, wanted: set[int], parents: dict[int, int]) -> bool:
     return False
 
 
-def _our_descriptors() -> frozenset[tuple[int, str]]:
+def our_descriptors() -> frozenset[tuple[int, str]]:
     if not _IS_LINUX:
         return frozenset()
     found = set()

@@ -203,11 +203,16 @@ class Batcher(Generic[T, R]):
                 entry.deadline = now + timeout
                 self._note_deadline_locked(entry.deadline, timeout, entry.future)
             ready = self._is_ready_locked(now)
-            wake_at = self._wake_time_locked(now)
-        self._arm(wake_at)
+            wake_at = None if ready and not self._deadlines else self._wake_time_locked(now)
+        if wake_at is not None:
+            self._arm(wake_at)
         if ready:
             self._on_ready()
         return entry.future
+
+    def may_have_some(self) -> bool:
+        """Whether something may wait, cancelled or not: a quick look that takes no lock."""
+        return bool(self._queue)
 
     def waited_s(self) -> float:
         """For how many seconds the oldest item has waited; 0 if none does."""
@@ -230,8 +235,9 @@ class Batcher(Generic[T, R]):
                     entry = self._queue.popleft()
                     if _claim(entry, now):
                         entries.append(entry)
-            wake_at = self._wake_time_locked(now)
-        self._arm(wake_at)
+            wake_at = self._wake_time_locked(now) if self._queue or self._deadlines else None
+        if wake_at is not None:
+            self._arm(wake_at)
         return Batch(entries) if entries else None
 
     def drain(self, error: TorchmgmtError | None = None) -> None:
@@ -265,7 +271,8 @@ class Batcher(Generic[T, R]):
         with self._lock:
             ready = self._is_ready_locked(now)
             wake_at = self._wake_time_locked(now)
-        self._arm(wake_at)
+        if wake_at is not None:
+            self._arm(wake_at)
         if ready:
             self._on_ready()
 
@@ -329,11 +336,10 @@ class Batcher(Generic[T, R]):
                 expired.append((future, deadline.timeout_s))
         return expired
 
-    def _arm(self, wake_at: float | None) -> None:
-        if wake_at is not None:
-            # Whoever closed the timers before the queue has ended those who would run what waits.
-            with contextlib.suppress(ManagerClosed):
-                self._call_at(wake_at, functools.partial(self._look, wake_at))
+    def _arm(self, wake_at: float) -> None:
+        # Whoever closed the timers before the queue has ended those who would run what waits.
+        with contextlib.suppress(ManagerClosed):
+            self._call_at(wake_at, functools.partial(self._look, wake_at))
 
     def _sleep_until(self) -> float | None:
         """Return when the thread that runs the function is to look again; None if nothing waits.
@@ -419,9 +425,10 @@ class _Runner(Generic[T, R]):
 def _claim(entry: _Waiting[Any, Any], now: float) -> bool:
     """Mark the entry as running; False if it was cancelled, or its deadline has passed."""
     future = entry.future
-    is_over = entry.deadline is not None and (entry.deadline <= now or future.running() or future.done())
-    if is_over and not future.cancelled():
-        return False
+    if entry.deadline is not None:
+        is_over = entry.deadline <= now or future.running() or future.done()
+        if is_over and not future.cancelled():
+            return False
     try:
         return future.set_running_or_notify_cancel()
     except RuntimeError:  # cancelled at the moment when its deadline was looked at: that is known to all already

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import define
 
+from torchmgmt import forks
 from torchmgmt.encoding import decode, encode
 from torchmgmt.errors import HandlerFailed, ManagerClosed
 from torchmgmt.records import ModelKey
@@ -107,7 +108,7 @@ class AnswerFuture(Future[Any]):
         super().__init__()
         self._key = key
         self._keeps_alive = keeps_alive
-        self._pid = os.getpid()
+        self._depth = forks.depth()
         self._answer: Any = _UNREAD
 
     def result(self, timeout: float | None = None) -> Any:
@@ -129,7 +130,7 @@ class AnswerFuture(Future[Any]):
 
     def _check_process(self) -> None:
         # No lock is asked for: in a forked copy it may be held by a thread that is not there.
-        if os.getpid() != self._pid and self._answer is _UNREAD:
+        if forks.depth() != self._depth and self._answer is _UNREAD:
             raise ManagerClosed("This future", "belongs to the process that this one was forked from")
 
     def _read(self, received: Any) -> Any:

@@ -7,6 +7,7 @@ registered here and so costs no thread and no descriptor.
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import itertools
 import logging
@@ -74,6 +75,7 @@ class Dispatcher:
         self._soon: deque[Callback] = deque()
         self._timers: list[Timer] = []
         self._thread: threading.Thread | None = None
+        self._thread_id = 0
         self._closed = False
         self._wake_fds: tuple[int, int] | None = None
         # belongs to the dispatcher's thread
@@ -84,9 +86,11 @@ class Dispatcher:
 
         Raises:
             ManagerClosed: it was closed.
+            OSError: its thread cannot be started: there is no more of something.
         """
         with self._lock:
-            self._ensure_running_locked()
+            if not self.on_thread():  # what the last callbacks have to put away is put away, too
+                self._ensure_running_locked()
             self._soon.append(callback)
             self._wake_locked()
 
@@ -118,10 +122,13 @@ class Dispatcher:
 
     def on_thread(self) -> bool:
         """Return whether the caller runs on the dispatcher's thread."""
-        return threading.current_thread() is self._thread
+        return threading.get_ident() == self._thread_id
 
     def close(self) -> None:
-        """Stop after the callbacks that are due already. Blocks until the thread ended, unless called on it. Idempotent."""
+        """Stop after the callbacks that are due already, and what those ask for. Idempotent.
+
+        Blocks until the thread ended, unless called on it.
+        """
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -141,9 +148,12 @@ class Dispatcher:
                     undo.callback(os.close, fd)
                     os.set_blocking(fd, False)
                 thread = threading.Thread(target=self._run, args=(selector, *fds), name=self._name, daemon=True)
-                thread.start()  # raises RuntimeError where the system gives us no more threads
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system gives us no more threads
+                    raise OSError(errno.EAGAIN, str(error)) from error
                 undo.pop_all()
-            self._wake_fds, self._thread = fds, thread
+            self._wake_fds, self._thread, self._thread_id = fds, thread, thread.ident or 0
 
     def _wake_locked(self) -> None:
         if self._wake_fds is not None and not self.on_thread():
@@ -163,10 +173,13 @@ class Dispatcher:
                         self._drain_wake_ups(wake_fd)
                     else:
                         self._serve(key, events)
+                if self._has_due():
+                    self._run_due()
+            while self._soon:
                 self._run_due()
-            self._run_due()
         with self._lock:
             self._wake_fds = None
+            self._thread_id = 0  # a thread that is started later may be given the same
             os.close(wake_fd)
             os.close(wake_writer_fd)
 
@@ -180,6 +193,11 @@ class Dispatcher:
                 return None
             return min(max(0.0, self._timers[0].when - self.clock()), _LONGEST_WAIT_S)
 
+    def _has_due(self) -> bool:
+        """Whether there is something to run. Without the lock: what comes at this moment also wakes the selector."""
+        timers = self._timers
+        return bool(self._soon) or bool(timers and timers[0].when <= self.clock())
+
     def _run_due(self) -> None:
         now = self.clock()
         due: list[Callback] = []
@@ -192,10 +210,10 @@ class Dispatcher:
             self._call(callback)
 
     def _serve(self, key: selectors.SelectorKey, events: int) -> None:
-        for event in (selectors.EVENT_READ, selectors.EVENT_WRITE):
-            callback = key.data.get(event)
-            if events & event and callback is not None:
-                self._call(callback)
+        if events & selectors.EVENT_READ and (callback := key.data.get(selectors.EVENT_READ)) is not None:
+            self._call(callback)
+        if events & selectors.EVENT_WRITE and (callback := key.data.get(selectors.EVENT_WRITE)) is not None:
+            self._call(callback)
 
     def _call(self, callback: Callback) -> None:
         try:

@@ -143,6 +143,7 @@ class WorkerStartFailed(TorchmgmtError):
     """No worker of a version could be started.
 
     ``reason`` is one line; ``traceback`` is the worker's own (empty if it had none), ``last_lines`` what it printed last.
+    ``pid`` is the process that was to load the model (0 if there was none); ``exitcode`` is as in :class:`WorkerDied`.
     """
 
     name: str
@@ -151,6 +152,8 @@ class WorkerStartFailed(TorchmgmtError):
     traceback: str = ""
     last_lines: Sequence[str] = ()
     out_of_memory: bool = False
+    pid: int = 0
+    exitcode: int | None = None
 
     def __str__(self) -> str:
         head = f"Failed to start workers for model {self.name} version: {self.version}"

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torchmgmt.backends import Outcome
 from torchmgmt.channel import AnswerFuture
-from torchmgmt.errors import HandlerFailed, WorkerDied, WorkerStartFailed
-from torchmgmt.records import Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
+from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
 __all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "answers_of", "error_of_death", "size_of"]
 
@@ -41,6 +41,9 @@ class JobSource(Protocol):
 
     def fail_waiting(self, error: BaseException) -> int:
         """Answer all that waits with ``error``; return how many requests that were."""
+
+    def may_have_some(self) -> bool:
+        """Whether something may wait; False only if nothing does. Called with the pool's lock held."""
 
     def waited_s(self) -> float:
         """For how many seconds the oldest request has waited; 0 if none does."""
@@ -77,6 +80,10 @@ class JobQueue:
             if job.begin():
                 return job
         return self.source.take(full=full) if self.source is not None else None
+
+    def may_have_some(self) -> bool:
+        """Whether something may wait; False only if nothing does. Cheaper than to count it."""
+        return bool(self._returned or self._own) or (self.source is not None and self.source.may_have_some())
 
     def waited_s(self) -> float:
         """For how many seconds the oldest request has waited at the source; 0 if none does."""
@@ -125,12 +132,23 @@ class OwnJob:
             self.future.set_exception(error)
 
 
-def answers_of(key: ModelKey, outcomes: Sequence[Outcome], last_lines: Sequence[str]) -> list[Encoded | BaseException]:
-    """Return the worker's outcomes as answers: what it says went wrong becomes an error of ours."""
+def answers_of(
+    key: ModelKey, items: Sequence[WorkerRequest], outcomes: Sequence[Outcome], last_lines: Sequence[str]
+) -> list[Encoded | BaseException]:
+    """Return the worker's outcomes to ``items`` as answers: what it says went wrong becomes an error of ours."""
     return [
-        _handler_failed(key, outcome, last_lines) if isinstance(outcome, WorkerFault) else outcome
-        for outcome in outcomes
+        _error_of(key, items[index : index + 1], outcome, last_lines) if isinstance(outcome, WorkerFault) else outcome
+        for index, outcome in enumerate(outcomes)
     ]
+
+
+def _error_of(
+    key: ModelKey, request: Sequence[WorkerRequest], fault: WorkerFault, last_lines: Sequence[str]
+) -> HandlerFailed | DeadlineExceeded:
+    """Return what a fault is to the caller; ``request`` is empty if it was the wish for a description."""
+    if fault == EXPIRED and request:  # and the worker was quicker to say so than whoever watches the deadlines here
+        return DeadlineExceeded(f"The request to model {key.name} version {key.version}", request[0].limit_s)
+    return _handler_failed(key, fault, last_lines)
 
 
 def _handler_failed(key: ModelKey, fault: WorkerFault, last_lines: Sequence[str]) -> HandlerFailed:
@@ -156,7 +174,9 @@ def error_of_death(
         reason = f"{end_reason}; {exit.reason}"
     if not was_loading:
         return WorkerDied(key.name, key.version, exit.pid, exit.exitcode, reason, lines)
-    fault = exit.fault
-    if fault is None or end_reason:
-        return WorkerStartFailed(key.name, key.version, reason, "", lines)
-    return WorkerStartFailed(key.name, key.version, fault.reason, fault.traceback, lines, fault.out_of_memory)
+    traceback, out_of_memory = "", False
+    if exit.fault is not None and not end_reason:
+        reason, traceback, out_of_memory = exit.fault.reason, exit.fault.traceback, exit.fault.out_of_memory
+    return WorkerStartFailed(
+        key.name, key.version, reason, traceback, lines, out_of_memory, pid=exit.pid, exitcode=exit.exitcode
+    )

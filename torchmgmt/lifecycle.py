@@ -36,7 +36,13 @@ __all__ = [
 ]
 
 
-class VersionState(Enum):
+class _Member(Enum):
+    """A member is found by being itself: Enum's own hash is Python code, and four of them are taken for each request."""
+
+    __hash__ = object.__hash__
+
+
+class VersionState(_Member):
     """Where a model version stands."""
 
     REGISTERED = "REGISTERED"
@@ -53,7 +59,7 @@ class VersionState(Enum):
     """Unregistered; nothing of it is left."""
 
 
-class VersionEvent(Enum):
+class VersionEvent(_Member):
     """What can happen to a model version."""
 
     WANT = "want"
@@ -72,7 +78,7 @@ class VersionEvent(Enum):
     """Its last worker is gone after it was retired."""
 
 
-class WorkerState(Enum):
+class WorkerState(_Member):
     """Where one worker stands."""
 
     WANTED = "WANTED"
@@ -91,7 +97,7 @@ class WorkerState(Enum):
     """Its process is gone."""
 
 
-class WorkerEvent(Enum):
+class WorkerEvent(_Member):
     """What can happen to a worker."""
 
     SPAWN = "spawn"

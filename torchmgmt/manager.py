@@ -17,6 +17,7 @@ from typing import Any
 
 from attrs import define, frozen
 
+from torchmgmt import forks
 from torchmgmt.archive import ModelFolder, ModelSources
 from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
@@ -136,7 +137,10 @@ class ModelManager:
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
         self._announcer = _Announcer(_check_listeners(listeners))
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
-        self._pid = os.getpid()
+        self._depth = forks.depth()
+        # 32 hexadecimal digits that no other request of this or another manager has: its own, and a number.
+        self._request_prefix = os.urandom(8).hex()
+        self._request_numbers = itertools.count()
         self._lock = threading.Lock()
         # guarded by _lock
         self._registry: Registry[_Version] = Registry()
@@ -146,7 +150,7 @@ class ModelManager:
         self._close_lock = threading.Lock()
         _open_managers.add(self)
         self._finalizer = weakref.finalize(
-            self, _abandon, self._registry, self._sources, self._owned_backends, self._pid
+            self, _abandon, self._registry, self._sources, self._owned_backends, self._depth
         )
         self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
 
@@ -193,7 +197,7 @@ class ModelManager:
     @property
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the process that this one was forked from."""
-        return self._closed or os.getpid() != self._pid
+        return self._closed or forks.depth() != self._depth
 
     @property
     def model_store(self) -> Path | None:
@@ -260,7 +264,7 @@ class ModelManager:
             threads_per_worker: threads that one operation of a worker may use, at least 1; default: the cores divided by
                 ``max_workers``. What a handler sets itself counts more.
             batches_in_flight: how many batches may be with a worker at once, the one that it computes included, at least
-                1; default 4. Further ones are handed over early only where a batch takes less than 20 ms.
+                1; default 4. Further ones are handed over early only as far as they take no longer than 50 ms in all.
             max_requests: a worker that has answered so many requests is replaced, at least 1; default: no limit.
             max_memory: a worker that has more private memory, in bytes, is replaced, at least 1; default: no limit. Memory
                 that workers share is not counted. Looked at every 5 s. While a worker is replaced there may be one more
@@ -307,6 +311,7 @@ class ModelManager:
         )
         if synchronous:
             self._check_may_wait("register")
+        self._warm_for(wishes)
         with contextlib.ExitStack() as undo:
             folder = undo.enter_context(self._sources.open(url, trusted=trusted))
             spec = spec_of(folder, wishes, self.settings)
@@ -498,11 +503,14 @@ class ModelManager:
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
         served = self._get(name, version)
-        request = _request(data, fields, headers, None if timeout is None else _deadline(timeout))
+        request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
+        request = _request(data, fields, headers, request_id, timeout)
         future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
-        with self._gone_is_not_found(served):
+        try:
             served.pool.check_serving()
             served.batcher.submit(request, timeout=timeout, future=future)
+        except (ManagerClosed, ModelNotFound):
+            raise self._not_found(served) from None
         return future
 
     def close(self, timeout: float = 30) -> CloseReport:
@@ -512,7 +520,7 @@ class ModelManager:
         remove what was unpacked. In a forked copy it does nothing.
         """
         check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
-        if os.getpid() != self._pid:
+        if forks.depth() != self._depth:
             return CloseReport(0.0)
         self._check_may_wait("close")
         with self._close_lock:
@@ -524,7 +532,7 @@ class ModelManager:
 
     def _check_usable(self, name: object = "", version: object = None) -> None:
         """Raise ManagerClosed, or InvalidArgument for a name or version that can be none. Takes no lock."""
-        if os.getpid() != self._pid:
+        if forks.depth() != self._depth:
             why = "belongs to the process that this one was forked from; make a new one after the fork"
             raise ManagerClosed("This ModelManager", why)
         if self._closed:
@@ -535,13 +543,21 @@ class ModelManager:
             raise InvalidArgument("version", version, "text, or None for the default version")
 
     def _check_may_wait(self, call: str) -> None:
-        if any(backend.on_own_thread() for backend in list(self._backends.values())):
-            raise WouldWaitForever(call)
+        for backend in tuple(self._backends.values()):
+            if backend.on_own_thread():
+                raise WouldWaitForever(call)
 
     def _get(self, name: str, version: str | None = None) -> _Version:
         self._check_usable(name, version)
         with self._lock:
             return self._registry.get(name, version)
+
+    def _warm_for(self, wishes: Wishes) -> None:
+        """Have torch imported while the source is unpacked, if there are going to be worker processes."""
+        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
+        if workers and wishes.backend != "thread":
+            with contextlib.suppress(OSError):  # the start of the first worker meets it again, and tells of it
+                self._backend.warm()
 
     def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
         key = spec.key
@@ -608,9 +624,13 @@ class ModelManager:
         try:
             yield
         except (ManagerClosed, ModelNotFound):
-            key = served.spec.key
-            self._get(key.name, key.version)  # says what is so now
-            raise ModelVersionNotFound(key.name, key.version) from None
+            raise self._not_found(served) from None
+
+    def _not_found(self, served: _Version) -> TorchmgmtError:
+        """Return what is to be said of a version that has gone; raise ManagerClosed or ModelNotFound if that is so now."""
+        key = served.spec.key
+        self._get(key.name, key.version)
+        return ModelVersionNotFound(key.name, key.version)
 
     def _close(self, timeout: float) -> CloseReport:
         started = time.monotonic()
@@ -640,8 +660,13 @@ def _deadline(timeout: float) -> float:
 
 
 def _request(
-    data: object, fields: Mapping[str, Any] | None, headers: Mapping[str, str] | None, deadline: float | None
+    data: object,
+    fields: Mapping[str, Any] | None,
+    headers: Mapping[str, str] | None,
+    request_id: str,
+    timeout: float | None,
 ) -> WorkerRequest:
+    deadline = None if timeout is None else _deadline(timeout)
     if fields is not None and not isinstance(fields, Mapping):
         raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
     if headers is not None and not _are_headers(headers):
@@ -652,7 +677,7 @@ def _request(
     except Exception as error:  # whatever a __reduce__ raises
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
-    return WorkerRequest(encoded, os.urandom(16).hex(), dict(headers) if headers else None, deadline)
+    return WorkerRequest(encoded, request_id, dict(headers) if headers else None, deadline, timeout or 0.0)
 
 
 def _are_headers(value: object) -> bool:
@@ -715,9 +740,9 @@ def _close_open_managers() -> None:
         manager.close()
 
 
-def _abandon(registry: Registry[_Version], sources: ModelSources, backends: Sequence[Backend], pid: int) -> None:
+def _abandon(registry: Registry[_Version], sources: ModelSources, backends: Sequence[Backend], depth: int) -> None:
     """End what a manager ran that nobody can reach any more."""
-    if os.getpid() != pid:
+    if forks.depth() != depth:
         return
 
     def end() -> None:

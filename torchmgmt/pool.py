@@ -13,9 +13,7 @@ import os
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
 from torchmgmt.backends import Backend, Outcome
@@ -32,7 +30,7 @@ from torchmgmt.errors import (
 from torchmgmt.events import Event, Listener, VersionStateChanged, WorkerReady, WorkerStopped
 from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, answers_of, error_of_death, size_of
 from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState, advance_version
-from torchmgmt.pool_worker import NEVER, PROMISING, SERVING, PoolWorker
+from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
 from torchmgmt.records import (
     CloseReport,
     ModelSpec,
@@ -44,7 +42,7 @@ from torchmgmt.records import (
     WorkerRequest,
     check_number,
 )
-from torchmgmt.scaling import Failures, Load, Observation, Plan, Situation, decide, default_threads
+from torchmgmt.scaling import Failures, Load, Plan, Situation, decide, default_threads
 
 __all__ = ["WorkerPool"]
 
@@ -57,10 +55,6 @@ TERMINATE_GRACE_S = 2.0
 WELL_AFTER_S = 10.0
 FIRST_WORKER_ID = 9000
 
-# Further batches are handed to a busy worker only where a batch takes no longer than this: what a worker would lose by
-# waiting for the next one is nothing beside a longer one, and a batch that lies there cannot go to whoever is free first.
-_SHORT_RUN_S = 0.02
-_NEW_SHARE = 0.1  # of each new run time in their moving average
 # The load is looked at so soon after a request came that may call for another worker.
 _FIRST_LOOK_S = 0.25
 
@@ -131,8 +125,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
-        self._workers: dict[str, PoolWorker] = {}
-        self._idle: deque[PoolWorker] = deque()  # the last one in is the first one out: its caches are warm
+        self._workers = PoolWorkers()
         self._queue = JobQueue()
         self._scale = Scale(0, 0)
         self._state = VersionState.REGISTERED
@@ -143,9 +136,6 @@ class WorkerPool:
         self._starts_failed = 0
         self._gave_up = False
         self._load = Load()
-        self._past_busy_s = 0.0  # of workers that are gone
-        self._run_s = 0.0  # what a batch takes, as a moving average
-        self._empty_since: float | None = time.monotonic()
         self._is_loaded = False  # whether something may be kept loaded for further workers
         self._last_error: WorkerStartFailed | WorkerDied | None = None
         self._look_at = NEVER
@@ -156,7 +146,7 @@ class WorkerPool:
 
     def __repr__(self) -> str:
         with self._lock:
-            ready, workers = self._ready_locked(), len(self._workers)
+            ready, workers = self._workers.serving(), len(self._workers)
         return f"<WorkerPool of {self.spec.key}: {self._state.name}, {ready} of {workers} workers ready>"
 
     def __enter__(self) -> WorkerPool:
@@ -196,7 +186,7 @@ class WorkerPool:
     def info(self) -> tuple[WorkerInfo, ...]:
         """Return what is known of each worker, oldest first. Does not block."""
         with self._lock:
-            return tuple(worker.info() for worker in self._workers.values())
+            return tuple(worker.info() for worker in self._workers)
 
     def feed_from(self, source: JobSource) -> None:
         """Have idle workers take batches from ``source``, after what was submitted. To be called before :meth:`scale`.
@@ -278,6 +268,8 @@ class WorkerPool:
 
     def check_serving(self) -> None:
         """Raise ManagerClosed or NoWorker if a request that came now would never be run. Does not block."""
+        if self._state is VersionState.READY:
+            return  # what changes at this moment is dealt with when the request is there
         with self._lock:
             if self._state in _OVER:
                 raise self._closed_error()
@@ -295,7 +287,10 @@ class WorkerPool:
                 handle.describe(number)
             else:
                 handle.run(number, job.items)
-        self._flush()
+            if not self._queue.may_have_some():
+                break
+        if self._actions:
+            self._flush()
 
     def close(self, timeout: float = 30, *, drain: bool = True) -> CloseReport:
         """Take nothing more, let what was accepted finish, end all workers, and return what had to be done for it.
@@ -353,16 +348,18 @@ class WorkerPool:
     def _assign(self) -> tuple[PoolWorker, int, Job] | None:
         """Assign the next batch to a worker; None if there is no such pair."""
         with self._lock:
-            while self._idle and self._idle[-1].state is not WorkerState.READY:
-                self._idle.pop()  # it was told to go since
-            if self._idle:
-                job = self._queue.take()
-                return None if job is None else self._assign_locked(self._idle.pop(), job)
-            busy = self._busy_worker_with_room_locked()
+            if not self._queue.may_have_some():
+                return None
+            if (worker := self._workers.take_idle()) is not None:
+                if (job := self._queue.take()) is not None:
+                    return self._assign_locked(worker, job)
+                self._workers.note_idle(worker)
+                return None
+            busy = self._workers.busy_with_room(self.spec.batches_in_flight)
             if busy is not None and (job := self._queue.take(full=True)) is not None:
                 return self._assign_locked(busy, job)
             # In this order: counting what waits takes its time, and under load this is asked for every request.
-            if self._is_promising_locked() or len(self._queue) == 0:
+            if self._workers.any_promising() or len(self._queue) == 0:
                 return None
             unservable = self._no_worker_error_locked()
         if unservable is not None:
@@ -371,25 +368,19 @@ class WorkerPool:
             self._reconcile()  # nobody is there for what waits, and somebody may be
         return None
 
-    def _busy_worker_with_room_locked(self) -> PoolWorker | None:
-        """Return a worker that computes, with which a further batch may lie meanwhile: the one with the fewest."""
-        most = self.spec.batches_in_flight
-        if most < 2 or not 0 < self._run_s < _SHORT_RUN_S:
-            return None
-        busy = [each for each in self._workers.values() if each.state is WorkerState.BUSY and len(each.jobs) < most]
-        return min(busy, key=lambda each: len(each.jobs), default=None)
-
     def _assign_locked(self, worker: PoolWorker, job: Job) -> tuple[PoolWorker, int, Job]:
         number, now = next(self._numbers), time.monotonic()
         worker.assign(number, job, now, self.spec.response_timeout_s)
-        self._look_by_locked(worker.overdue_at)
+        look_at = worker.overdue_at
         if self._scale.min_workers < self._scale.max_workers:
-            self._look_by_locked(now + _FIRST_LOOK_S)
+            look_at = min(look_at, now + _FIRST_LOOK_S)
+        if look_at < self._look_at:
+            self._look_by_locked(look_at)
         return worker, number, job
 
     def _no_worker_error_locked(self) -> NoWorker | None:
         key = self.spec.key
-        if self._is_promising_locked():
+        if self._workers.any_promising():
             return None
         if self._scale.max_workers == 0:
             return NoWorker(key.name, key.version, "it is scaled to 0 workers; scale it up first")
@@ -407,27 +398,20 @@ class WorkerPool:
         return self._is_as_wanted_locked()
 
     def _is_as_wanted_locked(self) -> bool:
-        return self._ready_locked() >= self._scale.min_workers and len(self._workers) <= self._scale.max_workers
-
-    def _ready_locked(self) -> int:
-        return sum(worker.state in SERVING for worker in self._workers.values())
+        return self._workers.serving() >= self._scale.min_workers and len(self._workers) <= self._scale.max_workers
 
     def _is_quiet_locked(self) -> bool:
         """Whether nothing runs, and nothing waits that a worker could still take."""
-        if any(worker.jobs for worker in self._workers.values()):
+        if self._workers.any_with_jobs():
             return False
         return len(self._queue) == 0 or self._no_worker_error_locked() is not None
-
-    def _is_promising_locked(self) -> bool:
-        """Whether there is a worker that takes batches, or will."""
-        return any(worker.state in PROMISING for worker in self._workers.values())
 
     def _reconcile(self) -> None:
         """Bring what is nearer to what is wanted."""
         with self._lock:
             while not self._is_ending:
                 if self._scale.min_workers < self._scale.max_workers:
-                    self._load = self._load.observed(self._observation_locked())
+                    self._load = self._load.observed(self._workers.observe(self._queue))
                 plan = decide(self._situation_locked())
                 self._apply_locked(plan)
                 if plan.is_empty:
@@ -438,22 +422,10 @@ class WorkerPool:
             self._changed.notify_all()
         self._flush()
 
-    def _observation_locked(self) -> Observation:
-        now = time.monotonic()
-        workers = self._workers.values()
-        return Observation(
-            now=now,
-            busy_s=self._past_busy_s + sum(worker.computed_s(now) for worker in workers),
-            serving=self._ready_locked(),
-            busy=sum(worker.state is WorkerState.BUSY for worker in workers),
-            waiting=len(self._queue),
-            waited_s=self._queue.waited_s(),
-        )
-
     def _situation_locked(self) -> Situation:
         return Situation(
             scale=self._scale,
-            workers=[worker.facts() for worker in self._workers.values()],
+            workers=[worker.facts() for worker in self._workers],
             waiting=len(self._queue),
             now=time.monotonic(),
             load=self._load,
@@ -463,15 +435,13 @@ class WorkerPool:
             max_retry_timeout_s=self.spec.max_retry_timeout_s,
             gave_up=self._gave_up,
             is_loaded=self._is_loaded,
-            empty_since=self._empty_since,
+            empty_since=self._workers.empty_since,
             template_idle_timeout_s=self.spec.template_idle_timeout_s,
         )
 
     def _apply_locked(self, plan: Plan) -> None:
         for _ in range(plan.add):
-            worker = PoolWorker(str(next(self._worker_ids)), datetime.now(timezone.utc))
-            self._workers[worker.id] = worker
-            self._empty_since = None
+            self._workers.add(str(next(self._worker_ids)))
         for worker_id in plan.spawn:
             self._spawn_locked(self._workers[worker_id])
         for worker_id in plan.remove:
@@ -517,7 +487,7 @@ class WorkerPool:
         worker.is_unwanted = True
         if worker.state is WorkerState.WANTED:
             worker.advance(WorkerEvent.EXIT)
-            self._forget_locked(worker)
+            self._workers.forget(worker)
             self._changed.notify_all()
             return
         # One that is still loading would not read a message before it is done with that.
@@ -532,7 +502,7 @@ class WorkerPool:
         """Tell all workers to end by ``deadline``; one that still runs a batch has had its time. Return the batches lost."""
         now = time.monotonic()
         lost = 0
-        for worker in list(self._workers.values()):
+        for worker in self._workers:
             worker.is_unwanted = True
             if worker.jobs:
                 lost += size_of(worker.jobs.values())
@@ -577,9 +547,9 @@ class WorkerPool:
         """Bring the version's state in line with what its workers are."""
         if self._state in _OVER:
             return
-        if self._ready_locked():
+        if self._workers.serving():
             target = VersionState.READY
-        elif self._is_promising_locked():
+        elif self._workers.any_promising():
             target = VersionState.LOADING
         else:
             target = VersionState.FAILED if self._gave_up else VersionState.REGISTERED
@@ -607,9 +577,16 @@ class WorkerPool:
                 try:
                     action()
                 except ManagerClosed:
-                    log.debug("%s is closing", self.spec.key, exc_info=True)
+                    log.debug("The backend of %s is closed", self.spec.key, exc_info=True)
+                    self._abandon()
                 except Exception:
                     log.exception("Something that the pool of %s set off failed", self.spec.key)
+
+    def _abandon(self) -> None:
+        """Without a backend there will be no worker, and no timer that tries again."""
+        with self._lock:
+            self._gave_up = True
+        self._fail_waiting(self._closed_error())
 
     def _start(self, worker: PoolWorker, threads: int) -> None:
         handle = self._host.worker(worker.id, threads, _WorkerEvents(self, worker))
@@ -651,11 +628,10 @@ class WorkerPool:
             if when != self._look_at:
                 return  # an earlier look was asked for since, and sees to the next one
             self._look_at = NEVER
-            for worker in self._workers.values():
+            for worker in self._workers:
                 if worker.overdue_at <= now:
                     self._escalate_locked(worker)
-            if self._workers:
-                self._look_by_locked(min(worker.overdue_at for worker in self._workers.values()))
+            self._look_by_locked(self._workers.next_overdue_at())
         self._reconcile()
 
     # -- what workers tell, on the backend's thread --------------------------------------------------------------------
@@ -667,7 +643,7 @@ class WorkerPool:
             worker.advance(WorkerEvent.READY)
             worker.ready_at = time.monotonic()
             worker.overdue_at = NEVER
-            self._idle.append(worker)
+            self._workers.note_idle(worker)
             self._follow_workers_locked()
             pid = worker.handle.pid if worker.handle else None
             self._tell_locked(WorkerReady(self.spec.key, worker.id, pid or 0, worker.ready_at - worker.spawned_at))
@@ -682,15 +658,23 @@ class WorkerPool:
             job = worker.finish(number, now, self.spec.response_timeout_s)
             if job is None:
                 return
-            self._run_s += _NEW_SHARE * (took_s - self._run_s) if self._run_s else took_s
+            self._workers.note_run(took_s)
             is_worn = self._wears and worker.note_wear(self.spec)
             self._after_batch_locked(worker)
+            is_idle = worker.state is WorkerState.READY and not self._queue.may_have_some()
+        if is_idle:
+            self._answer(worker, job, outcomes)  # first, as somebody waits for this, and for nothing else
         if is_worn:
             self._reconcile()
-        self.pump()  # first, so that the worker computes while the answers are handed out
+        if self._actions or self._queue.may_have_some():
+            self.pump()
+        if not is_idle:
+            self._answer(worker, job, outcomes)  # last, so that the worker computes meanwhile
+
+    def _answer(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome]) -> None:
         has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
         lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
-        job.finish(answers_of(self.spec.key, outcomes, lines))
+        job.finish(answers_of(self.spec.key, job.items, outcomes, lines))
 
     def _after_batch_locked(self, worker: PoolWorker) -> None:
         """Let a worker that has nothing more to do wait for the next batch, or go."""
@@ -701,7 +685,7 @@ class WorkerPool:
                 self._stop_locked(worker, STOP_GRACE_S)  # it was done just before it would have been killed
             elif worker.state is WorkerState.BUSY:
                 worker.advance(WorkerEvent.FINISH)
-                self._idle.append(worker)
+                self._workers.note_idle(worker)
             elif worker.state is WorkerState.DRAINING:
                 self._stop_locked(worker, STOP_GRACE_S)
         elif worker.overdue_at < self._look_at:
@@ -717,12 +701,12 @@ class WorkerPool:
             )
             worker.advance(WorkerEvent.EXIT)
             lost, unstarted = worker.take_jobs(exit.last_started)
-            self._forget_locked(worker)
+            self._workers.forget(worker)
             self._stopped += 1
             if not self._is_ending:
                 self._queue.give_back(unstarted)
             if not worker.is_unwanted:
-                self._note_failure_locked(worker, error)
+                self._note_failure_locked(worker, error, is_retryable=exit.is_retryable)
             if exit.is_final:
                 self._last_error = error
                 self._give_up_locked()
@@ -737,25 +721,22 @@ class WorkerPool:
         self._reconcile()
         self.pump()
 
-    def _forget_locked(self, worker: PoolWorker) -> None:
-        self._workers.pop(worker.id, None)
-        self._past_busy_s += worker.busy_s
-        if not self._workers:
-            self._empty_since = time.monotonic()
-
     def _note_success_locked(self) -> None:
         """A worker has served: back-off begins anew, and once all that are wanted are there, all is well again."""
         self._failures = Failures()
-        if self._ready_locked() >= self._scale.min_workers:
+        if self._workers.serving() >= self._scale.min_workers:
             self._last_error = None
 
-    def _note_failure_locked(self, worker: PoolWorker, error: WorkerStartFailed | WorkerDied) -> None:
+    def _note_failure_locked(
+        self, worker: PoolWorker, error: WorkerStartFailed | WorkerDied, *, is_retryable: bool
+    ) -> None:
         now = time.monotonic()
         earlier = Failures() if now - worker.ready_at >= WELL_AFTER_S else self._failures
         self._failures = earlier.another(now, worker.spawned_at)
         self._jitter = random.uniform(0.5, 1.5)
         self._last_error = error
-        self._starts_failed += isinstance(error, WorkerStartFailed)
+        # Whoever waits for a start need not hear of what another attempt, which is made in a moment, may well set right.
+        self._starts_failed += isinstance(error, WorkerStartFailed) and not is_retryable
         self._actions.append(lambda: log.warning("%s", error))
 
 

@@ -1,22 +1,29 @@
-"""One worker as its pool sees it: its state, the batches that are with it, and when its time is over."""
+"""The workers as their pool sees them: the state of each, the batches that are with it, and who gets the next one."""
 
 from __future__ import annotations
 
-from datetime import datetime
+import time
+from collections import deque
+from collections.abc import Iterator
+from datetime import datetime, timezone
 
 from attrs import define, field
 
 from torchmgmt.backends import WorkerHandle
-from torchmgmt.job import Job
+from torchmgmt.job import Job, JobQueue
 from torchmgmt.lifecycle import WorkerEvent, WorkerState, advance_worker
 from torchmgmt.records import ModelSpec, WorkerInfo
-from torchmgmt.scaling import WorkerFacts
+from torchmgmt.scaling import Observation, WorkerFacts
 
-__all__ = ["NEVER", "PROMISING", "SERVING", "PoolWorker"]
+__all__ = ["NEVER", "PoolWorker", "PoolWorkers"]
 
 NEVER = float("inf")
-SERVING = (WorkerState.READY, WorkerState.BUSY)
-PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *SERVING)
+# No more work than this lies with a worker: what one would lose by waiting for its next batch is nothing beside a long
+# one, and a batch that lies there cannot go to whoever is free first.
+_LYING_S = 0.05
+_NEW_SHARE = 0.1  # of each new run time in their moving average
+_SERVING = (WorkerState.READY, WorkerState.BUSY)
+_PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *_SERVING)
 
 
 @define(eq=False)
@@ -114,4 +121,90 @@ class PoolWorker:
             start_time=self.wanted_at,
             pid=handle.pid if handle is not None else None,
             memory_bytes=handle.memory_bytes if handle is not None else 0,
+        )
+
+
+class PoolWorkers:
+    """All workers of a pool, by their ids, oldest first. Guarded by the pool's lock."""
+
+    def __init__(self) -> None:
+        self.empty_since: float | None = time.monotonic()
+        """Since when there has been none at all; None if there is one."""
+        self._by_id: dict[str, PoolWorker] = {}
+        self._idle: deque[PoolWorker] = deque()  # the last one in is the first one out: its caches are warm
+        self._run_s = 0.0  # what a batch takes, as a moving average
+        self._past_busy_s = 0.0  # of workers that are gone
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[PoolWorker]:
+        return iter(list(self._by_id.values()))
+
+    def __getitem__(self, worker_id: str) -> PoolWorker:
+        return self._by_id[worker_id]
+
+    def add(self, worker_id: str) -> None:
+        """Note that one more is wanted."""
+        self._by_id[worker_id] = PoolWorker(worker_id, datetime.now(timezone.utc))
+        self.empty_since = None
+
+    def forget(self, worker: PoolWorker) -> None:
+        """Drop one that is gone. Idempotent."""
+        self._past_busy_s += worker.busy_s
+        self._by_id.pop(worker.id, None)
+        if not self._by_id:
+            self.empty_since = time.monotonic()
+
+    def note_idle(self, worker: PoolWorker) -> None:
+        """Note that one is ready and has nothing to do."""
+        self._idle.append(worker)
+
+    def note_run(self, seconds: float) -> None:
+        """Note how long a batch has taken."""
+        self._run_s += _NEW_SHARE * (seconds - self._run_s) if self._run_s else seconds
+
+    def take_idle(self) -> PoolWorker | None:
+        """Return one that has nothing to do, no longer to be found here; None if there is none."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.state is WorkerState.READY:  # else it was told to go since
+                return worker
+        return None
+
+    def busy_with_room(self, most: int) -> PoolWorker | None:
+        """Return one that computes, and with which a further batch may lie meanwhile: the one with the fewest."""
+        most = min(most, 1 + int(_LYING_S / self._run_s)) if self._run_s else 1
+        if most < 2:
+            return None
+        busy = [each for each in self._by_id.values() if each.state is WorkerState.BUSY and len(each.jobs) < most]
+        return min(busy, key=lambda each: len(each.jobs), default=None)
+
+    def serving(self) -> int:
+        """Return how many take batches now."""
+        return sum(worker.state in _SERVING for worker in self._by_id.values())
+
+    def any_promising(self) -> bool:
+        """Return whether there is one that takes batches, or will."""
+        return any(worker.state in _PROMISING for worker in self._by_id.values())
+
+    def any_with_jobs(self) -> bool:
+        """Return whether a batch is with one."""
+        return any(worker.jobs for worker in self._by_id.values())
+
+    def next_overdue_at(self) -> float:
+        """Return when the first one's time is over."""
+        return min((worker.overdue_at for worker in self._by_id.values()), default=NEVER)
+
+    def observe(self, queue: JobQueue) -> Observation:
+        """Return what the policy learns of the load from this moment."""
+        now = time.monotonic()
+        workers = self._by_id.values()
+        return Observation(
+            now=now,
+            busy_s=self._past_busy_s + sum(worker.computed_s(now) for worker in workers),
+            serving=self.serving(),
+            busy=sum(worker.state is WorkerState.BUSY for worker in workers),
+            waiting=len(queue),
+            waited_s=queue.waited_s(),
         )

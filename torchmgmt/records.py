@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Any, TypeAlias
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, define, field, frozen
 from attrs.validators import optional
 
 from torchmgmt.errors import InvalidArgument
@@ -20,6 +20,7 @@ from torchmgmt.lifecycle import VersionState, WorkerState
 
 __all__ = [
     "BACKENDS",
+    "EXPIRED",
     "NUMBER_BYTES",
     "CloseReport",
     "Encoded",
@@ -222,14 +223,17 @@ class ModelSpec:
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
 
 
-@frozen
+# These two are not frozen, as other facts are: to make a frozen one costs a microsecond more, for each request thrice.
+
+
+@define(eq=False)
 class Encoded:
     """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker."""
 
     segments: Sequence[bytes | bytearray | memoryview]
 
 
-@frozen
+@define(eq=False)
 class WorkerRequest:
     """One request as a worker gets it: the row for the handler, its id and its headers."""
 
@@ -238,6 +242,8 @@ class WorkerRequest:
     headers: Mapping[str, str] | None = None
     deadline: float | None = None
     """When nobody waits for it any more, on the monotonic clock of the machine (s); it is not begun after that."""
+    limit_s: float = 0.0
+    """How long after the request was made that is."""
 
 
 @frozen
@@ -251,6 +257,10 @@ class WorkerFault:
     traceback: str
     error_code: int | None = None
     out_of_memory: bool = False
+
+
+EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
+"""What a worker says of a request that it did not begin because nobody waited for it any more."""
 
 
 @frozen
@@ -286,6 +296,8 @@ class WorkerExit:
     """The number of the last batch that it began, 0 for none; None if nobody can tell, so that all may have begun."""
     is_final: bool = False
     """Whether another worker must not be started in its place: what ended it would end that one, too."""
+    is_retryable: bool = False
+    """Whether it never came to be because who should fork it had died: that says nothing against another attempt."""
 
 
 @frozen(kw_only=True)

@@ -17,7 +17,7 @@ import pickle
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from torchmgmt.errors import TorchmgmtError
@@ -79,6 +79,19 @@ def _places(offset: int, lengths: Sequence[int]) -> tuple[list[int], int]:
     return starts, _round_up(offset, mmap.PAGESIZE)
 
 
+@contextlib.contextmanager
+def _not_as_standard_streams() -> Iterator[None]:
+    """Have no descriptor that is made meanwhile become 0, 1 or 2, should these be closed.
+
+    What a handler then prints would be written into the memory in which requests and answers travel.
+    """
+    with contextlib.ExitStack() as taken:
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            taken.callback(os.close, fd)
+        os.close(fd)
+        yield
+
+
 class _Mapping:
     """A memory file in this process's address space. It is unmapped when nothing refers to it any more."""
 
@@ -87,7 +100,8 @@ class _Mapping:
         if sys.version_info >= (3, 13):
             self._mmap = mmap.mmap(fd, self.size, trackfd=False)
         else:  # it keeps a copy of the descriptor
-            self._mmap = mmap.mmap(fd, self.size)
+            with _not_as_standard_streams():
+                self._mmap = mmap.mmap(fd, self.size)
         self.view = memoryview(self._mmap)
         self._advice = advice
         self._present = 0  # up to here pages have been asked for; those above KEPT_BYTES come and go
@@ -303,7 +317,8 @@ class SharedSegments:
             return
         size, self._arena_bytes = self._arena_bytes, 0
         try:
-            fd = os.memfd_create("torchmgmt-segments")
+            with _not_as_standard_streams():
+                fd = os.memfd_create("torchmgmt-segments")
         except OSError:
             return
         try:

@@ -8,17 +8,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.handlers import EVAL, Deployer, is_gone, until, write_folder
+from tests.faults.conftest import both_ways
+from tests.faults.processes import forkers_of, kill, only_pid, pids_of, torch_only_of, wait_for_another
+from tests.handlers import EVAL, TOOLS, Deployer, Gate, is_gone, until, write_folder
 from torchmgmt import ModelManager, ProcessBackend
-from torchmgmt.backends import forkserver
-from torchmgmt.errors import WorkerStartFailed
+from torchmgmt.backends import child, forker
+from torchmgmt.errors import TorchmgmtError, WorkerDied, WorkerStartFailed
 
 PROGRAM = """
 import json, os, sys, threading
@@ -41,28 +42,6 @@ if sys.argv[2] == "computing":
 print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)] + children), flush=True)
 threading.Event().wait()
 """
-
-
-@pytest.fixture
-def own(light_torch: Path) -> Iterator[ProcessBackend]:
-    """A backend that a test may break; torch is a light one."""
-    backend = ProcessBackend()
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def deploy_own(own: ProcessBackend, tmp_path: Path) -> Iterator[Deployer]:
-    with ModelManager(backend=own) as manager:
-        yield Deployer(tmp_path, manager)
-
-
-def torch_only_process(worker: int | None) -> psutil.Process:
-    """The parent of a worker, which is a child of ours."""
-    parent = psutil.Process(worker).parent()
-    assert parent is not None
-    assert parent.ppid() == os.getpid()
-    return parent
 
 
 @pytest.mark.parametrize(
@@ -94,6 +73,44 @@ def test_no_process_outlives_the_program(
         until(lambda pid=pid: is_gone(pid), f"process {pid} of a program that was {what} is gone")
 
 
+LOADING_PROGRAM = """
+import json, os, sys, threading
+import psutil
+from torchmgmt import ModelManager
+manager = ModelManager()
+options = {"handler": "handler.py", "share_weights": sys.argv[2], "synchronous": False}
+model = manager.register(sys.argv[1], model_name="m", initial_workers=2, **options)
+while not os.path.exists(sys.argv[3]):
+    pass
+print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)]), flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.usefixtures("light_torch")
+@pytest.mark.parametrize("torch_only_too", [False, True], ids=["program", "both"])
+@both_ways
+def test_no_process_outlives_the_program_while_it_loads(
+    tmp_path: Path, share_weights: str, torch_only_too: bool
+) -> None:
+    """Killed in the middle of a load that never ends, the program leaves nobody: not who loads, nor what that started."""
+    begun = tmp_path / "begun"
+    # Nobody is left who could end what a handler had started when both are killed at once.
+    start = "" if torch_only_too else "__import__('subprocess').Popen(['sleep', '1000'])\n"
+    folder = write_folder(tmp_path / "model", f"{TOOLS}{start}note({str(begun)!r})\nthreading.Event().wait()\n")
+    command: list[Any] = [sys.executable, "-c", LOADING_PROGRAM, folder, share_weights, begun]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        pids: list[int] = json.loads(program.stdout.readline())
+        assert len(pids) >= (2 if torch_only_too else 3)
+        if torch_only_too:
+            os.kill(pids[0], signal.SIGKILL)
+        program.kill()
+        program.wait(20)
+    for pid in pids:
+        until(lambda pid=pid: is_gone(pid), f"process {pid} of a program that was loading is gone")
+
+
 @pytest.mark.usefixtures("light_torch")
 def test_ctrl_c_reaches_the_program_alone(tmp_path: Path) -> None:
     """Ctrl-C in a terminal, a signal to the whole process group, interrupts the program but no running request."""
@@ -122,63 +139,113 @@ with ModelManager() as manager:
 
 
 def test_workers_outlive_the_torch_only_process(deploy_own: Deployer) -> None:
-    """When the torch-only process is killed, workers go on serving, and scaling up starts another one."""
+    """When the torch-only process is killed, workers go on serving, and scaling up still works."""
     model = deploy_own()
-    (worker,) = model.describe().workers
-    torch_only = torch_only_process(worker.pid)
+    worker = only_pid(model)
+    kill(torch_only_of(worker))
 
-    torch_only.kill()
-    until(lambda: is_gone(torch_only.pid), "the torch-only process is gone")
-
-    assert model.predict("os.getpid()", timeout=20) == worker.pid
-    info = model.scale(2)
-    assert [each.state.name for each in info.workers] == ["READY", "READY"]
-    assert info.workers[0].pid == worker.pid
-    assert torch_only_process(info.workers[1].pid).pid != torch_only.pid
-
-
-def test_an_orphaned_worker_that_dies_is_replaced(deploy_own: Deployer) -> None:
-    """A worker that outlived the torch-only process is still watched: its death is noticed, and it is replaced."""
-    model = deploy_own()
-    (worker,) = model.describe().workers
-    assert worker.pid is not None
-    torch_only = torch_only_process(worker.pid)
-    torch_only.kill()
-    until(lambda: is_gone(torch_only.pid), "the torch-only process is gone")
+    assert model.predict("os.getpid()", timeout=20) == worker
+    assert [each.state.name for each in model.scale(2).workers] == ["READY", "READY"]
+    assert worker in pids_of(model)
     assert model.predict("1", timeout=20) == 1
 
-    os.kill(worker.pid, signal.SIGKILL)
 
-    until(lambda: [each.pid for each in model.describe().workers] not in ([worker.pid], []), "it is replaced")
-    assert model.predict("os.getpid()", timeout=30) != worker.pid
+def test_a_template_outlives_the_torch_only_process(own: ProcessBackend, tmp_path: Path) -> None:
+    """A template whose torch-only process was killed goes on to be forked: nothing is loaded again."""
+    with ModelManager(backend=own) as manager:
+        model = Deployer(tmp_path, manager)()
+        template, torch_only = forkers_of(only_pid(model))
+        kill(torch_only)
+        model.scale(3)
+        assert {psutil.Process(pid).ppid() for pid in pids_of(model)} == {template.pid}
+        assert own.forkserver.pid is None
+
+
+def test_the_torch_only_process_and_the_template_may_die_together(deploy_own: Deployer, gate: Gate) -> None:
+    """When all that could fork is killed at once, running batches end as they should, and new workers come again."""
+    model = deploy_own(initial_workers=2)
+    old = pids_of(model)
+    running = model.submit(f"{gate.expression} or 'finished'")
+    until(gate.reached, "the request runs")
+    kill(*forkers_of(old[0]))
+    gate.open()
+    assert running.result(20) == "finished"
+    model.scale(3)
+    (new,) = {*pids_of(model)} - {*old}
+    assert torch_only_of(new).is_running()
+    assert deploy_own(model_name="other").predict("1", timeout=20) == 1
+
+
+def test_an_orphaned_worker_that_dies_is_replaced(deploy_own: Deployer, gate: Gate) -> None:
+    """A worker that outlived all that forked it is still watched: its death fails its batch, and it is replaced."""
+    model = deploy_own()
+    worker = only_pid(model)
+    kill(*forkers_of(worker))
+    running = model.submit(gate.expression)
+    until(gate.reached, "the request runs")
+    waiting = [model.submit("os.getpid()") for _ in range(5)]
+
+    os.kill(worker, signal.SIGKILL)
+
+    error = running.exception(20)
+    assert isinstance(error, WorkerDied)
+    assert error.pid == worker
+    assert worker not in [future.result(20) for future in waiting]
+    assert wait_for_another(model, worker)
 
 
 def test_an_orphaned_worker_goes_when_it_is_not_wanted(deploy_own: Deployer) -> None:
-    """A worker that outlived the torch-only process ends like any other when it is scaled away."""
+    """A worker that outlived all that forked it ends like any other when it is scaled away."""
     model = deploy_own()
-    (worker,) = model.describe().workers
-    assert worker.pid is not None
-    torch_only = torch_only_process(worker.pid)
-    torch_only.kill()
-    until(lambda: is_gone(torch_only.pid), "the torch-only process is gone")
+    worker = only_pid(model)
+    kill(*forkers_of(worker))
     model.scale(0)
-    until(lambda: is_gone(worker.pid or 0), "the worker is gone")
+    until(lambda: is_gone(worker), "the worker is gone")
+
+
+def test_an_orphaned_worker_ends_with_its_backend(own: ProcessBackend, tmp_path: Path) -> None:
+    """Closing a backend ends workers and templates that had outlived the torch-only process, busy or not."""
+    manager = ModelManager(backend=own)
+    model = Deployer(tmp_path, manager)()
+    worker = only_pid(model)
+    template, torch_only = forkers_of(worker)
+    kill(torch_only)
+    running = model.submit("threading.Event().wait()")
+    own.close()
+    for pid in (worker, template.pid):
+        until(lambda pid=pid: is_gone(pid), f"process {pid} is gone")
+    assert isinstance(running.exception(20), TorchmgmtError)
+    manager.close()
+
+
+def test_a_torch_only_process_that_was_stopped_is_replaced(deploy_own: Deployer) -> None:
+    """A torch-only process that somebody stopped (SIGSTOP) is killed soon; workers serve on, and others can be started."""
+    model = deploy_own()
+    worker = only_pid(model)
+    torch_only = torch_only_of(worker)
+    torch_only.suspend()
+    other = deploy_own(model_name="other", synchronous=False)
+
+    assert model.predict("os.getpid()", timeout=20) == worker
+    assert other.predict("1", timeout=20) == 1
+    until(lambda: is_gone(torch_only.pid), "the stopped torch-only process is gone")
+    assert model.predict("os.getpid()", timeout=20) == worker
 
 
 def test_a_hung_torch_only_process_is_replaced(deploy_own: Deployer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch-only process that does not fork in time is killed; the next start gets a new one, old workers serve on."""
-    monkeypatch.setattr(forkserver, "_FORK_LIMIT_S", 0.5)
+    monkeypatch.setattr(forker, "FORK_LIMIT_S", 0.5)
+    monkeypatch.setattr(child, "STOPPED_LIMIT_S", 1000)  # it hangs for another reason, as far as anybody can see
     model = deploy_own()
-    (worker,) = model.describe().workers
-    torch_only = torch_only_process(worker.pid)
+    worker = only_pid(model)
+    torch_only = torch_only_of(worker)
     torch_only.suspend()
 
-    with pytest.raises(WorkerStartFailed):
-        deploy_own(model_name="other", startup_timeout=1)
+    other = deploy_own(model_name="other")
 
-    until(lambda: is_gone(torch_only.pid), "the hung torch-only process is gone")
-    assert model.predict("os.getpid()", timeout=20) == worker.pid
-    assert deploy_own(model_name="other").predict("1") == 1
+    assert is_gone(torch_only.pid)
+    assert other.predict("1", timeout=20) == 1
+    assert model.predict("os.getpid()", timeout=20) == worker
 
 
 def test_an_impatient_model_does_not_fail_the_start_of_others(deploy_own: Deployer, light_torch: Path) -> None:

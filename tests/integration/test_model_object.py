@@ -22,6 +22,7 @@ from torchmgmt.errors import (
     HandlerFailed,
     InvalidArgument,
     ModelNotFound,
+    NoWorker,
     QueueFull,
     WorkerDied,
     WorkerStartFailed,
@@ -342,10 +343,13 @@ def test_a_manager_outlives_the_backend_that_it_was_lent(tmp_path: Path) -> None
     folder = write_folder(tmp_path / "model", EVAL)
     backend = ProcessBackend()
     manager = ModelManager(backend=backend)
-    future = manager.register(folder, model_name="m", handler="handler.py").submit("time.sleep(60)")
-    until(future.running, "the batch runs")
+    model = manager.register(folder, model_name="m", handler="handler.py", batches_in_flight=1)
+    begun = Gate(tmp_path / "begun")
+    running, waiting = model.submit(begun.expression), model.submit("1")
+    until(begun.reached, "the batch runs")
     backend.close()
-    assert isinstance(future.exception(timeout=5), WorkerDied)
+    assert isinstance(running.exception(timeout=5), WorkerDied)
+    assert isinstance(waiting.exception(timeout=5), NoWorker)
     thread = threading.Thread(target=manager.close, args=(1,))
     thread.start()
     thread.join(20)

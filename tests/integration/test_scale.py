@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.processes import kill, template_of
 from tests.handlers import ECHO, TOOLS, Deployer, Gate, is_gone, lines_of, until
 from torchmgmt import Model, ModelManager
 from torchmgmt.errors import ManagerClosed, NoWorker, WorkerDied, WorkerStartFailed
@@ -167,11 +168,17 @@ def test_scaling_up_again_needs_no_wait_for_those_that_go(deploy: Deployer, gate
     until(lambda: pids(model) == [other], "the drained worker is gone")
 
 
-def test_workers_that_cannot_start_fail_the_call_but_stay_wanted(deploy: Deployer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_weights", ["auto", "never"], ids=["forked", "alone"])
+def test_workers_that_cannot_start_fail_the_call_but_stay_wanted(
+    deploy: Deployer, tmp_path: Path, share_weights: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """A synchronous scale whose workers cannot start raises why; what was wanted stays wanted, and is tried again."""
     flag = tmp_path / "flag"
-    model = deploy(FAILS_WHEN_TOLD.format(flag=str(flag)))
+    model = deploy(FAILS_WHEN_TOLD.format(flag=str(flag)), share_weights=share_weights)
     flag.touch()
+    if share_weights == "auto":
+        kill(template_of(pids(model)[0]))  # the next worker needs another one, which loads the model again
+        until(lambda: "The template" in caplog.text, "its end is known")
 
     with pytest.raises(WorkerStartFailed) as caught:
         model.scale(2)
@@ -189,10 +196,20 @@ def test_workers_that_cannot_start_fail_the_call_but_stay_wanted(deploy: Deploye
     assert statuses(model) == ["READY", "READY"]
 
 
+def test_what_is_loaded_once_cannot_fail_again(deploy: Deployer, tmp_path: Path) -> None:
+    """Scaling up from a template loads nothing, so that weights which are gone meanwhile fail nothing."""
+    flag = tmp_path / "flag"
+    model = deploy(FAILS_WHEN_TOLD.format(flag=str(flag)))
+    flag.touch()
+    model.scale(3)
+    assert statuses(model) == ["READY"] * 3
+    assert model.describe().last_error == ""
+
+
 def test_last_error_is_forgotten_when_all_is_well_again(deploy: Deployer, tmp_path: Path) -> None:
     """``last_error`` is empty again once a version that had failed has all its workers and has served."""
     flag = tmp_path / "flag"
-    model = deploy(FAILS_WHEN_TOLD.format(flag=str(flag)))
+    model = deploy(FAILS_WHEN_TOLD.format(flag=str(flag)), share_weights="never")
     flag.touch()
     with pytest.raises(WorkerStartFailed):
         model.scale(2)
@@ -253,11 +270,29 @@ def test_a_scale_call_can_run_a_model_with_its_number_of_threads(deploy: Deploye
     assert model.predict() == os.cpu_count()
 
 
-def test_loads_are_as_many_as_workers(deploy: Deployer, tmp_path: Path) -> None:
-    """The handler is initialised exactly once in each worker."""
+NOTES_ITS_LOAD = (
+    TOOLS
+    + """
+def handle(data, context):
+    if data is None:
+        return note({loads!r}, os.getpid())
+    return data
+"""
+)
+
+
+def test_workers_without_a_template_load_once_each(deploy: Deployer, tmp_path: Path) -> None:
+    """Where weights are not shared, the handler is initialised exactly once in each worker."""
     loads = tmp_path / "loads"
-    source = (
-        f"{TOOLS}\ndef handle(data, context):\n    if data is None:\n        return note({str(loads)!r}, os.getpid())\n"
-    )
-    model = deploy(source + "    return data\n", initial_workers=3)
+    model = deploy(NOTES_ITS_LOAD.format(loads=str(loads)), initial_workers=3, share_weights="never")
     assert sorted(lines_of(loads)) == sorted(map(str, pids(model)))
+
+
+def test_a_template_loads_once_for_all_workers(deploy: Deployer, tmp_path: Path) -> None:
+    """The handler is initialised once, in the template, whatever number of workers is forked from it later."""
+    loads = tmp_path / "loads"
+    model = deploy(NOTES_ITS_LOAD.format(loads=str(loads)), initial_workers=3)
+    model.scale(1)
+    model.scale(5)
+    assert [int(pid) for pid in lines_of(loads)] == [template_of(pid).pid for pid in pids(model)][:1]
+    assert len({template_of(pid).pid for pid in pids(model)}) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -14,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.handlers import ECHO, TOOLS, Deployer, is_gone, run_program, until
+from tests.handlers import ECHO, EVAL, TOOLS, Deployer, is_gone, run_program, until, write_folder
 from torchmgmt import Model, ModelManager, ProcessBackend
-from torchmgmt.errors import NoWorker, TorchmgmtError, WorkerStartFailed
+from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.errors import ManagerClosed, NoWorker, TorchmgmtError, WorkerStartFailed
 from torchmgmt.lifecycle import VersionState
 
 LOADS_BY_ITSELF = {"share_weights": "never"}
@@ -65,7 +67,7 @@ def test_a_start_without_descriptors_leaves_none(deploy: Deployer, options: dict
 
 
 @pytest.mark.usefixtures("light_torch")
-@pytest.mark.parametrize("left", [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14])
+@pytest.mark.parametrize("left", range(12))
 def test_a_first_start_without_descriptors_leaves_nothing(tmp_path: Path, left: int) -> None:
     """The same for the torch-only process and the threads, which the first worker needs: no process and no thread stays."""
     threads = set(threading.enumerate())
@@ -173,8 +175,6 @@ if __name__ == "__main__":
 @pytest.mark.usefixtures("light_torch")
 def test_a_program_that_has_blocked_signals_is_served(tmp_path: Path, way: str) -> None:
     """Signals that a program blocks, to wait for them, are not blocked in its workers: deaths are noticed, ends heeded."""
-    from tests.handlers import EVAL, write_folder
-
     done = run_program(BLOCKED, write_folder(tmp_path / "m", EVAL), way)
     assert done.stdout.split() == ["replaced", "True"], done.stderr
 
@@ -212,3 +212,40 @@ def test_starts_and_ends_that_meet_leave_nothing(deploy: Deployer) -> None:
     model.unregister()
     assert all(map(is_gone, old))
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+
+
+def test_a_later_thread_is_not_taken_for_its_own() -> None:
+    """After it was closed every thread is refused, also one that was given the number that its own thread had."""
+    closed = Dispatcher()
+    closed.call_soon(int)
+    closed.close()
+    accepted: list[int] = []
+
+    def call() -> None:
+        with contextlib.suppress(ManagerClosed):
+            closed.call_soon(int)
+            accepted.append(threading.get_ident())
+
+    for _ in range(10):  # of which some have the same number
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert accepted == []
+
+
+@pytest.mark.parametrize("what", ["threading.Thread.start", "selectors.DefaultSelector", "os.pipe"])
+def test_one_that_cannot_be_started_says_so(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Without a thread or a descriptor for it the call raises OSError, leaves nothing, and works when there is one."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread") if "Thread" in what else OSError(errno.EMFILE, "none left")
+
+    dispatcher = Dispatcher()
+    with monkeypatch.context() as patch:
+        patch.setattr(what, fail)
+        with pytest.raises(OSError, match="new thread" if "Thread" in what else "none left"):
+            dispatcher.call_soon(int)
+    done = threading.Event()
+    dispatcher.call_soon(done.set)
+    assert done.wait(10)
+    dispatcher.close()

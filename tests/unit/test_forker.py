@@ -74,7 +74,7 @@ class Listener:
         if pidfd is not None:
             os.close(pidfd)
 
-    def fork_failed(self, reason: str, _last_lines: Sequence[str]) -> None:
+    def fork_failed(self, reason: str, _last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         self.told.append(("fork_failed", reason))
 
     def process_exited(self, exitcode: int | None) -> None:

@@ -116,7 +116,7 @@ def test_a_fault_becomes_an_error_of_ours() -> None:
     """What the worker says went wrong keeps its type, code and traceback; the other answers of the batch stay."""
     fault = WorkerFault("ValueError", "ValueError: no", "Traceback ...", error_code=507, out_of_memory=True)
     fine = Encoded([b"x"])
-    answer, error = answers_of(KEY, [fine, fault], ["last"])
+    answer, error = answers_of(KEY, [], [fine, fault], ["last"])
     assert answer is fine
     assert isinstance(error, HandlerFailed)
     assert (error.error_type, error.error_code, error.traceback) == ("ValueError", 507, "Traceback ...")

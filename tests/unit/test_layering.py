@@ -14,7 +14,7 @@ PACKAGE = "torchmgmt"
 
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
-    1: frozenset({"errors", "lifecycle", "records", "events"}),
+    1: frozenset({"errors", "lifecycle", "records", "events", "forks"}),
     2: frozenset(
         {"settings", "archive", "registry", "scaling", "state", "channel", "encoding", "segments", "dispatcher"}
     ),

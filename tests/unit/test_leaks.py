@@ -200,6 +200,6 @@ def test_leaked_processes_are_killed_after_the_report(inner: InnerRun) -> None:
     commands = [
         (entry / "cmdline").read_bytes()
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and leaks._carries(int(entry.name), os.environ[leaks.MARK])
+        if entry.name.isdigit() and leaks.carries(int(entry.name), os.environ[leaks.MARK])
     ]
     assert not [command for command in commands if b"sleep" in command]

@@ -357,7 +357,7 @@ def test_a_busy_worker_gets_more_only_where_batches_are_short(
     """Nothing lies with a worker whose batches take long: another one may be free before it."""
     pool = make(batches_in_flight=3)
     (handle,) = backend.model.workers
-    monkeypatch.setattr("torchmgmt.pool._SHORT_RUN_S", 0.0)
+    monkeypatch.setattr("torchmgmt.pool_worker._LYING_S", 0.0)
     pool.submit([0])
     handle.answers()
     for number in range(3):
@@ -444,7 +444,7 @@ def finish(pool: WorkerPool, backend: FakeBackend) -> None:
     pool.retire()
     pool.end(0.0)
     backend.look()
-    for worker in list(pool._workers.values()):
+    for worker in list(pool._workers):
         handle = worker.handle
         assert isinstance(handle, FakeHandle)
         assert {"stop", "terminate", "kill"} & set(handle.told)

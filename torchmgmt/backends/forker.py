@@ -34,8 +34,8 @@ class ForkListener(Protocol):
     def forked(self, pid: int, pidfd: int | None) -> None:
         """The child runs. The descriptor is the listener's from now on; None where the system has none."""
 
-    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
-        """There is no child and there will be none."""
+    def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
+        """There is no child and there will be none. ``is_retryable``: because who should fork it has died since."""
 
     def process_exited(self, exitcode: int | None) -> None:
         """The child is gone; None if its status is not known."""
@@ -110,7 +110,8 @@ class Forker:
                 os.close(fd)
             if not in_place:
                 # Its end was dealt with while we were on our way here: nobody else will say so.
-                self._dispatcher.call_soon(lambda: listener.fork_failed("the process that was to fork it ended", []))
+                reason = "the process that was to fork it ended"
+                self._dispatcher.call_soon(lambda: listener.fork_failed(reason, [], is_retryable=True))
             return number
         self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
         self._look_later(number)

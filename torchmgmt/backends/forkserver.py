@@ -190,7 +190,7 @@ class ForkServer:
         last_lines = server.output.last_lines()
         for listener in forker.take_listeners().values():
             if listener.child.pid is None:
-                listener.fork_failed(reason, last_lines)
+                listener.fork_failed(reason, last_lines, is_retryable=server.is_ready)
             else:
                 listener.orphaned()
 

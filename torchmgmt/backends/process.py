@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, MutableMapping, Sequence
@@ -56,6 +57,7 @@ class ProcessBackend:
         # Lines go to the program's log handlers, which may be slow; answers must not wait for them.
         self._output_dispatcher = Dispatcher("torchmgmt-output")
         self.forkserver = ForkServer(self.dispatcher, self._output_dispatcher)
+        self.is_closed = False
         self._close_lock = threading.Lock()
         self._lock = threading.Lock()
         # guarded by _lock
@@ -83,6 +85,7 @@ class ProcessBackend:
 
     def close(self) -> None:
         """End the torch-only process, every process that is left, and the two threads. Blocks shortly; idempotent."""
+        self.is_closed = True
         with self._close_lock:  # one after the other: the second must not close what the first still tells workers with
             self.forkserver.close()
             self._report_the_rest()
@@ -139,6 +142,7 @@ class ProcessBackend:
         told = threading.Event()
         try:
             for process in processes:
+                process.child.send(signal.SIGKILL)  # what had outlived an earlier one did not end with this one
                 self.dispatcher.call_soon(functools.partial(process.process_exited, None))
             self.dispatcher.call_soon(told.set)
         except ManagerClosed:
@@ -161,6 +165,11 @@ class ProcessHost:
         self._templates: set[Template] = set()  # those on their way out included
         self._said = ""
         self._unforked: set[ProcessWorker] = set()  # those that were started and have no process yet
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the backend is closed, so that there will be no more workers."""
+        return self._backend.is_closed
 
     @property
     def sharing(self) -> Sharing:

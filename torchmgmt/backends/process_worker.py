@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import attrs
+
 from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.backends.child import Child, describe_exit
 from torchmgmt.backends.forker import FORK_LIMIT_S
@@ -24,7 +26,7 @@ from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import NUMBER_BYTES, Encoded, WorkerExit, WorkerFault, WorkerJob, WorkerRequest
 from torchmgmt.segments import BrokenSegment
 
-__all__ = ["Parent", "ProcessWorker", "watch_exit"]
+__all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,10 @@ class Parent(Protocol):
     @property
     def dispatcher(self) -> Dispatcher:
         """Reads the workers' channels."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether there will be no more workers."""
 
     def open_output(self, fd: int, job: WorkerJob) -> Output:
         """Read what a worker prints."""
@@ -75,6 +81,7 @@ class ProcessWorker:
         self._fault: WorkerFault | None = None
         self._is_ready = False
         self._end_reason = ""
+        self._stop_watching: Callable[[], object] = no_watch
         self._was_cut_off = False
         self._channel: Channel  # these three from start on
         self._output: Output
@@ -142,10 +149,12 @@ class ProcessWorker:
 
     def terminate(self) -> None:
         """Send it SIGTERM; one that is not forked yet never is."""
-        if self._parent.withdraw(self):
+        with self._lock:
+            if not self._is_started:
+                return
+        # What waits for a process that is not there yet is sent as soon as it is.
+        if self._parent.withdraw(self) or not (self.child.send(signal.SIGTERM) or self.child.send(signal.SIGKILL)):
             self._on_dispatcher(lambda: self._finish_unforked("it was told to end before it was forked"))
-        else:
-            self.child.send(signal.SIGTERM)
 
     def kill(self) -> None:
         """Have it write down where it is, then send it SIGKILL."""
@@ -176,9 +185,9 @@ class ProcessWorker:
         if self.template is not None:
             self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, self._check_sign_of_life)
 
-    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+    def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         """There is no process."""
-        self._finish(WorkerExit(0, None, reason, last_lines))
+        self._finish(WorkerExit(0, None, reason, last_lines, is_retryable=is_retryable))
 
     def template_failed(self, exit: WorkerExit) -> None:
         """There is no process, because the one that it was to be forked from ended while it loaded the model."""
@@ -198,7 +207,7 @@ class ProcessWorker:
 
     def orphaned(self) -> None:
         """The process lives on without anybody who reports its end, so watch it ourselves."""
-        watch_exit(self._dispatcher, self.child, self.process_exited)
+        self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
 
     def _finish_unforked(self, reason: str) -> None:
         if self.child.pid is None:
@@ -258,12 +267,13 @@ class ProcessWorker:
     def _finish(self, exit: WorkerExit) -> None:
         if not self._is_last():
             return
+        self._stop_watching()
         self.child.forget()
         self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._close_ends)
         self._output.close()
         self._parent.forget(self)
-        self._listener.exited(exit)
+        self._listener.exited(attrs.evolve(exit, is_final=True) if self._parent.is_closed else exit)
 
     def _is_last(self) -> bool:
         """Mark it as over; return whether it was not before."""
@@ -304,20 +314,31 @@ class ProcessWorker:
         self._dispatcher.watch_writable(self._channel, self._channel.flush if on else None)
 
 
-def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | None], object]) -> None:
-    """Have ``on_exit`` called when a process has ended that nobody else watches; without pidfds it is ended now."""
+def no_watch() -> None:
+    """Stop watching what was never watched."""
+
+
+def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | None], object]) -> Callable[[], object]:
+    """Have ``on_exit`` called when a process has ended that nobody else watches; without pidfds it is ended now.
+
+    Returns what ends that, which is to be called on the dispatcher's thread and does nothing the second time.
+    """
     pidfd = child.copy_pidfd()
     if pidfd is None:
         child.send(signal.SIGKILL)
         on_exit(None)
-        return
+        return no_watch
     watched = os.fdopen(pidfd, "rb", buffering=0)
 
-    def on_readable() -> None:
+    def stop() -> None:
         dispatcher.unwatch(watched, watched.close)
+
+    def on_readable() -> None:
+        stop()
         on_exit(None)
 
     dispatcher.watch(watched, on_readable)
+    return stop
 
 
 def _shared_page() -> tuple[int, mmap.mmap]:

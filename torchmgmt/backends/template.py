@@ -18,7 +18,7 @@ from torchmgmt.backends.child import Child, describe_exit
 from torchmgmt.backends.forker import Forker, ForkListener
 from torchmgmt.backends.forkserver import ForkServer
 from torchmgmt.backends.output import Output
-from torchmgmt.backends.process_worker import ProcessWorker, watch_exit
+from torchmgmt.backends.process_worker import ProcessWorker, no_watch, watch_exit
 from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
@@ -75,6 +75,8 @@ class Template:
         self._grandparent: Forker | None = None
         self._number = 0
         self._successor: ProcessWorker | None = None
+        self._is_orphan = False
+        self._stop_watching: Callable[[], object] = no_watch
         self._is_finished = False
         self._lock = threading.Lock()
         # guarded by _lock
@@ -173,9 +175,9 @@ class Template:
         if not self._is_finished:
             self._forker.listen()
 
-    def fork_failed(self, reason: str, last_lines: Sequence[str]) -> None:
+    def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         """There is no process."""
-        self._finish(WorkerExit(0, None, reason, last_lines))
+        self._finish(WorkerExit(0, None, reason, last_lines, is_retryable=is_retryable))
 
     def process_exited(self, exitcode: int | None) -> None:
         """It is gone. Its workers are not; from now on their grandparent reports how they end."""
@@ -186,23 +188,33 @@ class Template:
             return
         self._forker.read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
-        exit = WorkerExit(self.pid or 0, exitcode, f"its template: {reason}", self._output.last_lines(), self._fault)
+        if not (self._end_reason or self._fault):
+            log.warning("The template %s of %s ended: %s", self.pid, self._spec.key, reason)
+        exit = WorkerExit(
+            self.pid or 0,
+            exitcode,
+            f"its template: {reason}",
+            self._output.last_lines(),
+            self._fault,
+            is_retryable=self._is_orphan and self._fault is None,
+        )
         self._hand_over_workers(exit)
         self._finish(exit)
 
     def orphaned(self) -> None:
-        """It lives on without anybody who reports its end, so watch it ourselves."""
+        """It lives on without anybody who reports its end, so watch it ourselves; one that still loads is killed."""
         if self._successor is not None:
             self._successor.orphaned()
         else:
-            watch_exit(self._dispatcher, self.child, self.process_exited)
+            self._is_orphan = True
+            self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
 
     def _hand_over_workers(self, exit: WorkerExit) -> None:
         listeners = self._forker.take_listeners()
         orphans = {number: (pid, each) for number, each in listeners.items() if (pid := each.child.pid) is not None}
         self._hand_over(orphans)
         for number in listeners.keys() - orphans.keys():
-            listeners[number].fork_failed(exit.reason, exit.last_lines)
+            listeners[number].fork_failed(exit.reason, exit.last_lines, is_retryable=True)
 
     def _hand_over(self, orphans: Mapping[int, tuple[int, ForkListener]]) -> None:
         """Say whose ends are still to be reported. Also if there are none: it ends no stray before it knows."""
@@ -233,6 +245,7 @@ class Template:
         with self._lock:
             self._is_over = True
             waiting, self._waiting = self._waiting or [], None
+        self._stop_watching()
         self.child.forget()
         self._forker.close()
         self._output.close()

@@ -26,14 +26,15 @@ class RequestProcessor:
 
     def __init__(self, request_header: Mapping[str, str]) -> None:
         self._request_header = dict(request_header)
-        self._by_lower_name = {name.lower(): value for name, value in request_header.items()}
         self._status_code = 200
         self._reason_phrase: str | None = None
         self._response_header: dict[str, str] = {}
 
     def get_request_property(self, key: str) -> str | None:
         """Return a header of the request, whatever the case of its name; None if it has no such header."""
-        return self._by_lower_name.get(key.lower())
+        wanted = key.lower()
+        # The last one of several that differ in case, as in a dictionary of them.
+        return next((value for name, value in reversed(self._request_header.items()) if name.lower() == wanted), None)
 
     def get_request_properties(self) -> dict[str, str]:
         """Return all headers of the request."""

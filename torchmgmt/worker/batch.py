@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from torchmgmt.channel import Buffer, decode, encode
-from torchmgmt.records import Encoded, WorkerFault
+from torchmgmt.records import EXPIRED, Encoded, WorkerFault
 from torchmgmt.worker.loader import Handler
 
 __all__ = ["RequestHead", "attempt", "fault_of", "run_batch"]
@@ -33,7 +33,7 @@ def run_batch(
     rows, ids, headers = [], [], []
     start = 0
     for request_id, request_headers, count, deadline in requests:
-        row = _EXPIRED if _is_over(deadline) else _row(segments[start : start + count])
+        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count])
         start += count
         if isinstance(row, WorkerFault):
             outcomes.append(row)
@@ -44,9 +44,6 @@ def run_batch(
         headers.append(request_headers or {})
     answers = iter(_run_rows(handler, rows, ids, headers) if rows else ())
     return [outcome if outcome is not None else next(answers) for outcome in outcomes]
-
-
-_EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
 
 
 def _is_over(deadline: float | None) -> bool:

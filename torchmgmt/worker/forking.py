@@ -14,7 +14,7 @@ import os
 import selectors
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import psutil
@@ -27,11 +27,12 @@ from torchmgmt.records import TemplateJob, WorkerJob
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
 
-__all__ = ["WORKER_VARIABLE", "Body", "Forker", "become_subreaper"]
+__all__ = ["WORKER_VARIABLE", "Body", "Forker", "become_subreaper", "dying_with"]
 
 WORKER_VARIABLE = "TORCHMGMT_WORKER_PID"
 """Set in every worker to its own pid, so that what its handler starts can be told from what another one's does."""
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _READ = selectors.EVENT_READ
 _MAX_FDS = 16
@@ -271,8 +272,27 @@ class Forker:
 
 def become_subreaper() -> None:
     """Have orphaned descendants come to this process instead of init (Linux only), so that they can be ended."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+@contextlib.contextmanager
+def dying_with(parent_pid: int) -> Iterator[None]:
+    """Have this process killed if its parent, which has one thread, dies meanwhile (Linux only).
+
+    For a time in which it cannot look for itself whether the embedding process is still there.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it was quicker
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        yield
+    finally:
+        _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def _prctl(option: int, argument: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
 
 
 def _kill_descendants() -> None:

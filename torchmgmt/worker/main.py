@@ -6,9 +6,11 @@ import contextlib
 import logging
 import mmap
 import os
+import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,6 +31,7 @@ from torchmgmt.worker.process import (
     EXIT_STOPPED,
     be_process,
     die_with,
+    keep_standard_streams_open,
     redirect_output,
     reseed,
     restore_environment,
@@ -39,6 +42,8 @@ __all__ = ["Loaded", "WorkerProcess", "load_model"]
 
 log = logging.getLogger(__name__)
 
+# For so long a worker waits awake for its next batch.
+_AWAKE_S = 200e-6
 # So many numbers that torch splits the work among its threads (it gives each at least 32768).
 _ENOUGH_TO_SHARE = 1 << 18
 
@@ -96,7 +101,7 @@ class WorkerProcess:
             return EXIT_NOT_LOADED
         try:
             channel.send(Frame(Kind.READY))
-            _serve(channel, handler, _page(self._page_fd))
+            _serve(channel, handler, _page(self._page_fd), may_spin=self._job.threads > 1)
         except BrokenSegment:
             raise
         except ConnectionError:
@@ -135,6 +140,7 @@ def load_model(spec: ModelSpec) -> Handler:
     try:
         return load_handler(spec, Context.for_model(spec))
     finally:
+        keep_standard_streams_open()
         # A handler's file may be called like a module that was imported before, and that others import later.
         sys.modules.update(before)
 
@@ -154,9 +160,43 @@ def _page(fd: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), NUMBER_BYTES)
 
 
-def _serve(channel: Channel, handler: Handler, page: mmap.mmap) -> None:
+class _Attention:
+    """Waits for what comes next without going to sleep, for a moment, where that has come at once before.
+
+    To wake a process that sleeps takes as long as a small prediction, and it begins with cold caches. So where batches
+    follow one another closely, and this worker has more than one core to itself, it looks for the next for a while.
+    """
+
+    def __init__(self, channel: Channel, *, may_spin: bool) -> None:
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+        self._may_spin = may_spin
+        self._idle_since = 0.0
+        self._comes_soon = False
+
+    def wait(self) -> None:
+        """Return as soon as something is there, or it is not worth to wait awake any longer."""
+        self._idle_since = time.perf_counter()
+        if not (self._may_spin and self._comes_soon):
+            return
+        until = self._idle_since + _AWAKE_S
+        while not self._poll.poll(0) and time.perf_counter() < until:
+            os.sched_yield()  # whoever else needs this core goes first
+
+    def note_arrival(self) -> None:
+        """Remember whether what is there now has come soon."""
+        self._comes_soon = time.perf_counter() - self._idle_since < _AWAKE_S
+
+
+def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: bool) -> None:
     """Run what comes in, one after the other, until told to stop or the embedding process is gone."""
-    while (frames := channel.read()) is not None:
+    attention = _Attention(channel, may_spin=may_spin)
+    while True:
+        attention.wait()
+        frames = channel.read()
+        if frames is None:
+            return
+        attention.note_arrival()
         for frame in frames:
             if frame.kind is Kind.RUN:
                 number, requests = frame.head

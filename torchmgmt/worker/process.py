@@ -22,6 +22,7 @@ __all__ = [
     "EXIT_STOPPED",
     "be_process",
     "die_with",
+    "keep_standard_streams_open",
     "redirect_output",
     "reseed",
     "restore_environment",
@@ -73,6 +74,16 @@ def redirect_output(output_fd: int) -> None:
     os.dup2(output_fd, 1)
     os.dup2(output_fd, 2)
     os.close(output_fd)
+
+
+def keep_standard_streams_open() -> None:
+    """Have something under the descriptors 0 to 2, should the handler have closed them.
+
+    Else the next socket or page of shared memory gets such a number, and what the handler prints goes there.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 def restore_environment(environment: Mapping[str, str | None]) -> None:

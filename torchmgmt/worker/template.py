@@ -20,7 +20,7 @@ from torchmgmt.channel import Frame, Kind, send
 from torchmgmt.records import ShareWeights, TemplateJob, WorkerJob
 from torchmgmt.worker import fitness
 from torchmgmt.worker.batch import fault_of
-from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper
+from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper, dying_with
 from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
 from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, run_to_exit
 
@@ -47,6 +47,7 @@ class TemplateProcess:
         self._channel_fd, self._output_fd = fds
         self._root_pidfd = root_pidfd
         self._environment = environment
+        self._parent_pid = os.getpid()  # it is made before the fork
         self._loaded: Loaded | None = None
 
     def run(self) -> NoReturn:
@@ -61,7 +62,7 @@ class TemplateProcess:
         variables = {name: os.environ.get(name) for name in self._environment}
         before = fitness.marks() if fitness.can_tell() else None
         try:
-            with fitness.postponed_thread_settings() as threads:
+            with dying_with(self._parent_pid), fitness.postponed_thread_settings() as threads:
                 handler = load_model(self._spec)
         except Exception as error:
             send(control, Frame(Kind.FAILED, fault_of(error)))

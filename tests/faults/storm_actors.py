@@ -1,0 +1,318 @@
+"""Who is loose in a storm: clients that ask, a steward who changes what there is, an assassin who kills."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+import zipfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import attrs
+import psutil
+
+from tests.leaks import carries
+from torchmgmt import ModelManager
+from torchmgmt.errors import (
+    ManagerClosed,
+    ModelNotFound,
+    ModelVersionNotFound,
+    NoWorker,
+    QueueFull,
+    TorchmgmtError,
+    WorkerStartFailed,
+)
+
+__all__ = ["LONG_S", "STEADY", "Assassin", "Client", "Request", "Steward", "World", "write_models"]
+
+HANDLER = """
+import os, time, zlib
+
+def handle(data, context):
+    if data is None:
+        return None
+    fd = os.open({begun!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, "".join(f"{{row['number']}} {{time.monotonic()}}\\n" for row in data).encode())
+    os.close(fd)
+    time.sleep(max(row["pause_s"] for row in data))
+    return [(row["number"], zlib.crc32(row["payload"]), bytes(row["payload"])[::-1]) for row in data]
+"""
+"""Notes which requests it begins and when, in one write, and answers with what only this request can be answered with."""
+
+STEADY: Mapping[str, Mapping[str, Any]] = {
+    "forked": {"share_weights": "auto", "batches_in_flight": 4},
+    "alone": {"share_weights": "never", "batches_in_flight": 2},
+    "batched": {"share_weights": "auto", "batch_size": 4, "max_batch_delay": 2},
+}
+"""Models that are there all the time, and what they are registered with."""
+LIMITS: Mapping[str, Any] = {"startup_timeout": 30, "response_timeout": 30}
+GUESTS = ("guest0", "guest1", "guest2")
+"""Models that come and go, from an archive."""
+MOST_WORKERS = 3
+LONG_S = 20.0
+"""So much time that a request to a model that is always there is answered in it, whoever is killed meanwhile."""
+
+
+@attrs.define
+class Request:
+    """One request: what was asked, and how it ended."""
+
+    number: int
+    model: str
+    limit_s: float
+    size: int
+    asked_at: float = 0.0
+    ended_at: float = 0.0
+    ends: int = 0
+    outcome: BaseException | None = None
+    """None: an answer."""
+    is_right: bool = False
+
+    @property
+    def allowed(self) -> tuple[type[BaseException], ...]:
+        """The errors that this one may end with, beside what may happen to any."""
+        if self.model in STEADY:
+            return (QueueFull,)
+        return (QueueFull, NoWorker, ModelNotFound, ModelVersionNotFound, ManagerClosed)
+
+    def __str__(self) -> str:
+        return f"request {self.number} to {self.model} ({self.size} bytes, limit {self.limit_s:.2f} s)"
+
+
+@attrs.define
+class World:
+    """What all actors share. The counters are each written by one thread alone."""
+
+    manager: ModelManager
+    models: Path
+    begun: Path
+    run: str
+    over: threading.Event = attrs.field(factory=threading.Event)
+    requests: list[Request] = attrs.field(factory=list)
+    kills: Counter[str] = attrs.field(factory=Counter)
+    steps: Counter[str] = attrs.field(factory=Counter)
+    wrong: list[str] = attrs.field(factory=list)
+    _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
+
+    def row(self, *, size: int, pause_s: float, number: int | None = None) -> dict[str, Any]:
+        """Return a request's fields; without a number, one of its own."""
+        number = next(self._numbers) if number is None else number
+        return {"number": number, "pause_s": pause_s, "payload": payload_of(number, size)}
+
+    def request(self, model: str, limit_s: float, size: int) -> Request:
+        request = Request(next(self._numbers), model, limit_s, size)
+        self.requests.append(request)
+        return request
+
+
+def payload_of(number: int, size: int) -> bytes:
+    """Return ``size`` bytes that no other request has."""
+    word = number.to_bytes(8, "little")
+    return (word * (size // 8 + 1))[:size]
+
+
+def write_models(folder: Path) -> Path:
+    """Write the handler as a folder and as an archive; return where they are."""
+    source = HANDLER.format(begun=str(folder / "begun"))
+    (folder / "begun").touch()
+    (folder / "model").mkdir()
+    (folder / "model" / "handler.py").write_text(source)
+    manifest = {"runtime": "python", "model": {"modelName": "guest", "handler": "handler.py", "modelVersion": "1.0"}}
+    with zipfile.ZipFile(folder / "guest.mar", "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+        archive.writestr("handler.py", source)
+    return folder
+
+
+@attrs.define
+class Client:
+    """Asks all the time, one request after the other or several at once."""
+
+    world: World
+    random: Random
+    number: int
+    _open: deque[tuple[Request, Future[Any]]] = attrs.field(factory=deque)
+
+    def run(self) -> None:
+        while not self.world.over.is_set():
+            choose = self.random
+            name = choose.choice([*STEADY, *STEADY, *GUESTS])
+            size = choose.choice([10, 100, 1000]) if choose.random() < 0.95 else choose.randrange(1 << 17, 1 << 22)
+            limit_s = choose.choice([0.05, 0.5, 5.0, LONG_S, LONG_S])
+            request = self.world.request(name, limit_s, size)
+            row = self.world.row(size=size, pause_s=choose.random() ** 8 * 0.2, number=request.number)
+            (self._submit if choose.random() < 0.5 else self._predict)(request, row)
+            if name in GUESTS and isinstance(request.outcome, TorchmgmtError):
+                self.world.over.wait(0.01)  # it is away; that costs nothing, so it would be most of all requests
+        while self._open:
+            self._collect()
+
+    def _predict(self, request: Request, row: Mapping[str, Any]) -> None:
+        request.asked_at = time.monotonic()
+        try:
+            answer = self.world.manager.predict(request.model, fields=row, timeout=request.limit_s)
+        except BaseException as error:
+            _end(request, error)
+        else:
+            _end(request, None)
+            request.is_right = _is_right(request, answer)
+
+    def _submit(self, request: Request, row: Mapping[str, Any]) -> None:
+        request.asked_at = time.monotonic()
+        try:
+            future = self.world.manager.submit(request.model, fields=row, timeout=request.limit_s)
+        except BaseException as error:
+            _end(request, error)
+            return
+        future.add_done_callback(lambda done: _end(request, done.exception()))
+        self._open.append((request, future))
+        if len(self._open) >= 4:
+            self._collect()
+
+    def _collect(self) -> None:
+        request, future = self._open.popleft()
+        try:
+            request.is_right = _is_right(request, future.result(request.limit_s + 30))
+        except (TorchmgmtError, FutureTimeoutError) as error:
+            error.with_traceback(None)  # how it ended is noted; its frames hold other requests' answers
+
+
+def _end(request: Request, error: BaseException | None) -> None:
+    request.ended_at = time.monotonic()
+    request.ends += 1
+    request.outcome = None if error is None else error.with_traceback(None)
+
+
+def _is_right(request: Request, answer: object) -> bool:
+    payload = payload_of(request.number, request.size)
+    return answer == (request.number, zlib.crc32(payload), payload[::-1])
+
+
+@attrs.define
+class Steward:
+    """Scales, registers and unregisters."""
+
+    world: World
+    random: Random
+
+    def begin(self) -> None:
+        """Register what is there all the time."""
+        for name, options in STEADY.items():
+            settings = {"handler": "handler.py", "initial_workers": 2, "max_batch_delay": 0, **LIMITS, **options}
+            self.world.manager.register(self.world.models / "model", model_name=name, **settings)
+
+    def run(self) -> None:
+        while not self.world.over.wait(self.random.uniform(0.05, 0.4)):
+            step = self.random.choice([self._scale, self._scale, self._scale_guest, self._register, self._unregister])
+            name = step.__name__.strip("_")
+            try:
+                step()
+            except (WorkerStartFailed, ModelNotFound, ManagerClosed) as error:
+                name += f" ({type(error).__name__})"
+            except BaseException as error:
+                self.world.wrong.append(f"{name} failed with {error!r}")
+            self.world.steps[name] += 1
+
+    def _scale(self) -> None:
+        least = self.random.randint(1, MOST_WORKERS)
+        most = self.random.randint(least, MOST_WORKERS)
+        name = self.random.choice([*STEADY])
+        self.world.manager.scale(name, least, max_worker=most, synchronous=self.random.random() < 0.3)
+
+    def _scale_guest(self) -> None:
+        name, least = self.random.choice(GUESTS), self.random.randint(0, 2)
+        if name in self.world.manager:
+            self.world.manager.scale(name, least, synchronous=self.random.random() < 0.3)
+
+    def _register(self) -> None:
+        name, workers = self.random.choice(GUESTS), self.random.randint(0, 2)
+        share = self.random.choice(["auto", "never"])
+        wait = self.random.random() < 0.5
+        if name not in self.world.manager:
+            self.world.manager.register(
+                self.world.models / "guest.mar",
+                model_name=name,
+                initial_workers=workers,
+                share_weights=share,
+                synchronous=wait,
+                **LIMITS,
+            )
+
+    def _unregister(self) -> None:
+        name = self.random.choice(GUESTS)
+        if name in self.world.manager:
+            self.world.manager.unregister(name)
+
+
+CHOICES: Sequence[tuple[str, signal.Signals, int]] = (
+    ("worker", signal.SIGKILL, 30),
+    ("worker", signal.SIGSEGV, 10),
+    ("worker", signal.SIGTERM, 6),
+    ("worker", signal.SIGSTOP, 8),
+    ("template", signal.SIGKILL, 14),
+    ("template", signal.SIGSTOP, 4),
+    ("torch-only", signal.SIGKILL, 3),
+    ("torch-only", signal.SIGSTOP, 1),
+)
+"""Whom to send what, and how often in comparison."""
+
+
+@attrs.define
+class Assassin:
+    """Kills and stops."""
+
+    world: World
+    random: Random
+
+    def run(self) -> None:
+        while not self.world.over.wait(self.random.uniform(0.02, 0.4)):
+            ((kind, number, _),) = self.random.choices(CHOICES, [weight for *_, weight in CHOICES])
+            place = self.random.random()
+            targets = self._targets()[kind]()
+            if targets and self._send(targets[int(place * len(targets))], number):
+                self.world.kills[f"{kind} {number.name}"] += 1
+
+    def _targets(self) -> Mapping[str, Callable[[], list[int]]]:
+        return {"worker": self._workers, "template": self._templates, "torch-only": self._torch_only}
+
+    def _workers(self) -> list[int]:
+        pids = set()
+        for name in self.world.manager:
+            with contextlib.suppress(ModelNotFound):
+                pids |= {worker.pid for worker in self.world.manager.describe(name).workers if worker.pid}
+        return sorted(pids)
+
+    def _templates(self) -> list[int]:
+        """All of ours that are neither: templates, and now and then a worker that nobody has heard of yet."""
+        ours = [pid for pid in psutil.pids() if pid != os.getpid() and carries(pid, self.world.run)]
+        return sorted({*ours} - {*self._workers()} - {*self._torch_only()})
+
+    def _torch_only(self) -> list[int]:
+        return [child.pid for child in psutil.Process().children() if carries(child.pid, self.world.run)]
+
+    def _send(self, pid: int, number: signal.Signals) -> bool:
+        """Signal the process, if it is one of ours still."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return False
+        try:
+            if not carries(pid, self.world.run):
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+                return True
+            return False
+        finally:
+            os.close(pidfd)
