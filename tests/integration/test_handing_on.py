@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from tests.handlers import TOOLS, Deployer, Gate, lines_of, until
 from torchmgmt import Model
 from torchmgmt.channel import AnswerFuture
-from torchmgmt.errors import DeadlineExceeded, WorkerDied
+from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied
 
 # A request is a name; those that begin with "gate" wait, "poison" ends the process. What is begun is noted first.
 HANDLER = (
@@ -229,3 +231,41 @@ def test_one_at_a_time_where_that_is_asked_for(deploy: Deployer, tmp_path: Path,
     assert scene.lying() == 1
     scene.gate.open()
     assert [future.result(20) for future in waiting] == ["a", "b", "c"]
+
+
+class SlowHandler(logging.Handler):
+    """A program's log handler that takes as long as a test wants it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_called = threading.Event()
+        self.may_return = threading.Event()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.is_called.set()
+        self.may_return.wait(20)
+        self.lines.append(record.getMessage())
+
+
+def test_a_slow_log_handler_keeps_no_answer_waiting(deploy: Deployer) -> None:
+    """However long the program's logging takes over what a worker prints, answers, failures included, come meanwhile."""
+    model, other = deploy(model_name="talks"), deploy(model_name="other")
+    slow = SlowHandler()
+    logger = logging.getLogger("torchmgmt.workers")
+    logger.addHandler(slow)
+    before, logger.level = logger.level, logging.INFO
+    try:
+        model.submit("print('first')").result(20)
+        assert slow.is_called.wait(20)
+        error = model.submit("[print('a line', number) for number in range(50)] and fail(ValueError())").exception(10)
+        assert isinstance(error, HandlerFailed)
+        assert error.last_lines[-1] == "a line 49"
+        assert other.predict("1", timeout=10) == 1
+        assert not slow.lines
+    finally:
+        slow.may_return.set()
+        until(lambda: len(slow.lines) == 51, "all is logged")
+        logger.removeHandler(slow)
+        logger.level = before
+    assert [line.rpartition(": ")[2] for line in slow.lines] == ["first", *(f"a line {number}" for number in range(50))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -51,6 +52,7 @@ class Output:
         # guarded by _lock
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._rest = b""
+        self._unlogged: deque[bytes] = deque()
         try:
             dispatcher.watch(self._pipe, self._on_readable)
         except BaseException:
@@ -59,8 +61,10 @@ class Output:
 
     def last_lines(self) -> list[str]:
         """Return the last lines, those included that were printed but not read yet."""
-        # Bounded by what a pipe holds, so a process that prints without end cannot keep us here.
-        self._log_lines(self._read())
+        # Bounded by what a pipe holds, so a process that prints without end cannot keep us here. Nor can whoever logs it.
+        if self._read():
+            with contextlib.suppress(ManagerClosed):
+                self._dispatcher.call_soon(self._log_lines)
         with self._lock:
             return [*self._lines, *([_text(self._rest)] if self._rest else [])]
 
@@ -76,17 +80,18 @@ class Output:
             self._pipe.close()
 
     def _on_readable(self) -> None:
-        self._log_lines(self._read())
+        self._read()
+        self._log_lines()
 
-    def _read(self) -> list[bytes]:
-        """Read once; return the lines that are whole now."""
+    def _read(self) -> bool:
+        """Read once; return whether there is something to log."""
         with self._lock:
             if self._pipe.closed:
-                return []
+                return bool(self._unlogged)
             is_over = False
             data = self._pipe.read(_READ_SIZE)
             if data is None:  # nothing is there now
-                return []
+                return bool(self._unlogged)
             if not data:
                 lines, self._rest = ([self._rest] if self._rest else []), b""
                 is_over = True
@@ -95,12 +100,16 @@ class Output:
                 if len(self._rest) > _LONGEST_LINE:
                     lines, self._rest = [*lines, self._rest], b""
             self._lines.extend(_PRIORITY.sub("", _text(line), count=1) for line in lines[-_LINES_KEPT:])
+            self._unlogged.extend(lines)
+            has_unlogged = bool(self._unlogged)
         if is_over:
             self.close()
-        return lines
+        return has_unlogged
 
-    def _log_lines(self, lines: list[bytes]) -> None:
-        for line in lines:
+    def _log_lines(self) -> None:
+        """Log what was read. For the dispatcher's thread alone, so that the lines stay in their order."""
+        while self._unlogged:
+            line = self._unlogged.popleft()
             text = _text(line)
             mark = _PRIORITY.match(text)
             level = _LEVELS[mark[1]] if mark else logging.INFO
