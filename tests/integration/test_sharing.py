@@ -252,6 +252,7 @@ FINDINGS = {
     "cache.db, open for writing": "self.thing = __import__('sqlite3').connect('cache.db')",
     "the child process": "self.thing = __import__('subprocess').Popen(['sleep', '1000'])",
     "memory shared for writing": "self.thing = __import__('mmap').mmap(-1, 4096)",
+    "torch_": "self.thing = __import__('torch').zeros(4096).share_memory_()",
     "a context on an accelerator (cuda)": "__import__('torch').cuda.is_initialized = lambda: True",
 }
 

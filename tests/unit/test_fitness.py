@@ -110,13 +110,6 @@ def a_writable_mapping(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def a_tensor_in_shared_memory(_file: Path) -> Iterator[None]:
-    tensor = torch.zeros(4096).share_memory_()
-    yield
-    del tensor
-
-
-@contextlib.contextmanager
 def a_database(file: Path) -> Iterator[None]:
     connection = sqlite3.connect(file.with_suffix(".db"))
     connection.execute("CREATE TABLE rows (name)")
@@ -186,7 +179,6 @@ SHARED: list[tuple[Make, str]] = [
     (a_memory_file, "memfd:cache"),
     (shared_memory, "memory shared for writing"),
     (a_writable_mapping, "memory shared for writing"),
-    (a_tensor_in_shared_memory, "shared for writing"),
     (lambda file: file.open("rb"), "weights.bin, in which they would move each other's position"),
     (lambda file: file.open("r+b"), "weights.bin, open for writing"),
     (lambda file: file.with_suffix(".log").open("a"), "weights.log, open for writing"),
@@ -244,16 +236,6 @@ def a_mapping_of_a_file_that_was_read(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mapped_weights(file: Path) -> Iterator[None]:
-    path = file.with_suffix(".pt")
-    torch.save({"weight": torch.arange(4096)}, path)
-    state = torch.load(path, mmap=True, weights_only=True)
-    assert state["weight"][3] == 3
-    yield
-    del state
-
-
-@contextlib.contextmanager
 def a_pool_that_has_not_begun(_file: Path) -> Iterator[None]:
     with ThreadPoolExecutor(4):
         yield
@@ -297,7 +279,6 @@ HARMLESS: list[Make] = [
     a_mapped_array_file,
     a_copy_on_write_mapping,
     a_mapping_of_a_file_that_was_read,
-    mapped_weights,
     a_pool_that_has_not_begun,
     a_thread_that_is_over,
     a_folder,
