@@ -254,7 +254,8 @@ def test_a_slow_log_handler_keeps_no_answer_waiting(deploy: Deployer) -> None:
     slow = SlowHandler()
     logger = logging.getLogger("torchmgmt.workers")
     logger.addHandler(slow)
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)
     try:
         model.submit("print('first')").result(20)
         assert slow.is_called.wait(20)
@@ -267,5 +268,5 @@ def test_a_slow_log_handler_keeps_no_answer_waiting(deploy: Deployer) -> None:
         slow.may_return.set()
         until(lambda: len(slow.lines) == 51, "all is logged")
         logger.removeHandler(slow)
-        logger.level = before
+        logger.setLevel(before)
     assert [line.rpartition(": ")[2] for line in slow.lines] == ["first", *(f"a line {number}" for number in range(50))]
