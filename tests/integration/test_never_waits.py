@@ -65,7 +65,7 @@ def test_nothing_waits_for_a_worker_that_loads(
         )
     )
     model = deploy(source, synchronous=False)
-    until(started.exists, "the worker loads")
+    until(lambda: started.exists() and model.describe().workers[0].pid, "the worker loads")
     item = look_at_everything(manager)[0]
     assert item["state"] == "LOADING"
     assert [(worker["status"], worker["pid"] > 0) for worker in item["workers"]] == [("LOADING", True)]
