@@ -40,6 +40,8 @@ def test_an_idle_template_that_dies_harms_no_worker(deploy: Deployer, loads: Pat
     assert first == worker
     (successor,) = {template_of(pid).pid for pid in others}
     assert lines_of(loads) == [str(template.pid), str(successor)]
+    # A start that met the template's end is noted until a worker has served again.
+    assert [model.predict("1") for _ in range(2)] == [1, 1]
     assert model.describe().last_error == ""
 
 
