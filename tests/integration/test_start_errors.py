@@ -30,11 +30,10 @@ def descriptors_left(count: int) -> Iterator[None]:
     """Let this process open ``count`` descriptors more, and then none."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = []
-    lowest = os.dup(0)  # where the free ones begin, if there are no gaps above
-    os.close(lowest)
     try:
         highest = max(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, limits[1]))
+        # Room for `count` above all that are open, for a process whose numbers have no gaps; the gaps are taken below.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + count, limits[1]))
         with contextlib.suppress(OSError):
             while True:
                 taken.append(os.dup(0))
