@@ -16,7 +16,18 @@ PACKAGE = "torchmgmt"
 LAYERS: dict[int, frozenset[str]] = {
     1: frozenset({"errors", "lifecycle", "records", "events", "forks"}),
     2: frozenset(
-        {"settings", "archive", "registry", "scaling", "state", "channel", "encoding", "segments", "dispatcher"}
+        {
+            "settings",
+            "setting_kinds",
+            "archive",
+            "registry",
+            "scaling",
+            "state",
+            "channel",
+            "encoding",
+            "segments",
+            "dispatcher",
+        }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
     4: frozenset({"manager", "model", "registration"}),
@@ -34,6 +45,7 @@ NEIGHBOURS = {
     "lifecycle": {"errors"},
     "records": {"errors", "lifecycle"},
     "events": {"errors", "lifecycle", "records"},
+    "settings": {"setting_kinds"},
     "channel": {"encoding", "segments"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},

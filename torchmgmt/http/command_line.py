@@ -22,17 +22,13 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "--workflow-store": "workflows are not supported",
     "--plugins-path": "TorchServe's plug-ins are Java archives",
     "--cpp-log-config": "there is no C++ backend",
-    "--no-config-snapshots": "this release writes no snapshots",
 }
 NOT_YET: Mapping[str, str] = {
     "--start": "starting in the background; leave --start away, or add --foreground",
     "--stop": "stopping another server; send it SIGTERM",
     "--ts-config": "configuration files; pass the settings as flags, see --help",
-    "--enable-token-auth": "token authorization",
-    "--contract": "following TorchServe 0.12 where it differs from its documentation",
 }
 ALIASES: Mapping[str, Sequence[str]] = {
-    "--no-config-snapshots": ("--ncs",),
     "--plugins-path": ("--ppath",),
 }
 
@@ -74,9 +70,9 @@ def _make_parser() -> _Parser:
     add_arguments(parser.add_argument_group("settings"))
     others = parser.add_argument_group("flags of TorchServe without effect, or not supported yet")
     for flag, why in WITHOUT_EFFECT.items():
-        _add_other(others, flag, f"No effect: {why}.", takes_value=flag != "--no-config-snapshots")
+        _add_other(others, flag, f"No effect: {why}.", takes_value=True)
     for flag, what in NOT_YET.items():
-        _add_other(others, flag, f"Not in this release: {what}.", takes_value=flag in {"--ts-config", "--contract"})
+        _add_other(others, flag, f"Not in this release: {what}.", takes_value=flag == "--ts-config")
     return parser
 
 

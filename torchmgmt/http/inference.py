@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import falcon
 import falcon.asgi
@@ -13,10 +13,15 @@ from attrs import frozen
 from torchmgmt import VersionState
 from torchmgmt.errors import ModelNotFound
 from torchmgmt.http import operations as ops
+from torchmgmt.http.access_log import AccessLog
+from torchmgmt.http.callers import CallerGuard, Guard
+from torchmgmt.http.cors import cors_middleware
 from torchmgmt.http.middleware import RequestHeaders
 from torchmgmt.http.openapi import api_description
 from torchmgmt.http.render import Reply, render_error_async, render_reply
+from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
 from torchmgmt.records import ModelInfo
+from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
     from torchmgmt import ModelManager
@@ -43,10 +48,18 @@ def health_of(manager: ModelManager) -> Health:
 
 
 def create_inference_app(
-    manager: ModelManager,
+    manager: ModelManager, *, settings: Settings | None = None, keys: Keys | None = None
 ) -> falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]:
-    """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager."""
-    app = falcon.asgi.App(middleware=[RequestHeaders()])
+    """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager.
+
+    ``settings`` and ``keys`` are as for :func:`torchmgmt.http.create_app`; the ``inference_address`` counts here.
+    """
+    settings = settings or manager.settings
+    keys = fixed_keys() if keys is None else keys
+    address = Address.parse("inference_address", settings.inference_address)
+    guard = Guard(settings, address, KeyName.INFERENCE, keys)
+    middleware: list[Any] = [AccessLog(), RequestHeaders(), *cors_middleware(settings), CallerGuard(guard)]
+    app = falcon.asgi.App(middleware=middleware)
     app.req_options.strip_url_path_trailing_slash = True
     app.add_error_handler(Exception, render_error_async)
     app.add_error_handler(falcon.HTTPError, render_error_async)

@@ -143,10 +143,14 @@ _NUMBER = {"type": "number"}
 _TRUTH = {"type": "boolean"}
 _WARNINGS = {"type": "array", "items": _TEXT, "description": "About parameters that are not known."}
 
+_NEW_KEY = ("management", "inference", "warnings")
+
 SCHEMAS: Mapping[str, dict[str, Any]] = {
     "Error": _object({"code": _WHOLE, "type": _TEXT, "message": _TEXT, "warnings": _WARNINGS}, "warnings"),
     "Status": _object({"status": _TEXT, "warnings": _WARNINGS}, "warnings"),
     "Health": _object({"status": {"type": "string", "enum": ["Healthy", "Partial Healthy", "Unhealthy"]}}),
+    "NewKey": _object({"management": _ref("Key"), "inference": _ref("Key"), "warnings": _WARNINGS}, *_NEW_KEY),
+    "Key": _object({"key": _TEXT, "expiration time": {"type": "string", "format": "date-time"}}),
     "ApiDescription": {"type": "object"},
     "ModelList": _object(
         {

@@ -24,6 +24,8 @@ class Operation:
     """Whether the parameters may also come as a JSON object or a form."""
     needs_model_api: bool = False
     """Whether it is served only where the setting ``enable_model_api`` is on."""
+    needs_keys: bool = False
+    """Whether it is served only where there are keys (token authorization)."""
     answers: Mapping[int, str] = {200: "Status"}
     """Code -> name of the schema of its body."""
     errors: Sequence[int] = ()
@@ -207,6 +209,16 @@ UNREGISTER_VERSION = Operation(
     needs_model_api=True,
     errors=(404, 405, 503),
 )
+NEW_KEY = Operation(
+    "newKey",
+    "GET",
+    "/token",
+    "Replace the management or the inference key by a new one. Needs the API key.",
+    (Parameter("type", Kind.TEXT, "Which key: `management` or `inference`.", required=True),),
+    needs_keys=True,
+    answers={200: "NewKey"},
+    errors=(401, 404),
+)
 API_DESCRIPTION_AT_ROOT = Operation(
     "apiDescriptionAtRoot",
     "OPTIONS",
@@ -240,6 +252,7 @@ MANAGEMENT = (
     SET_DEFAULT,
     UNREGISTER,
     UNREGISTER_VERSION,
+    NEW_KEY,
     API_DESCRIPTION_AT_ROOT,
     API_DESCRIPTION,
 )

@@ -6,6 +6,7 @@ arguments are wrong, 3 if starting a model's workers was given up and ``on_give_
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -25,6 +26,7 @@ from attrs import define, field, frozen
 from torchmgmt import ModelManager, VersionState
 from torchmgmt.errors import InvalidArgument, TorchmgmtError
 from torchmgmt.events import Event, VersionStateChanged
+from torchmgmt.http.access_log import written_in_background
 from torchmgmt.http.command_line import parse_command_line
 from torchmgmt.http.server import (
     InferenceServer,
@@ -35,6 +37,7 @@ from torchmgmt.http.server import (
     start_inference,
     start_management,
 )
+from torchmgmt.http.tokens import Keys, forget_environment, keys_for
 from torchmgmt.settings import Address, Settings
 
 __all__ = ["main"]
@@ -65,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except OSError as error:
         return _fail(error.strerror or str(error), 1)
-    return program.run()
+    with program.keys, written_in_background():
+        return program.run()
 
 
 @frozen
@@ -92,6 +96,7 @@ class Program:
     store: Path | None
     management_socket: socket.socket
     inference_socket: socket.socket
+    keys: Keys
     _signals: queue.SimpleQueue[int] = field(factory=queue.SimpleQueue)
 
     @classmethod
@@ -108,12 +113,13 @@ class Program:
                 str(inference),
                 "another one than management_address: this release does not serve both on one address yet",
             )
-        management_socket = bind(management)
-        try:
-            return cls(attrs.evolve(settings, model_store=store), store, management_socket, bind(inference))
-        except BaseException:
-            management_socket.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            management_socket = undo.enter_context(contextlib.closing(bind(management)))
+            inference_socket = undo.enter_context(contextlib.closing(bind(inference)))
+            keys = keys_for(settings, [management, inference])
+            undo.pop_all()
+        forget_environment(os.environ)
+        return cls(attrs.evolve(settings, model_store=store), store, management_socket, inference_socket, keys)
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
@@ -122,13 +128,15 @@ class Program:
             signal.signal(number, self._on_signal)
         manager = ModelManager(self.store, settings=self.settings, listeners=[self._on_event])
         manager.warm()
-        management = start_management(manager, self.management_socket, self.settings)
-        inference = start_inference(manager, self.inference_socket)
+        management = start_management(manager, self.management_socket, self.settings, self.keys)
+        inference = start_inference(manager, self.inference_socket, self.settings, self.keys)
         self._print_start_lines()
         loader = Loader(manager, self.settings)
         loader.start()
         reason = self._signals.get()
         logger.info("Stopping: requests in flight are finished; a second signal hastens that")
+        # At once, because a stop that takes too long ends with os._exit.
+        self.keys.close()
         loader.stop()
         self._stop(Stopper(manager, management, inference))
         return GAVE_UP if reason == GAVE_UP else 0

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -21,8 +21,10 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 
 from torchmgmt.errors import InvalidArgument
+from torchmgmt.http.callers import log_who_may_call
 from torchmgmt.http.inference import create_inference_app
 from torchmgmt.http.management import MAX_WAITING, create_app
+from torchmgmt.http.tokens import Keys, keys_for
 from torchmgmt.http.waitress_parts import Channel, Dispatcher, Server
 from torchmgmt.settings import Address, Settings
 
@@ -55,18 +57,22 @@ def serve(
     on threads of the server. Leaving the block finishes the requests in flight (for up to 30 s) and leaves no thread
     and no socket behind; the manager stays open. ``settings`` default to the manager's.
 
-    Raises :class:`OSError` if the address is taken, and :class:`~torchmgmt.errors.InvalidArgument` for a ``host`` that
-    other machines reach, unless ``settings.disable_token_authorization`` is True.
+    Where callers need keys (``host`` is one that other machines reach, or the settings say so), those that the
+    environment does not fix are made and stand in ``key_file.json`` in the working directory while the block runs;
+    ``settings.disable_token_authorization=True`` serves everybody instead.
+
+    Raises :class:`OSError` if the address is taken, or the key file cannot be written.
     """
     settings = settings or manager.settings
     check_port(port)
     address = Address("http", host, port)
     check_may_listen("host", address, settings)
-    server = start_management(manager, bind(address), settings)
-    try:
-        yield server
-    finally:
-        server.close()
+    with closing(bind(address)) as sock, keys_for(settings, [address]) as keys:
+        server = start_management(manager, sock, settings, keys)
+        try:
+            yield server
+        finally:
+            server.close()
 
 
 def check_port(port: object) -> None:
@@ -76,34 +82,26 @@ def check_port(port: object) -> None:
 
 
 def check_may_listen(argument: str, address: Address, settings: Settings) -> None:
-    """Raise :class:`InvalidArgument` if the settings do not allow to listen there."""
+    """Raise :class:`InvalidArgument` if this release cannot listen there."""
     if address.scheme != "http":
         raise InvalidArgument(argument, str(address), "an http:// address: this release does not serve https yet")
-    if settings.disable_token_authorization is False:
-        raise InvalidArgument(
-            "disable_token_authorization",
-            False,
-            "True or left unset: this release has no token authorization yet",
-        )
-    if not address.is_loopback and not settings.disable_token_authorization:
-        raise InvalidArgument(
-            argument,
-            str(address),
-            "a loopback address such as http://127.0.0.1:8081, unless --disable-token-auth"
-            " (disable_token_authorization=true) opens it to everybody: this release has no token authorization yet",
-        )
 
 
-def start_management(manager: ModelManager, sock: socket.socket, settings: Settings) -> ManagementServer:
+def start_management(manager: ModelManager, sock: socket.socket, settings: Settings, keys: Keys) -> ManagementServer:
     """Serve the Management API on a socket that listens."""
     # With the real port and host in it, the rule of who may call knows our own origin.
-    settings = attrs.evolve(settings, management_address=str(address_of(sock)))
-    return ManagementServer(create_app(manager, settings=settings), sock, settings.max_request_size)
+    address = address_of(sock)
+    settings = attrs.evolve(settings, management_address=str(address))
+    log_who_may_call("management", address, settings)
+    return ManagementServer(create_app(manager, settings=settings, keys=keys), sock, settings.max_request_size)
 
 
-def start_inference(manager: ModelManager, sock: socket.socket) -> InferenceServer:
+def start_inference(manager: ModelManager, sock: socket.socket, settings: Settings, keys: Keys) -> InferenceServer:
     """Serve the inference address on a socket that listens."""
-    return InferenceServer(create_inference_app(manager), sock)
+    address = address_of(sock)
+    settings = attrs.evolve(settings, inference_address=str(address))
+    log_who_may_call("inference", address, settings)
+    return InferenceServer(create_inference_app(manager, settings=settings, keys=keys), sock)
 
 
 def bind(address: Address) -> socket.socket:
