@@ -18,6 +18,7 @@ from torchmgmt.http.callers import CallerGuard, Guard
 from torchmgmt.http.cors import cors_middleware
 from torchmgmt.http.middleware import RequestHeaders
 from torchmgmt.http.openapi import api_description
+from torchmgmt.http.operations import Operation
 from torchmgmt.http.render import Reply, render_error_async, render_reply
 from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
 from torchmgmt.records import ModelInfo
@@ -48,11 +49,17 @@ def health_of(manager: ModelManager) -> Health:
 
 
 def create_inference_app(
-    manager: ModelManager, *, settings: Settings | None = None, keys: Keys | None = None
+    manager: ModelManager,
+    *,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+    title: str = "torchmgmt Inference API",
+    operations: tuple[Operation, ...] = ops.INFERENCE,
 ) -> falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]:
     """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager.
 
     ``settings`` and ``keys`` are as for :func:`torchmgmt.http.create_app`; the ``inference_address`` counts here.
+    ``title`` and ``operations`` are those of the API description: an address may serve more than this application.
     """
     settings = settings or manager.settings
     keys = fixed_keys() if keys is None else keys
@@ -63,7 +70,7 @@ def create_inference_app(
     app.req_options.strip_url_path_trailing_slash = True
     app.add_error_handler(Exception, render_error_async)
     app.add_error_handler(falcon.HTTPError, render_error_async)
-    description = ApiDescription()
+    description = ApiDescription(title, operations)
     app.add_route(ops.PING.path, Ping(manager))
     app.add_route(ops.API_DESCRIPTION.path, description)
     app.add_route(ops.API_DESCRIPTION_AT_ROOT.path, description, suffix="root")
@@ -83,12 +90,16 @@ class Ping:
         render_reply(req, resp, Reply(code, {"status": health.value}))
 
 
+@frozen
 class ApiDescription:
     """OPTIONS / and GET /api-description."""
 
+    title: str
+    operations: tuple[Operation, ...]
+
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Answer with what this address serves."""
-        item = api_description("torchmgmt Inference API", ops.INFERENCE)
+        item = api_description(self.title, self.operations)
         render_reply(req, resp, Reply(200, item))
 
     on_options_root = on_get

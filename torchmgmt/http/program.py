@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,18 +26,11 @@ from torchmgmt import ModelManager, VersionState
 from torchmgmt.errors import InvalidArgument, TorchmgmtError
 from torchmgmt.events import Event, VersionStateChanged
 from torchmgmt.http.access_log import written_in_background
+from torchmgmt.http.addresses import Addresses, Role
 from torchmgmt.http.command_line import parse_command_line
-from torchmgmt.http.server import (
-    InferenceServer,
-    ManagementServer,
-    address_of,
-    bind,
-    check_may_listen,
-    start_inference,
-    start_management,
-)
+from torchmgmt.http.server import Servers, start_servers
 from torchmgmt.http.tokens import Keys, forget_environment, keys_for
-from torchmgmt.settings import Address, Settings
+from torchmgmt.settings import Settings
 
 __all__ = ["main"]
 
@@ -94,8 +86,7 @@ class Program:
 
     settings: Settings
     store: Path | None
-    management_socket: socket.socket
-    inference_socket: socket.socket
+    addresses: Addresses
     keys: Keys
     _signals: queue.SimpleQueue[int] = field(factory=queue.SimpleQueue)
 
@@ -103,23 +94,12 @@ class Program:
     def prepare(cls, settings: Settings) -> Program:
         """Check what can be checked and bind the addresses; raise InvalidArgument or OSError with one line."""
         store = _find_store(settings)
-        management = Address.parse("management_address", settings.management_address)
-        inference = Address.parse("inference_address", settings.inference_address)
-        check_may_listen("management_address", management, settings)
-        check_may_listen("inference_address", inference, settings)
-        if management == inference and management.port:
-            raise InvalidArgument(
-                "inference_address",
-                str(inference),
-                "another one than management_address: this release does not serve both on one address yet",
-            )
         with contextlib.ExitStack() as undo:
-            management_socket = undo.enter_context(contextlib.closing(bind(management)))
-            inference_socket = undo.enter_context(contextlib.closing(bind(inference)))
-            keys = keys_for(settings, [management, inference])
+            addresses = undo.enter_context(Addresses.bind(settings))
+            keys = keys_for(settings, addresses)
             undo.pop_all()
         forget_environment(os.environ)
-        return cls(attrs.evolve(settings, model_store=store), store, management_socket, inference_socket, keys)
+        return cls(attrs.evolve(settings, model_store=store), store, addresses, keys)
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
@@ -128,8 +108,7 @@ class Program:
             signal.signal(number, self._on_signal)
         manager = ModelManager(self.store, settings=self.settings, listeners=[self._on_event])
         manager.warm()
-        management = start_management(manager, self.management_socket, self.settings, self.keys)
-        inference = start_inference(manager, self.inference_socket, self.settings, self.keys)
+        servers = start_servers(manager, self.addresses, self.settings, self.keys)
         self._print_start_lines()
         loader = Loader(manager, self.settings)
         loader.start()
@@ -138,7 +117,7 @@ class Program:
         # At once, because a stop that takes too long ends with os._exit.
         self.keys.close()
         loader.stop()
-        self._stop(Stopper(manager, management, inference))
+        self._stop(Stopper(manager, servers))
         return GAVE_UP if reason == GAVE_UP else 0
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -167,8 +146,8 @@ class Program:
         on = "on" if self.settings.enable_model_api else "off (--enable-model-api turns it on)"
         _say(f"Model store: {self.store.resolve() if self.store else 'none'}")
         _say(f"Registering and unregistering over HTTP: {on}")
-        _say(f"Inference address: {address_of(self.inference_socket)}")
-        _say(f"Management address: {address_of(self.management_socket)}")
+        _say(f"Inference address: {self.addresses[Role.INFERENCE]}")
+        _say(f"Management address: {self.addresses[Role.MANAGEMENT]}")
 
 
 class Loader(threading.Thread):
@@ -218,20 +197,17 @@ class Loader(threading.Thread):
 class Stopper(threading.Thread):
     """Ends everything in order: take no request, finish those in flight, stop the workers, close the connections."""
 
-    def __init__(self, manager: ModelManager, management: ManagementServer, inference: InferenceServer) -> None:
+    def __init__(self, manager: ModelManager, servers: Servers) -> None:
         super().__init__(name="torchmgmt-stopper", daemon=True)
         self._manager = manager
-        self._management = management
-        self._inference = inference
+        self._servers = servers
 
     def run(self) -> None:
         """Stop; takes at most about half a minute."""
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
-        self._inference.close(DRAIN_TIMEOUT_S)
-        self._management.drain(max(0.0, deadline - time.monotonic()))
+        self._servers.drain(DRAIN_TIMEOUT_S)
         # What still waits for a worker is answered now: closing the manager ends the wait.
         report = self._manager.close(CLOSE_TIMEOUT_S)
-        self._management.close(1)
+        self._servers.close(1)
         if report.clean:
             logger.info("Stopped")
         else:
@@ -240,8 +216,7 @@ class Stopper(threading.Thread):
     def hasten(self) -> None:
         """Wait for no request and no worker any more."""
         threading.Thread(target=self._manager.close, args=(0,), daemon=True).start()
-        self._management.close(1)  # enough to tell those who waited for the manager
-        self._inference.close(0)
+        self._servers.close(1)  # enough to tell those who waited for the manager
         self.join(LAST_RESORT_S)
         if self.is_alive():
             logger.error("Stopping takes too long; the workers end with this process")
