@@ -14,7 +14,7 @@ from torchmgmt import VersionState
 from torchmgmt.errors import ModelNotFound
 from torchmgmt.http import operations as ops
 from torchmgmt.http.middleware import RequestHeaders
-from torchmgmt.http.openapi import api_description
+from torchmgmt.http.openapi import KeyRule, api_description_json
 from torchmgmt.http.render import Reply, render_error_async, render_reply
 from torchmgmt.records import ModelInfo
 
@@ -75,7 +75,7 @@ class ApiDescription:
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Answer with what this address serves."""
-        item = api_description("torchmgmt Inference API", ops.INFERENCE)
+        item = api_description_json("torchmgmt Inference API", ops.INFERENCE, KeyRule.NOBODY)
         render_reply(req, resp, Reply(200, item))
 
     on_options_root = on_get

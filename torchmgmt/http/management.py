@@ -23,7 +23,7 @@ from torchmgmt.http.errors import (
     VersionToSetNotFound,
 )
 from torchmgmt.http.middleware import CallerGuard, PathGuard, RequestHeaders
-from torchmgmt.http.openapi import api_description
+from torchmgmt.http.openapi import api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.parameters import Pairs, Values, pairs_of_body, pairs_of_query, read_parameters
 from torchmgmt.http.render import Reply, render_error, render_reply
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 MAX_WAITING = 40
 MOST_ON_A_PAGE = 1000
 RETRY_AFTER_S = 5
-RUNTIMES: Mapping[str, str] = {"python": "python", "python3": "python3", "lsp": "LSP"}
 
 Respond: TypeAlias = "Callable[[ManagementAPI, Values, Mapping[str, str]], Reply]"
 
@@ -97,14 +96,12 @@ class ManagementAPI:
 
     def register(self, values: Values, path: Mapping[str, str]) -> Reply:
         """POST /models."""
-        if values["s3_sse_kms"]:
-            raise BadRequest("s3_sse_kms is true, but this server has no support for S3")
         with self.waiting.one_more():
             model = self.manager.register(
                 values["url"],
                 model_name=values["model_name"],
                 handler=values["handler"],
-                runtime=_runtime(values["runtime"]),
+                runtime=values["runtime"],
                 batch_size=values["batch_size"],
                 max_batch_delay=values["max_batch_delay"],
                 initial_workers=values["initial_workers"],
@@ -185,7 +182,7 @@ class ManagementAPI:
 
     def describe_api(self, values: Values, path: Mapping[str, str]) -> Reply:
         """OPTIONS / and GET /api-description."""
-        return Reply(200, api_description("torchmgmt Management API", ops.MANAGEMENT))
+        return Reply(200, api_description_json("torchmgmt Management API", ops.MANAGEMENT, key_rule_of(self.settings)))
 
 
 ENDPOINTS: Mapping[Operation, Respond] = {
@@ -236,7 +233,7 @@ def _read(operation: Operation, req: falcon.Request, max_bytes: int) -> Values:
     body: Pairs = ()
     if operation.takes_body:
         body = pairs_of_body(req.content_type, _read_body(req, max_bytes))
-    values, refusal = read_parameters(operation.parameters, pairs_of_query(req.query_string), body)
+    values, refusal = read_parameters(operation.parameters, pairs_of_query(req.query_string.encode("latin-1")), body)
     req.context.warnings = values.warnings
     for warning in values.warnings:
         logger.warning("%s %r: %s", req.method, req.path, warning)
@@ -259,15 +256,6 @@ def _read_body(req: falcon.Request, max_bytes: int) -> bytes:
 
 def _status(code: int, text: str) -> Reply:
     return Reply(code, {"status": text})
-
-
-def _runtime(given: str | None) -> str | None:
-    if given is None:
-        return None
-    try:
-        return RUNTIMES[given.strip().lower()]
-    except KeyError:
-        raise BadRequest(f"Invalid RuntimeType value: {given}") from None
 
 
 def _version_to_scale(values: Values, path: Mapping[str, str]) -> str | None:
