@@ -319,7 +319,7 @@ def test_scale_answers_as_the_contract_quotes(client, manager, path, parameters,
         (
             "/models/noop",
             {"timeout": -2},
-            f"timeout is '-2', but must be a whole number from -1 to {LARGEST}",
+            f"timeout is '-2', but must be a whole number of seconds from -1 to {LARGEST}",
         ),
         (
             "/models/noop",

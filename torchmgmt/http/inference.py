@@ -17,7 +17,7 @@ from torchmgmt.http.access_log import AccessLog
 from torchmgmt.http.callers import CallerGuard, Guard
 from torchmgmt.http.cors import cors_middleware
 from torchmgmt.http.middleware import RequestHeaders
-from torchmgmt.http.openapi import api_description
+from torchmgmt.http.openapi import KeyRule, api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.render import Reply, render_error_async, render_reply
 from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
@@ -70,7 +70,7 @@ def create_inference_app(
     app.req_options.strip_url_path_trailing_slash = True
     app.add_error_handler(Exception, render_error_async)
     app.add_error_handler(falcon.HTTPError, render_error_async)
-    description = ApiDescription(title, operations)
+    description = ApiDescription(title, operations, key_rule_of(settings, address))
     app.add_route(ops.PING.path, Ping(manager))
     app.add_route(ops.API_DESCRIPTION.path, description)
     app.add_route(ops.API_DESCRIPTION_AT_ROOT.path, description, suffix="root")
@@ -96,10 +96,11 @@ class ApiDescription:
 
     title: str
     operations: tuple[Operation, ...]
+    keys: KeyRule
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Answer with what this address serves."""
-        item = api_description(self.title, self.operations)
+        item = api_description_json(self.title, self.operations, self.keys)
         render_reply(req, resp, Reply(200, item))
 
     on_options_root = on_get

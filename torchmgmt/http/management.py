@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import falcon
 from attrs import define, field, frozen
 
-from torchmgmt.errors import InvalidArgument, ModelVersionNotFound
+from torchmgmt.errors import ModelVersionNotFound
 from torchmgmt.http import operations as ops
 from torchmgmt.http.access_log import AccessLog
 from torchmgmt.http.callers import CallerGuard, Guard
@@ -29,7 +29,7 @@ from torchmgmt.http.errors import (
 )
 from torchmgmt.http.masking import masked_text
 from torchmgmt.http.middleware import PathGuard, RequestHeaders
-from torchmgmt.http.openapi import api_description
+from torchmgmt.http.openapi import api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.parameters import Pairs, Values, pairs_of_body, pairs_of_query, read_parameters
 from torchmgmt.http.render import Reply, render_error, render_reply
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING = 40
 RETRY_AFTER_S = 5
-RUNTIMES: Mapping[str, str] = {"python": "python", "python3": "python3", "lsp": "LSP"}
 
 Respond: TypeAlias = "Callable[[ManagementAPI, Values, Mapping[str, str]], Reply]"
 
@@ -128,14 +127,12 @@ class ManagementAPI:
 
     def register(self, values: Values, path: Mapping[str, str]) -> Reply:
         """POST /models."""
-        if values["s3_sse_kms"]:
-            raise BadRequest("s3_sse_kms is true, but this server has no support for S3")
         with self.waiting.one_more():
             model = self.manager.register(
                 values["url"],
                 model_name=values["model_name"],
                 handler=values["handler"],
-                runtime=_runtime(values["runtime"]),
+                runtime=values["runtime"],
                 batch_size=values["batch_size"],
                 max_batch_delay=values["max_batch_delay"],
                 initial_workers=values["initial_workers"],
@@ -216,15 +213,13 @@ class ManagementAPI:
 
     def new_key(self, values: Values, path: Mapping[str, str]) -> Reply:
         """GET /token."""
-        renewable = {name.value: name for name in (KeyName.MANAGEMENT, KeyName.INFERENCE)}
-        name = renewable.get(values["type"])
-        if name is None:
-            raise InvalidArgument("type", values["type"], " or ".join(renewable))
+        name = KeyName(values["type"])
         return Reply(200, {name.value: self.keys.renew(name).to_dict()})
 
     def describe_api(self, values: Values, path: Mapping[str, str]) -> Reply:
         """OPTIONS / and GET /api-description."""
-        return Reply(200, api_description("torchmgmt Management API", self.operations.values()))
+        rule = key_rule_of(self.settings, Address.parse("management_address", self.settings.management_address))
+        return Reply(200, api_description_json("torchmgmt Management API", tuple(self.operations.values()), rule))
 
 
 ENDPOINTS: Mapping[Operation, Respond] = {
@@ -280,7 +275,7 @@ def _read(operation: Operation, req: falcon.Request, max_bytes: int) -> Values:
     body: Pairs = ()
     if operation.takes_body:
         body = pairs_of_body(req.content_type, _read_body(req, max_bytes))
-    values, refusal = read_parameters(operation.parameters, pairs_of_query(req.query_string), body)
+    values, refusal = read_parameters(operation.parameters, pairs_of_query(req.query_string.encode("latin-1")), body)
     req.context.warnings = values.warnings
     for warning in values.warnings:
         logger.warning("%s %r: %s", req.method, req.path, warning)
@@ -308,15 +303,6 @@ def _item(info: ModelInfo) -> dict[str, Any]:
 
 def _status(code: int, text: str) -> Reply:
     return Reply(code, {"status": text})
-
-
-def _runtime(given: str | None) -> str | None:
-    if given is None:
-        return None
-    try:
-        return RUNTIMES[given.strip().lower()]
-    except KeyError:
-        raise BadRequest(f"Invalid RuntimeType value: {given}") from None
 
 
 def _version_to_scale(values: Values, path: Mapping[str, str]) -> str | None:

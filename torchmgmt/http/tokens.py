@@ -26,6 +26,7 @@ from attrs import define, field, frozen
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.http.contract import needs_key
 from torchmgmt.http.errors import BadRequest
+from torchmgmt.http.operations import KeyName
 from torchmgmt.settings import Address, Settings
 
 __all__ = ["KEY_FILE", "Key", "KeyName", "Keys", "Verdict", "fixed_keys", "forget_environment", "keys_for"]
@@ -37,15 +38,6 @@ PREFIXES = ("TORCHMGMT_", "TS_")
 RANDOM_BYTES = 32
 
 _FIT_KEY = re.compile(r"[\x21-\x7e]{8,1024}")
-
-
-class KeyName(Enum):
-    """What a key opens; the value is its name in the key file."""
-
-    MANAGEMENT = "management"
-    INFERENCE = "inference"
-    API = "API"
-    """Makes new management and inference keys, and opens nothing else."""
 
 
 class Verdict(Enum):
