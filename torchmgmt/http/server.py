@@ -29,7 +29,7 @@ from torchmgmt.http.mount import ASGIApp, MountedWSGI, Paths
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.sockets import address_of, bind
 from torchmgmt.http.tls import tls_context
-from torchmgmt.http.tokens import Keys, keys_for
+from torchmgmt.http.tokens import Keys, fixed_keys, keys_for
 from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
@@ -109,12 +109,16 @@ def check_port(port: object) -> None:
         raise InvalidArgument("port", port, "a whole number from 0 to 65535")
 
 
-def start_management(manager: ModelManager, sock: socket.socket, settings: Settings, keys: Keys) -> RunningServer:
+def start_management(
+    manager: ModelManager, sock: socket.socket, settings: Settings | None = None, keys: Keys | None = None
+) -> RunningServer:
     """Serve the Management API on a socket that listens."""
     return start_server(manager, BoundAddress(frozenset({Role.MANAGEMENT}), sock), settings, keys)
 
 
-def start_inference(manager: ModelManager, sock: socket.socket, settings: Settings, keys: Keys) -> RunningServer:
+def start_inference(
+    manager: ModelManager, sock: socket.socket, settings: Settings | None = None, keys: Keys | None = None
+) -> RunningServer:
     """Serve the inference address on a socket that listens."""
     return start_server(manager, BoundAddress(frozenset({Role.INFERENCE}), sock), settings, keys)
 
@@ -122,14 +126,18 @@ def start_inference(manager: ModelManager, sock: socket.socket, settings: Settin
 def start_server(
     manager: ModelManager,
     bound: BoundAddress,
-    settings: Settings,
-    keys: Keys,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
     *,
     metrics: ASGIApp | None = None,
     limits: Limits | None = None,
 ) -> RunningServer:
-    """Serve on one address what its roles say; ``metrics`` is the application that has ``/metrics``."""
-    settings = bound.settings_with_real_address(settings)
+    """Serve on one address what its roles say; ``metrics`` is the application that has ``/metrics``.
+
+    ``settings`` default to the manager's, ``keys`` to those that the environment fixes.
+    """
+    settings = bound.settings_with_real_address(settings or manager.settings)
+    keys = fixed_keys() if keys is None else keys
     for role in (Role.MANAGEMENT, Role.INFERENCE):
         if role in bound.roles:
             log_who_may_call(role.value, bound.address, settings)
