@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -32,26 +32,32 @@ class Health(Enum):
     UNHEALTHY = "Unhealthy"
 
 
-def health_of(manager: ModelManager) -> Health:
-    """Return the health of all that ``manager`` serves. Waits for nothing; may be called from any thread."""
+def health_of(manager: ModelManager, *, is_loading: bool = False) -> Health:
+    """Return the health of all that ``manager`` serves. Waits for nothing; may be called from any thread.
+
+    ``is_loading`` is whether there are models still to come, which nobody can see in ``manager`` yet.
+    """
     infos = [info for model in manager.models() for info in _versions(manager, model.name)]
     wanting = [info for info in infos if info.scale.min_workers > 0]
     served = [info for info in wanting if info.state is VersionState.READY]
-    if len(served) == len(wanting):
+    if len(served) == len(wanting) and not is_loading:
         return Health.HEALTHY
     return Health.PARTIAL if served else Health.UNHEALTHY
 
 
 def create_inference_app(
-    manager: ModelManager,
+    manager: ModelManager, *, is_loading: Callable[[], bool] = lambda: False
 ) -> falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]:
-    """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager."""
+    """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager.
+
+    While ``is_loading`` returns True, /ping does not answer that all is well.
+    """
     app = falcon.asgi.App(middleware=[RequestHeaders()])
     app.req_options.strip_url_path_trailing_slash = True
     app.add_error_handler(Exception, render_error_async)
     app.add_error_handler(falcon.HTTPError, render_error_async)
     description = ApiDescription()
-    app.add_route(ops.PING.path, Ping(manager))
+    app.add_route(ops.PING.path, Ping(manager, is_loading))
     app.add_route(ops.API_DESCRIPTION.path, description)
     app.add_route(ops.API_DESCRIPTION_AT_ROOT.path, description, suffix="root")
     return app
@@ -62,10 +68,11 @@ class Ping:
     """GET /ping."""
 
     manager: ModelManager
+    is_loading: Callable[[], bool]
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Answer 200 while something is served, 500 when nothing that should be is."""
-        health = health_of(self.manager)
+        health = health_of(self.manager, is_loading=self.is_loading())
         code = 500 if health is Health.UNHEALTHY else 200
         render_reply(req, resp, Reply(code, {"status": health.value}))
 

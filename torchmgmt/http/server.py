@@ -101,9 +101,11 @@ def start_management(manager: ModelManager, sock: socket.socket, settings: Setti
     return ManagementServer(create_app(manager, settings=settings), sock, settings.max_request_size)
 
 
-def start_inference(manager: ModelManager, sock: socket.socket) -> InferenceServer:
+def start_inference(
+    manager: ModelManager, sock: socket.socket, *, is_loading: Callable[[], bool] = lambda: False
+) -> InferenceServer:
     """Serve the inference address on a socket that listens."""
-    return InferenceServer(create_inference_app(manager), sock)
+    return InferenceServer(create_inference_app(manager, is_loading=is_loading), sock)
 
 
 def bind(address: Address) -> socket.socket:
