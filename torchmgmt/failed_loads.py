@@ -3,45 +3,79 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
+
+from attrs import frozen
 
 from torchmgmt.errors import InvalidArgument, NoWorker
 from torchmgmt.lifecycle import VersionState
 from torchmgmt.records import ModelInfo, ModelKey, ModelSpec, Scale
 
-__all__ = ["FailedLoads", "failed_load"]
+__all__ = ["Certainty", "FailedLoads", "failed_load"]
 
 _SUFFIX = re.compile(r"\.(mar|tgz|tar\.gz|zip)$", re.IGNORECASE)
+
+
+class Certainty(Enum):
+    """How much of a version's key was known when it failed."""
+
+    NOTHING = "nothing"
+    """Its archive could not be read, and nobody had given it a name: it is called after the archive."""
+    NAME = "name"
+    """It was given a name; its version is a guess."""
+    KEY = "key"
+    """Both are what its archive says."""
+
+
+@frozen
+class _Failed:
+    info: ModelInfo
+    certainty: Certainty
+
+    def is_settled_by(self, key: ModelKey, url: str) -> bool:
+        """Whether this is the version that is registered now as ``key`` from ``url``."""
+        if self.certainty is Certainty.KEY:
+            return key == self.info.spec.key
+        is_same_archive = self.certainty is Certainty.NOTHING and url == self.info.spec.url
+        return key.name == self.info.name or is_same_archive
 
 
 class FailedLoads:
     """Remembers each with its reason, so that it can be shown beside what is registered. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._infos: dict[ModelKey, ModelInfo] = {}
+        self._all: dict[ModelKey, _Failed] = {}
 
     def __repr__(self) -> str:
-        return f"<FailedLoads: {len(self._infos)}>"
+        return f"<FailedLoads: {len(self._all)}>"
 
-    def add(self, info: ModelInfo) -> None:
+    def add(self, info: ModelInfo, certainty: Certainty) -> None:
         """Remember one, in place of an earlier failure of the same version."""
-        self._infos[info.spec.key] = info
+        self._all[info.spec.key] = _Failed(info, certainty)
 
     def names(self) -> set[str]:
         """Return the names of the models."""
-        return {key.name for key in self._infos}
+        return {key.name for key in self._all}
 
     def versions(self, name: str) -> list[ModelInfo]:
         """Return those of one model, oldest first."""
-        return [info for key, info in self._infos.items() if key.name == name]
+        return [failed.info for key, failed in self._all.items() if key.name == name]
 
     def find(self, name: str, version: str | None) -> ModelInfo | None:
         """Return a version, the oldest one if none is given; None if there is no such failure."""
         found = [info for info in self.versions(name) if version in {None, info.version}]
         return found[0] if found else None
 
-    def forget(self, key: ModelKey) -> None:
-        """Forget one: it is registered now, or nobody wants it any more. Idempotent."""
-        self._infos.pop(key, None)
+    def settle(self, key: ModelKey, url: str) -> None:
+        """Forget what failed before and is registered now."""
+        self._all = {each: failed for each, failed in self._all.items() if not failed.is_settled_by(key, url)}
+
+    def remove(self, name: str, version: str | None) -> list[ModelKey]:
+        """Forget a version, all of the model if none is given; return what that were."""
+        removed = [key for key in self._all if key.name == name and version in {None, key.version}]
+        for key in removed:
+            del self._all[key]
+        return removed
 
     def check(self, name: str, version: str | None) -> None:
         """Raise :class:`NoWorker` with the reason for a version that is here."""

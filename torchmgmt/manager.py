@@ -34,7 +34,7 @@ from torchmgmt.errors import (
     WouldWaitForever,
 )
 from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
-from torchmgmt.failed_loads import FailedLoads, failed_load
+from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
 from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
 from torchmgmt.records import (
@@ -344,6 +344,8 @@ class ModelManager:
             if failed and name not in self._registry:
                 return tuple(failed)
             default, versions = self._registry.default(name), self._registry.versions(name)
+        registered = {each.spec.key for each in versions}
+        failed = [info for info in failed if info.spec.key not in registered]  # a further attempt may be under way
         return (*(_info(each, is_default=each.spec.key.version == default) for each in versions), *failed)
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
@@ -447,14 +449,16 @@ class ModelManager:
         self._check_may_wait("unregister")
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
-        failed = self._failed_load(name, version)
-        if failed is not None:
-            with self._lock:
-                self._failed_loads.forget(failed.spec.key)
-            self._announcer.tell(ModelUnregistered(failed.spec.key))
+        with self._lock:
+            failed = [] if self._is_registered_locked(name, version) else self._failed_loads.remove(name, version)
+        for key in failed:
+            self._announcer.tell(ModelUnregistered(key))
+        if failed:
             return CloseReport(0.0)
         with self._lock:
             served = self._registry.remove(name, version)
+            if version is None:
+                self._failed_loads.remove(name, None)
             key = served.spec.key
             self._registry.reserve(key)  # its name is free when this is over, not before
             self._leaving.add(served)
@@ -580,11 +584,14 @@ class ModelManager:
         """Return what is known of a version that is not registered because it could not be loaded at the start."""
         self._check_usable(name, version)
         with self._lock:
-            try:
-                self._registry.get(name, version)
-            except LookupError:
-                return self._failed_loads.find(name, version)
-        return None
+            return None if self._is_registered_locked(name, version) else self._failed_loads.find(name, version)
+
+    def _is_registered_locked(self, name: str, version: str | None) -> bool:
+        try:
+            self._registry.get(name, version)
+        except LookupError:
+            return False
+        return True
 
     def _register(self, url: str | os.PathLike[str], wishes: Wishes) -> ModelKey:
         """Register a version; remember for whoever looks what failed, if that was to be there from the start."""
@@ -605,15 +612,16 @@ class ModelManager:
                 self._remember(str(url), error, spec, wishes)
             raise
         with self._lock:
-            self._failed_loads.forget(spec.key)
+            self._failed_loads.settle(spec.key, str(url))
         return spec.key
 
     def _remember(self, url: str, error: Exception, spec: ModelSpec | None, wishes: Wishes) -> None:
         workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
         name, version = wishes.model_name, wishes.version
         info = failed_load(url, error, spec=spec, name=name, version=version, workers=workers)
+        certainty = Certainty.KEY if spec else Certainty.NAME if name else Certainty.NOTHING
         with self._lock:
-            self._failed_loads.add(info)
+            self._failed_loads.add(info, certainty)
 
     def _warm_for(self, wishes: Wishes) -> None:
         """Have torch imported while the source is unpacked, if there are going to be worker processes."""

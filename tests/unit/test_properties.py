@@ -120,6 +120,9 @@ def escaped(draw, text):
     """The text with all that means something escaped, other characters sometimes, and some lines broken."""
     written = ""
     for char in text:
+        # Between two characters only: the blanks that begin a continuation are none of the text, a separator included.
+        if written and draw(st.integers(0, 9)) == 0:
+            written += "\\\n" + draw(st.sampled_from(["", " ", "\t  "]))
         if char in " =:#!\\\t\f":
             written += "\\" + {"\t": "t", "\f": "f"}.get(char, char)
         elif char in "\r\n" or draw(st.integers(0, 9)) == 0:
@@ -127,8 +130,6 @@ def escaped(draw, text):
             written += "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
         else:
             written += char
-        if draw(st.integers(0, 9)) == 0:
-            written += "\\\n" + draw(st.sampled_from(["", " ", "\t  "]))
     return written
 
 

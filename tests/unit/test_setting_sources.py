@@ -85,7 +85,7 @@ def test_two_settings_count_from_the_environment_at_once():
 def test_every_setting_has_its_variable(declaration):
     """TS_ and the name in capitals; a blank one is as if it were not there."""
     assert declaration.environment_name == "TS_" + declaration.name.upper()
-    gathered = gather(environment={declaration.environment_name: " ", "TS_ENABLE_ENVVARS_CONFIG": "1"})
+    gathered = gather(environment={"TS_ENABLE_ENVVARS_CONFIG": "1", declaration.environment_name: " "})
     assert gathered.settings == Settings(enable_envvars_config=declaration.name != "enable_envvars_config")
 
 
