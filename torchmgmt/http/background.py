@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def stop_in_background(console: Console) -> int:
         pid = pid_file.running()
         process = psutil.Process(pid) if pid is not None else None
         if process is None or pid_file.running() != pid:  # asked again: from here on, psutil knows a number used anew
-            console.say("No server that was started from this folder runs")
+            console.say("No server that was started from this folder runs" + _elsewhere())
             return 0
         process.terminate()
         process.wait(STOP_TIMEOUT_S)
@@ -74,6 +75,17 @@ def stop_in_background(console: Console) -> int:
         return console.fail(f"The server cannot be ended: {error}", 1)
     console.say("Model server stopped")
     return 0
+
+
+def _elsewhere() -> str:
+    """Name the servers of other folders: TorchServe has one for all, which --stop ends from anywhere."""
+    found = []
+    for pid_file in PidFile.of_user():
+        with contextlib.suppress(OSError, psutil.Error):  # somebody else's file of that name; one that ends meanwhile
+            pid = pid_file.running()
+            if pid is not None:
+                found.append(f"{psutil.Process(pid).cwd()} (process {pid})")
+    return f"; from {', '.join(found)} one does: --stop ends it from there" if found else ""
 
 
 def _open_log() -> BinaryIO:

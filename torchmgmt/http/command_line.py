@@ -36,10 +36,11 @@ the file in the environment variable TS_CONFIG_FILE, else the one of --ts-config
 TS_<NAME> count if enable_envvars_config is true; TS_ENABLE_MODEL_API and TS_DISABLE_TOKEN_AUTHORIZATION always do.
 
 exit codes:
-  0  it was told to end (SIGTERM, SIGINT) and did; --start: the server serves; --stop: no server runs any more
+  0  it was told to end (SIGTERM, SIGINT) and did; --start: the server serves; --stop: none of this folder runs now
   1  it cannot serve: an address is taken, a server of --start runs already; --stop: the server does not end
   2  an argument, the configuration file or a setting is wrong
   3  the workers of a model could not be started, and on_give_up is exit
+  130  --start was interrupted (Ctrl-C), and the server ended with it
 """
 
 

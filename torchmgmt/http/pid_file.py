@@ -30,7 +30,12 @@ class PidFile:
     def of_working_directory(cls) -> PidFile:
         """Return the one of this process's user and folder; make nothing."""
         folder = hashlib.sha256(os.fsencode(Path.cwd().resolve())).hexdigest()[:16]
-        return cls(Path(tempfile.gettempdir()) / f"torchmgmt-{os.getuid()}-{folder}.pid")
+        return cls(Path(tempfile.gettempdir()) / f"{_prefix()}{folder}.pid")
+
+    @classmethod
+    def of_user(cls) -> list[PidFile]:
+        """Return all of this process's user, whether their servers run or not."""
+        return [cls(path) for path in sorted(Path(tempfile.gettempdir()).glob(f"{_prefix()}*.pid"))]
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -87,6 +92,10 @@ class PidFile:
             return os.path.samestat(self.path.lstat(), os.fstat(descriptor))
         except FileNotFoundError:
             return False
+
+
+def _prefix() -> str:
+    return f"torchmgmt-{os.getuid()}-"
 
 
 def _pid_in(descriptor: int) -> int | None:

@@ -65,15 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command.action is Action.STOP:
         return stop_in_background(Console())
     if command.action is Action.START:
+        _begin_log(command)  # whoever starts it sees the warnings, which stand in its log, too
         return start_in_background(given, Console())
     return serve_here(command, Console())
 
 
 def serve_here(command: CommandLine, console: Console) -> int:
     """Serve in this process until SIGTERM or SIGINT; return the exit code. Must be called on the main thread."""
-    _configure_logging(command.settings.log_level)
-    for warning in command.warnings:
-        logger.warning("%s", warning)
+    _begin_log(command)
     with contextlib.ExitStack() as stack:
         try:
             if command.action is not Action.SERVE:
@@ -218,7 +217,10 @@ def _find_store(settings: Settings) -> Path | None:
     return settings.model_store
 
 
-def _configure_logging(level: str) -> None:
+def _begin_log(command: CommandLine) -> None:
     """Send the log to stderr. Only the program does this; the library leaves logging to whom it lives with."""
+    level = command.settings.log_level
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    for warning in command.warnings:
+        logger.warning("%s", warning)
