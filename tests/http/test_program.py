@@ -135,9 +135,11 @@ def test_models_are_loaded_at_start_and_one_that_fails_stops_no_other(start, tmp
     (tmp_path / "model_store" / "notes.txt").write_text("no model")
     program = start("--models", "all,mine=good", "nope.mar", "--default-workers-per-model", "1")
     client = program.client()
-    names = [model["modelName"] for model in client.get("/models").json()["models"]]
-    assert names == ["broken", "good", "mine", "nope"]
+    listed = {model["modelName"]: model for model in client.get("/models").json()["models"]}
+    assert list(listed) == ["broken", "good", "mine", "nope"]
+    assert listed["good"] == {"modelName": "good", "modelUrl": "good"}
     for name, reason in (("broken", "broken on purpose"), ("nope", "Model not found at: nope.mar")):
+        assert (listed[name]["state"], reason in listed[name]["lastError"]) == ("FAILED", True)
         (item,) = client.get(f"/models/{name}").json()
         assert item["state"] == "FAILED"
         assert reason in item["lastError"]

@@ -151,11 +151,21 @@ SCHEMAS: Mapping[str, dict[str, Any]] = {
     "ModelList": _object(
         {
             "nextPageToken": {"type": "string", "description": "Absent on the last page."},
-            "models": {"type": "array", "items": _object({"modelName": _TEXT, "modelUrl": _TEXT})},
+            "models": {"type": "array", "items": _ref("ModelListItem")},
             "warnings": _WARNINGS,
         },
         "nextPageToken",
         "warnings",
+    ),
+    "ModelListItem": _object(
+        {
+            "modelName": _TEXT,
+            "modelUrl": _TEXT,
+            "state": {"type": "string", "enum": ["FAILED"], "description": "Only if it failed."},
+            "lastError": {"type": "string", "description": "Why it failed; only then."},
+        },
+        "state",
+        "lastError",
     ),
     "ModelDescriptions": {"type": "array", "items": _ref("ModelDescription")},
     "ModelDescription": _object(
