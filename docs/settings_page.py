@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
+from torchmgmt.http.command_line import EXIT_CODES
 from torchmgmt.setting_kinds import Declaration
 from torchmgmt.setting_sources import ALWAYS_IN_ENVIRONMENT, NOT_OURS
 from torchmgmt.settings import declarations
@@ -63,13 +64,22 @@ These keys of a `config.properties` are accepted with a warning and have no effe
 """
 
 
+EXIT_CODES_HEAD = """
+## Exit codes
+
+| Code | Of `python -m torchmgmt.http` |
+|---|---|
+"""
+
+
 def settings_page() -> str:
     """Return the page."""
     always = ",\n   ".join(f"`TS_{name.upper()}`" for name in sorted(ALWAYS_IN_ENVIRONMENT))
     rows = [_row(declaration) for declaration in declarations()]
     table = "| Setting | Values | Default | Flags | Meaning |\n|---|---|---|---|---|\n" + "".join(rows)
     others = "".join(f"| `{key}` | {why} |\n" for key, why in sorted(NOT_OURS.items()))
-    return HEAD.format(always=always) + table + MODELS + NOT_OURS_HEAD + others
+    codes = "".join(f"| {code} | {what} |\n" for code, what in EXIT_CODES.items())
+    return HEAD.format(always=always) + table + MODELS + NOT_OURS_HEAD + others + EXIT_CODES_HEAD + codes
 
 
 def _row(declaration: Declaration) -> str:

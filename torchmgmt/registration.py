@@ -1,12 +1,14 @@
 """What a registration asks for: the call's own arguments, then the archive's, then the settings', checked and joined.
 
-Pure: it opens nothing and starts nothing. What is wrong in a call is an InvalidArgument that names the argument; what is
-wrong in an archive is an InvalidArchive that names the key of its ``model-config.yaml``.
+It opens nothing and starts nothing. What is wrong in a call is an InvalidArgument that names the argument; what is wrong
+in an archive is an InvalidArchive that names the key of its ``model-config.yaml``; what is wrong in the settings' models
+is an InvalidArgument that names the place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +33,8 @@ from torchmgmt.records import (
 from torchmgmt.settings import Settings
 
 __all__ = ["Wishes", "key_of", "scale_of", "spec_of"]
+
+logger = logging.getLogger(__name__)
 
 RUNTIMES = ("python", "python3", "lsp")
 DEFAULT_VERSION = "1.0"
@@ -117,6 +121,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
         InvalidArchive: a value in the archive is wrong, or nobody names the model or the handler.
     """
     key, manifest = key_of(folder, wishes), folder.manifest
+    _warn_of_unknown(key, settings)
     config = {**_parameters(key, settings), **folder.config}
     handler = wishes.handler or (manifest.handler if manifest else None)
     if handler is None:
@@ -183,6 +188,15 @@ def is_default_version(key: ModelKey, settings: Settings) -> bool:
 def _parameters(key: ModelKey, settings: Settings) -> Mapping[str, Any]:
     """Return what the settings have for this one version, by the keys of a model-config.yaml."""
     return settings.models.get(key.name, {}).get(key.version, {})
+
+
+def _warn_of_unknown(key: ModelKey, settings: Settings) -> None:
+    """Say which of the settings' parameters for this version nothing looks at."""
+    known = {*CONFIG_KEYS.values(), "defaultVersion", "marName"}
+    unknown = [name for name in _parameters(key, settings) if name not in known]
+    if unknown:
+        place = f"models.{key.name}.{key.version}"
+        logger.warning("%s in the settings: %s have no effect, only %s", place, unknown, sorted(known))
 
 
 def _stated_workers(folder: ModelFolder, parameters: Mapping[str, Any]) -> tuple[int | None, int | None]:

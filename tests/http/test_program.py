@@ -254,6 +254,7 @@ def test_version_and_help():
     assert shown.returncode == 0
     assert "--default-workers-per-model" in shown.stdout
     assert "--ts-config" in shown.stdout
+    assert "exit codes:\n  0   it was told to end" in shown.stdout
 
 
 @pytest.mark.parametrize("flag", ["--log-config", "--workflow-store", "--plugins-path", "--ppath", "--cpp-log-config"])

@@ -150,3 +150,14 @@ def test_a_wrong_parameter_of_the_settings_is_blamed_on_them(tmp_path: Path) -> 
         with pytest.raises(InvalidArgument, match=r"models\.m\.1\.0\.threadsPerWorker in the settings is 'x'"):
             manager.register("m", backend="thread")
         assert manager.models() == ()
+
+
+def test_a_parameter_of_the_settings_that_nothing_looks_at_is_said(tmp_path: Path, caplog) -> None:
+    """A typing error among them is no silent loss."""
+    write_model(tmp_path, "m")
+    with ModelManager(
+        tmp_path, settings=Settings(models={"m": {"1.0": {"batch_size": 4, "minWorkers": 0}}})
+    ) as manager:
+        manager.register("m", backend="thread")
+    (text,) = [record.getMessage() for record in caplog.records if record.name == "torchmgmt.registration"]
+    assert text.startswith("models.m.1.0 in the settings: ['batch_size'] have no effect, only ['backend', 'batchSize'")

@@ -17,7 +17,7 @@ from torchmgmt.errors import InvalidArgument
 from torchmgmt.http.flags import add_settings, given_settings
 from torchmgmt.settings import Settings, gather
 
-__all__ = ["Action", "CommandLine", "parse_command_line"]
+__all__ = ["EXIT_CODES", "Action", "CommandLine", "parse_command_line"]
 
 PROGRAM = "python -m torchmgmt.http"
 USUAL_FILE = Path("config.properties")
@@ -34,14 +34,15 @@ EPILOG = """\
 A setting in the environment counts before one on the command line, that before one in the configuration file. That is
 the file in the environment variable TS_CONFIG_FILE, else the one of --ts-config, else ./config.properties. Variables
 TS_<NAME> count if enable_envvars_config is true; TS_ENABLE_MODEL_API and TS_DISABLE_TOKEN_AUTHORIZATION always do.
-
-exit codes:
-  0  it was told to end (SIGTERM, SIGINT) and did; --start: the server serves; --stop: none of this folder runs now
-  1  it cannot serve: an address is taken, a server of --start runs already; --stop: the server does not end
-  2  an argument, the configuration file or a setting is wrong
-  3  the workers of a model could not be started, and on_give_up is exit
-  130  --start was interrupted (Ctrl-C), and the server ended with it
 """
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "it was told to end (SIGTERM, SIGINT) and did; --start: the server serves; --stop: none of this folder runs now",
+    1: "it cannot serve: an address is taken, a server of --start runs already; --stop: the server does not end",
+    2: "an argument, the configuration file or a setting is wrong",
+    3: "the workers of a model could not be started any more, and on_give_up is exit",
+    130: "--start was interrupted (Ctrl-C), and the server ended with it",
+}
 
 
 class Action(Enum):
@@ -116,7 +117,7 @@ def _make_parser() -> _Parser:
     parser = _Parser(
         prog=PROGRAM,
         description="Serve the Management API of PyTorch models.",
-        epilog=EPILOG,
+        epilog=EPILOG + "\nexit codes:\n" + "".join(f"  {code:<4}{what}\n" for code, what in EXIT_CODES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the epilog has lines of its own
         allow_abbrev=False,
     )

@@ -12,12 +12,16 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from attrs import frozen
 
 __all__ = ["PidFile"]
+
+ATTEMPTS = 5
+PAUSE_S = 0.05
 
 
 @frozen
@@ -65,19 +69,23 @@ class PidFile:
             os.close(descriptor)
 
     def _lock(self) -> int:
-        while True:
-            descriptor = self._open(os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_still(descriptor):
-                    return descriptor
-            except BlockingIOError:
-                pid = _pid_in(descriptor)
-                os.close(descriptor)
-                who = f" (process {pid})" if pid else ""
-                text = f"A server that was started from this folder runs already{who}; --stop ends it"
-                raise OSError(errno.EEXIST, text) from None
-            os.close(descriptor)  # whoever held it has removed it meanwhile
+        for _ in range(ATTEMPTS):
+            descriptor = self._try_lock()
+            if descriptor is not None:
+                return descriptor
+            time.sleep(PAUSE_S)  # somebody may only be looking whether a server runs
+        pid = self.running()
+        who = f" (process {pid})" if pid else ""
+        raise OSError(errno.EEXIST, f"A server that was started from this folder runs already{who}; --stop ends it")
+
+    def _try_lock(self) -> int | None:
+        descriptor = self._open(os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_still(descriptor):
+                return descriptor
+        os.close(descriptor)  # it is held, or whoever held it has removed it meanwhile
+        return None
 
     def _open(self, flags: int) -> int:
         # The folder is everybody's: no link of somebody else's is followed, no file of theirs believed.
