@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test lint bench soak docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) examples/digits/demo.py
@@ -29,6 +29,9 @@ SOAK_SECONDS := 600
 
 soak: $(VENV)/.installed
 	$(RUN) -m tests.faults.storm --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
+
+docs: $(VENV)/.installed
+	$(RUN) docs/settings_page.py > docs/settings.md
 
 # hatchling first and no build isolation: an isolated build would fetch it unpinned, past constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,15 @@ class Health(Enum):
     UNHEALTHY = "Unhealthy"
 
 
-def health_of(manager: ModelManager) -> Health:
-    """Return the health of all that ``manager`` serves. Waits for nothing; may be called from any thread."""
+def health_of(manager: ModelManager, *, is_loading: bool = False) -> Health:
+    """Return the health of all that ``manager`` serves. Waits for nothing; may be called from any thread.
+
+    ``is_loading`` is whether there are models still to come, which nobody can see in ``manager`` yet.
+    """
     infos = [info for model in manager.models() for info in _versions(manager, model.name)]
     wanting = [info for info in infos if info.scale.min_workers > 0]
     served = [info for info in wanting if info.state is VersionState.READY]
-    if len(served) == len(wanting):
+    if len(served) == len(wanting) and not is_loading:
         return Health.HEALTHY
     return Health.PARTIAL if served else Health.UNHEALTHY
 
@@ -53,13 +56,14 @@ def create_inference_app(
     *,
     settings: Settings | None = None,
     keys: Keys | None = None,
+    is_loading: Callable[[], bool] = lambda: False,
     title: str = "torchmgmt Inference API",
     operations: tuple[Operation, ...] = ops.INFERENCE,
 ) -> falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]:
     """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager.
 
     ``settings`` and ``keys`` are as for :func:`torchmgmt.http.create_app`; the ``inference_address`` counts here.
-    ``title`` and ``operations`` are those of the API description: an address may serve more than this application.
+    While ``is_loading`` returns True, /ping does not answer that all is well. ``title`` and ``operations`` are those of the API description: an address may serve more than this application.
     """
     settings = settings or manager.settings
     keys = fixed_keys() if keys is None else keys
@@ -71,7 +75,7 @@ def create_inference_app(
     app.add_error_handler(Exception, render_error_async)
     app.add_error_handler(falcon.HTTPError, render_error_async)
     description = ApiDescription(title, operations, key_rule_of(settings, address))
-    app.add_route(ops.PING.path, Ping(manager))
+    app.add_route(ops.PING.path, Ping(manager, is_loading))
     app.add_route(ops.API_DESCRIPTION.path, description)
     app.add_route(ops.API_DESCRIPTION_AT_ROOT.path, description, suffix="root")
     return app
@@ -82,10 +86,11 @@ class Ping:
     """GET /ping."""
 
     manager: ModelManager
+    is_loading: Callable[[], bool]
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Answer 200 while something is served, 500 when nothing that should be is."""
-        health = health_of(self.manager)
+        health = health_of(self.manager, is_loading=self.is_loading())
         code = 500 if health is Health.UNHEALTHY else 200
         render_reply(req, resp, Reply(code, {"status": health.value}))
 

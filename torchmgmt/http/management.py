@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import falcon
 from attrs import define, field, frozen
 
+from torchmgmt import VersionState
 from torchmgmt.errors import ModelVersionNotFound
 from torchmgmt.http import operations as ops
 from torchmgmt.http.access_log import AccessLog
@@ -159,7 +160,7 @@ class ManagementAPI:
         if start + limit < len(infos):
             item["nextPageToken"] = str(start + limit)
         page = infos[start : start + limit]
-        item["models"] = [{"modelName": info.name, "modelUrl": masked_text(info.spec.url)} for info in page]
+        item["models"] = [_list_item(info) for info in page]
         return Reply(200, item)
 
     def describe(self, values: Values, path: Mapping[str, str]) -> Reply:
@@ -310,3 +311,11 @@ def _version_to_scale(values: Values, path: Mapping[str, str]) -> str | None:
     if in_path and in_query and in_path != in_query:
         raise BadRequest(f"model_version is {in_query!r}, but the path says {in_path!r}")
     return in_path or in_query
+
+
+def _list_item(info: ModelInfo) -> dict[str, object]:
+    """Return what the list says of a model: TorchServe's keys, and why it cannot be used if it failed."""
+    item: dict[str, object] = {"modelName": info.name, "modelUrl": masked_text(info.spec.url)}
+    if info.state is VersionState.FAILED:
+        item.update(state=info.state.value, lastError=info.last_error)
+    return item

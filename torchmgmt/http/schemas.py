@@ -287,7 +287,15 @@ SCHEMAS: Mapping[str, Schema] = {
         "warnings",
     ),
     "ModelListItem": _object(
-        {"modelName": TEXT, "modelUrl": TEXT}, example={"modelName": "noop", "modelUrl": "noop.mar"}
+        {
+            "modelName": TEXT,
+            "modelUrl": TEXT,
+            "state": _one_of([VersionState.FAILED.value], description="Only if it failed."),
+            "lastError": {**TEXT, "description": "Why it failed; only then."},
+        },
+        "state",
+        "lastError",
+        example={"modelName": "noop", "modelUrl": "noop.mar"},
     ),
     "ModelDescriptions": {"type": "array", "items": ref("ModelDescription"), "minItems": 1},
     "ModelDescription": MODEL_DESCRIPTION,

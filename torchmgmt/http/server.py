@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -131,8 +131,11 @@ def start_server(
     *,
     metrics: ASGIApp | None = None,
     limits: Limits | None = None,
+    is_loading: Callable[[], bool] = lambda: False,
 ) -> RunningServer:
     """Serve on one address what its roles say; ``metrics`` is the application that has ``/metrics``.
+
+    While ``is_loading`` returns True, /ping does not answer that all is well.
 
     ``settings`` default to the manager's, ``keys`` to those that the environment fixes.
     """
@@ -153,7 +156,7 @@ def start_server(
             number_of_threads=THREADS,
             max_body_bytes=settings.max_request_size,
         )
-    app = _application(manager, bound, settings, keys, mounted, metrics)
+    app = _application(manager, bound, settings, keys, mounted, metrics, is_loading)
     return ASGIServer(app, bound.sock, name=name, tls=bound.tls, mounted=mounted, limits=limits)
 
 
@@ -164,6 +167,7 @@ def _application(
     keys: Keys,
     mounted: MountedWSGI | None,
     metrics: ASGIApp | None,
+    is_loading: Callable[[], bool],
 ) -> ASGIApp:
     by_segment: dict[str, ASGIApp] = {}
     if metrics is not None and Role.METRICS in bound.roles:
@@ -179,7 +183,9 @@ def _application(
         by_segment.update(dict.fromkeys(_segments(ops.MANAGEMENT) - _segments(ops.INFERENCE), mounted))
         operations = (*contract_of(settings).operations().values(), *ops.INFERENCE)
         title = "torchmgmt Management and Inference API"
-    inference = create_inference_app(manager, settings=settings, keys=keys, title=title, operations=operations)
+    inference = create_inference_app(
+        manager, settings=settings, keys=keys, is_loading=is_loading, title=title, operations=operations
+    )
     return Paths(by_segment, inference)
 
 
@@ -212,13 +218,17 @@ def start_servers(
     keys: Keys,
     *,
     metrics: ASGIApp | None = None,
+    is_loading: Callable[[], bool] = lambda: False,
 ) -> Servers:
-    """Serve ``manager`` at all ``addresses``. If one server cannot be started, those that were are closed."""
+    """Serve ``manager`` at all ``addresses``. If one server cannot be started, those that were are closed.
+
+    ``metrics`` and ``is_loading`` are as for :func:`start_server`.
+    """
     limits = Limits(connections=connection_limit(len(addresses.bound)))
     running: list[RunningServer] = []
     try:
         for bound in sorted(addresses.bound, key=lambda one: Role.MANAGEMENT in one.roles):
-            server = start_server(manager, bound, settings, keys, metrics=metrics, limits=limits)
+            server = start_server(manager, bound, settings, keys, metrics=metrics, limits=limits, is_loading=is_loading)
             running.append(server)
     except BaseException:
         Servers(tuple(running)).close(0)
