@@ -120,7 +120,7 @@ def _object(properties: Mapping[str, Any], *optional: str, **more: Any) -> Schem
     required = [name for name in properties if name not in optional]
     return {
         "type": "object",
-        "required": required,
+        **({"required": required} if required else {}),  # OpenAPI 3.0 allows no empty list
         "properties": dict(properties),
         "additionalProperties": True,
         **more,
