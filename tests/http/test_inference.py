@@ -50,6 +50,29 @@ def test_ping_says_whether_what_shall_be_served_is(ping, infos, code, status):
     assert (response.status_code, response.json()) == (code, {"status": status})
 
 
+@pytest.mark.parametrize(
+    "infos, code, not_ready",
+    [
+        ([], 200, []),
+        ([info_of("a", workers=1), info_of("b")], 200, []),
+        ([info_of("a", workers=1), info_of("b", "2", workers=1, state=LOADING)], 503, ["b:2"]),
+        ([info_of("a", workers=1, state=FAILED)], 503, ["a:1.0"]),
+    ],
+)
+def test_ready_means_all_that_shall_be_served(ping, infos, code, not_ready):
+    """One version without a ready worker is enough to say so, and it is named."""
+    response = ping(FakeManager(*infos), path="/ready")
+    status = "Not Ready" if not_ready else "Ready"
+    assert response.status_code == code
+    assert response.json() == {"status": status, "isLoading": False, "notReady": not_ready}
+
+
+def test_live_says_nothing_of_models(ping):
+    """A model that failed is no reason to end the server."""
+    response = ping(FakeManager(info_of("a", workers=1, state=FAILED)), path="/live")
+    assert (response.status_code, response.json()) == (200, {"status": "Live"})
+
+
 def test_ping_is_open_to_all(ping):
     """A probe comes under any name, through any proxy."""
     response = ping(FakeManager(), headers={"Host": "10.0.0.1", "X-Forwarded-For": "1.2.3.4"})
@@ -86,5 +109,5 @@ def test_a_defect_is_a_500_without_its_text(ping, caplog):
 def test_it_describes_itself(ping):
     """The API description of this address has what this address serves."""
     described = ping(FakeManager(), "OPTIONS", "/").json()
-    assert set(described["paths"]) == {"/", "/api-description", "/ping"}
+    assert set(described["paths"]) == {"/", "/api-description", "/ping", "/live", "/ready"}
     assert ping(FakeManager(), "GET", "/api-description").json() == described
