@@ -16,7 +16,18 @@ PACKAGE = "torchmgmt"
 LAYERS: dict[int, frozenset[str]] = {
     1: frozenset({"errors", "lifecycle", "records", "events", "forks"}),
     2: frozenset(
-        {"settings", "archive", "registry", "scaling", "state", "channel", "encoding", "segments", "dispatcher"}
+        {
+            "settings",
+            "archive",
+            "arrivals",
+            "registry",
+            "scaling",
+            "state",
+            "channel",
+            "encoding",
+            "segments",
+            "dispatcher",
+        }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
     4: frozenset({"manager", "model", "registration"}),
