@@ -22,6 +22,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "setting_sources",
             "properties",
             "archive",
+            "arrivals",
             "registry",
             "scaling",
             "state",
