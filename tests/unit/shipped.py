@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from PIL import Image
 
 from torchmgmt.handlers.base_handler import BaseHandler
 from torchmgmt.handlers.context import Context
@@ -47,15 +45,3 @@ def answers(handler: BaseHandler, *payloads: Any) -> list[Any]:
     context = handler.context
     context.begin_batch([str(n) for n in range(len(payloads))], [{} for _ in payloads])
     return handler.handle([{"body": payload} for payload in payloads], context)
-
-
-def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    channels = {"L": 1, "P": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
-    values = ((x * 31 + y * 17 + c * 53) % 256 for y in range(height) for x in range(width) for c in range(channels))
-    return Image.frombytes(mode, (width, height), bytes(values))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()

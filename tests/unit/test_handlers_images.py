@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import struct
 import warnings
-import zlib
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.unit.shipped import encoded, one_thread, picture
+from tests.pictures import encoded, picture, png_head
+from tests.unit.shipped import one_thread
 from torchmgmt.handlers.images import FORMATS, ImagePreset, allow_pixels, read_image
 from torchmgmt.handlers.inputs import InputRefused
 from torchmgmt.handlers.options import Options
@@ -36,16 +36,6 @@ TORCHVISION = [
 
 def read(data: bytes, max_pixels: int | None = 10_000_000, **options: Any) -> Image.Image:
     return read_image(data, max_pixels=max_pixels, **options)
-
-
-def png_head(width: int, height: int) -> bytes:
-    """A PNG file of few bytes that says to be that large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("width, height, size, crop, red", TORCHVISION)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.unit.shipped import answers, context_of, encoded, initialised, one_thread, picture
+from tests.pictures import encoded, picture
+from tests.unit.shipped import answers, context_of, initialised, one_thread
 from torchmgmt.handlers.image_classifier import ImageClassifier
 from torchmgmt.handlers.image_segmenter import ImageSegmenter
 from torchmgmt.handlers.images import ImagePreset
