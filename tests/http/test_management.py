@@ -7,7 +7,6 @@ import uuid
 
 import pytest
 
-from tests.http.conftest import Client
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http import management
 from torchmgmt.http import operations as ops
