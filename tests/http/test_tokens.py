@@ -224,6 +224,19 @@ def test_the_environment_fixes_keys(folder):
         assert keys.renew(INFERENCE).text == in_file(INFERENCE)
 
 
+def test_the_api_key_of_the_environment_makes_keys_where_none_is_needed(serving, monkeypatch):
+    """They count as long as the settings say, and stand in the answer alone: no file was asked for."""
+    monkeypatch.setenv("TS_API_KEY", "the-api-key")
+    settings = Settings(token_expiration_min=5)
+    client = serving(FakeManager(), settings=settings)
+    made = client.get("/token?type=management", headers=bearer("the-api-key")).json()["management"]
+    expires = datetime.fromisoformat(made["expiration time"].replace("Z", "+00:00"))
+    assert expires - datetime.now(timezone.utc) <= timedelta(minutes=5)
+    elsewhere = {"Host": "models.example", **bearer(made["key"])}
+    assert client.get("/models", headers=elsewhere).status_code == 200
+    assert names_in(Path()) == []
+
+
 def test_with_all_keys_fixed_there_is_no_file(folder):
     """Secrets that the operator keeps elsewhere are not copied to the disk."""
     environ = {f"TORCHMGMT_{name.name}_KEY": f"the-{name.value}-key" for name in KeyName}
