@@ -7,8 +7,9 @@ import requests
 
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http.server import bind, start_inference
+from torchmgmt.http.tokens import Keys
 from torchmgmt.lifecycle import VersionState
-from torchmgmt.settings import Address
+from torchmgmt.settings import Address, Settings
 
 LOADING, FAILED = VersionState.LOADING, VersionState.FAILED
 
@@ -19,7 +20,7 @@ def ping():
     servers = []
 
     def ask(manager: FakeManager, method: str = "GET", path: str = "/ping", **more) -> requests.Response:
-        server = start_inference(manager, bind(Address("http", "127.0.0.1", 0)))
+        server = start_inference(manager, bind(Address("http", "127.0.0.1", 0)), Settings(), Keys())
         servers.append(server)
         return requests.request(method, server.url + path, timeout=30, **more)
 

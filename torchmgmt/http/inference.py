@@ -72,7 +72,7 @@ def create_inference_app(
     those of the API description: an address may serve more than this application.
     """
     settings = settings or manager.settings
-    keys = fixed_keys() if keys is None else keys
+    keys = fixed_keys(settings=settings) if keys is None else keys
     address = Address.parse("inference_address", settings.inference_address)
     guard = Guard(settings, address, KeyName.INFERENCE, keys)
     middleware: list[Any] = [AccessLog(), RequestHeaders(), *cors_middleware(settings), CallerGuard(guard)]
