@@ -20,8 +20,10 @@ __all__ = [
     "DefaultVersionSet",
     "Event",
     "Listener",
+    "ModelNotRestored",
     "ModelRegistered",
     "ModelUnregistered",
+    "StateNotWritten",
     "VersionStateChanged",
     "WorkerReady",
     "WorkerStopped",
@@ -78,7 +80,33 @@ class WorkerStopped:
     expected: bool
 
 
+@frozen
+class ModelNotRestored:
+    """What is stored of the version could not be brought back; it stays stored, and scaling it tries again."""
+
+    key: ModelKey
+    reason: str
+
+
+@frozen
+class StateNotWritten:
+    """The desired state could not be written to the state file; what is served is not touched by that.
+
+    Told at the first failure in a row; each further change tries again.
+    """
+
+    path: str
+    reason: str
+
+
 Event: TypeAlias = (
-    ModelRegistered | ModelUnregistered | DefaultVersionSet | VersionStateChanged | WorkerReady | WorkerStopped
+    ModelRegistered
+    | ModelUnregistered
+    | DefaultVersionSet
+    | VersionStateChanged
+    | WorkerReady
+    | WorkerStopped
+    | ModelNotRestored
+    | StateNotWritten
 )
 Listener: TypeAlias = Callable[[Event], None]
