@@ -20,10 +20,8 @@ __all__ = [
     "DefaultVersionSet",
     "Event",
     "Listener",
-    "ModelNotRestored",
     "ModelRegistered",
     "ModelUnregistered",
-    "StateNotWritten",
     "VersionStateChanged",
     "WorkerReady",
     "WorkerStopped",
@@ -80,33 +78,7 @@ class WorkerStopped:
     expected: bool
 
 
-@frozen
-class ModelNotRestored:
-    """What is stored of the version could not be brought back; it stays stored, and scaling it tries again."""
-
-    key: ModelKey
-    reason: str
-
-
-@frozen
-class StateNotWritten:
-    """The desired state could not be written to the state file; what is served is not touched by that.
-
-    Told at the first failure in a row; each further change tries again.
-    """
-
-    path: str
-    reason: str
-
-
 Event: TypeAlias = (
-    ModelRegistered
-    | ModelUnregistered
-    | DefaultVersionSet
-    | VersionStateChanged
-    | WorkerReady
-    | WorkerStopped
-    | ModelNotRestored
-    | StateNotWritten
+    ModelRegistered | ModelUnregistered | DefaultVersionSet | VersionStateChanged | WorkerReady | WorkerStopped
 )
 Listener: TypeAlias = Callable[[Event], None]

@@ -1,8 +1,9 @@
-"""ModelManager: the facade, which puts catalog, sources, pools, batchers and the stored state together."""
+"""ModelManager: the facade, and the only room that knows registry, pools and batchers together."""
 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import itertools
 import logging
@@ -12,18 +13,19 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attrs import define, evolve
+from attrs import define, frozen
 
 from torchmgmt import forks
 from torchmgmt.archive import ModelFolder, ModelSources
 from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.batcher import Batcher
-from torchmgmt.catalog import Catalog
-from torchmgmt.channel import AnswerFuture
+from torchmgmt.channel import AnswerFuture, encode
 from torchmgmt.errors import (
+    AlreadyRegistered,
+    DeadlineExceeded,
     InvalidArgument,
     ManagerClosed,
     ModelNotFound,
@@ -31,15 +33,8 @@ from torchmgmt.errors import (
     TorchmgmtError,
     WouldWaitForever,
 )
-from torchmgmt.events import (
-    DefaultVersionSet,
-    Event,
-    Listener,
-    ModelNotRestored,
-    ModelRegistered,
-    ModelUnregistered,
-    StateNotWritten,
-)
+from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
+from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
 from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
 from torchmgmt.records import (
@@ -48,33 +43,42 @@ from torchmgmt.records import (
     ModelInfo,
     ModelKey,
     ModelSpec,
-    ShareWeights,
     Scale,
+    ShareWeights,
     WorkerRequest,
     check_number,
     check_truth,
 )
-from torchmgmt.registration import Wishes, key_of, scale_of, spec_of
-from torchmgmt.request import request_of
-from torchmgmt.restoring import (
-    RESTORED_AT_ONCE,
-    check_is_same,
-    complete,
-    in_parallel,
-    stand_in_of,
-    stored_of,
-    wishes_of,
-)
-from torchmgmt.served import AbsentVersion, ServedVersion, Version
+from torchmgmt.registration import Wishes, is_default_version, scale_of, spec_of
+from torchmgmt.registry import Registry
 from torchmgmt.settings import Settings
-from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
-
-if TYPE_CHECKING:
-    from torchmgmt.state_file import StateKeeper
 
 __all__ = ["ModelManager"]
 
 log = logging.getLogger(__name__)
+
+
+@frozen(eq=False)
+class _Version:
+    """What serves one model version: its files, its queue and its workers."""
+
+    spec: ModelSpec
+    folder: ModelFolder
+    batcher: Batcher[WorkerRequest, Encoded]
+    pool: WorkerPool
+
+    def refuse(self) -> None:
+        """Take no new request; what was accepted is still run."""
+        self.batcher.drain(ModelNotFound(self.spec.key.name))
+        self.pool.retire()
+
+    def close(self, timeout: float) -> CloseReport:
+        """Finish what was accepted within ``timeout`` seconds, then leave nothing behind."""
+        self.batcher.drain(ModelNotFound(self.spec.key.name))
+        try:
+            return self.pool.close(timeout)
+        finally:
+            self.folder.release()
 
 
 @define(eq=False)
@@ -89,10 +93,6 @@ class _Announcer:
                 listener(event)
             except Exception:
                 log.exception("A listener failed at %r", event)
-
-    def state_not_written(self, path: str, reason: str) -> None:
-        """Tell that the state file could not be written."""
-        self.tell(StateNotWritten(path, reason))
 
 
 class ModelManager:
@@ -112,24 +112,14 @@ class ModelManager:
     does dropping the last reference to the manager, its models and their futures. The library prints nothing, sets no
     signal handler, and needs no ``if __name__ == "__main__"``. A copy in a forked process raises ManagerClosed.
 
-    With ``state_file`` it remembers which versions it shall have, across restarts of the program: see :meth:`restore`.
-    When ``register``, ``scale``, ``set_default`` or ``unregister`` returns, its change is on the disk (where that fails,
-    it is logged once, listeners are told, and the next change tries again); so these calls wait for the disk. Closing
-    changes nothing of it. Without ``state_file`` nothing is written.
-
     Args:
         model_store: the folder in which :meth:`register` looks names up first. None: that of ``settings``.
         settings: the defaults for what neither a call nor an archive says. None: as documented there.
-        state_file: the file that holds the desired state; it and its folder are made if need be. None: none.
-        restore: whether to call :meth:`restore` at once, which takes as long as the models take to load.
         backend: how workers are run; to be shared between managers, and not closed with any. None: one of its own.
         listeners: called with each event; see :mod:`torchmgmt.events`.
 
     Raises:
         InvalidArgument: an argument has the wrong type.
-        StateFileInUse: another manager, here or in another process, uses ``state_file``.
-        InvalidStateFile: it holds no state that this release can read; it is not touched.
-        OSError: ``state_file`` cannot be read, or locked beside.
     """
 
     def __init__(
@@ -137,12 +127,9 @@ class ModelManager:
         model_store: str | os.PathLike[str] | None = None,
         *,
         settings: Settings | None = None,
-        state_file: str | os.PathLike[str] | None = None,
-        restore: bool = True,
         backend: Backend | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        check_truth("restore", restore)
         if settings is not None and not isinstance(settings, Settings):
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
@@ -152,31 +139,30 @@ class ModelManager:
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
         self._announcer = _Announcer(_check_listeners(listeners))
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
+        self._depth = forks.depth()
         # 32 hexadecimal digits that no other request of this or another manager has: its own, and a number.
         self._request_prefix = os.urandom(8).hex()
         self._request_numbers = itertools.count()
-        self._catalog = Catalog()
-        self._backends_lock = threading.Lock()  # guards _backends and _owned_backends
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._registry: Registry[_Version] = Registry()
+        self._failed_loads = FailedLoads()
+        self._leaving: set[_Version] = set()  # no longer registered, but not finished yet
+        self._closed = False
         self._report: CloseReport | None = None
         self._close_lock = threading.Lock()
-        self._keeper = None if state_file is None else self._open_state(state_file)
         _open_managers.add(self)
         self._finalizer = weakref.finalize(
-            self, _abandon, self._catalog, self._sources, self._owned_backends, self._keeper
+            self, _abandon, self._registry, self._sources, self._owned_backends, self._depth
         )
         self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
-        if restore and self._catalog.absent():
-            try:
-                self.restore()
-            except BaseException:
-                self.close(0)
-                raise
 
     def __repr__(self) -> str:
-        return f"<ModelManager: {self._catalog!r}>"
+        state = "closed" if self._closed else f"{len(self._registry)} model versions"
+        return f"<ModelManager: {state}>"
 
     def __enter__(self) -> ModelManager:
-        self._catalog.check_usable()
+        self._check_usable()
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -192,23 +178,29 @@ class ModelManager:
 
     def __getitem__(self, name: str) -> Model:
         """Return the default version of a model; raise ModelNotFound if it is not registered."""
-        return Model(self, self._catalog.get(name).key)
+        return Model(self, self._get(name).spec.key)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._catalog
+        self._check_usable()
+        with self._lock:
+            return isinstance(name, str) and name in self._registry
 
     def __iter__(self) -> Iterator[str]:
         """The names of all models, sorted."""
-        return iter(self._catalog.names())
+        self._check_usable()
+        with self._lock:
+            return iter(self._registry.names())
 
     def __len__(self) -> int:
         """The number of models, whatever number of versions each has."""
-        return len(self._catalog.names())
+        self._check_usable()
+        with self._lock:
+            return len(self._registry.names())
 
     @property
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the process that this one was forked from."""
-        return self._catalog.is_shut
+        return self._closed or forks.depth() != self._depth
 
     @property
     def model_store(self) -> Path | None:
@@ -217,7 +209,7 @@ class ModelManager:
 
     def warm(self) -> None:
         """Start the process that imports torch, so that a first worker need not wait for it. Does not block."""
-        self._catalog.check_usable()
+        self._check_usable()
         self._backend.warm()
 
     def register(
@@ -286,10 +278,8 @@ class ModelManager:
                 for the next one is given up, at least 0; default 600.
             default_workers: ``initial_workers`` where neither the call nor the archive nor the settings say it.
             trusted: False if ``url`` came from outside the program: then only the model store is looked into.
-            loaded_at_startup: what ``describe`` says of it. If True, it takes the place of what is stored but not restored
-                yet: of the same version, and of another version that came from the same ``url``; then it stays
-                registered also if its workers cannot start. What the call leaves open, the numbers of workers included,
-                is taken from what is stored, if that is the same version from the same ``url``.
+            loaded_at_startup: what ``describe`` says of it. If it fails, :meth:`models` and :meth:`describe` show the
+                version as FAILED with the reason, until it is registered again or unregistered.
 
         Raises:
             InvalidArgument: an argument has the wrong type or range.
@@ -298,7 +288,7 @@ class ModelManager:
             WorkerStartFailed: ``synchronous``, and a worker could not be started.
             ManagerClosed: the manager was closed.
         """
-        self._catalog.check_usable()
+        self._check_usable()
         wishes = Wishes(
             model_name=model_name,
             version=version,
@@ -325,60 +315,38 @@ class ModelManager:
         )
         if synchronous:
             self._check_may_wait("register")
-        self._warm_for(wishes)
-        with contextlib.ExitStack() as undo:
-            folder = undo.enter_context(self._sources.open(url, trusted=trusted))
-            version, scale = self._prepare(folder, wishes)
-            self._announce(version, is_default=self._catalog.add(version, at_startup=loaded_at_startup))
-            undo.pop_all()  # from here on the version owns the folder
-        version.start(scale)
-        if synchronous:
-            self._wait_or_withdraw(version)
-        self._record()
-        return Model(self, version.key)
-
-    def restore(self, snapshot: Mapping[str, Any] | None = None) -> tuple[ModelInfo, ...]:
-        """Bring back what is stored and not served, some versions at once; return what is known of each then.
-
-        Blocks until the sources are opened and the workers ready. Everything is as it was asked for: versions in their
-        order, defaults, numbers of workers as scaled last, and what the registrations said; what they left open is taken
-        from the archive and the settings as these are now. An archive that has changed meanwhile is taken as it is, with
-        a warning, unless it holds another model or version. What cannot be brought back is FAILED with its reason as
-        last error, is logged and told (``ModelNotRestored``), and stays stored; it stops no other. Calling this or
-        :meth:`scale` tries it again, and :meth:`unregister` gives it up.
-
-        Before its turn a version is LOADING, and requests for it raise NoWorker.
-
-        Args:
-            snapshot: what TorchServe wrote as ``model_snapshot``: its versions are stored and brought back, too, but for
-                those that are registered or stored already. Archives are looked up in the model store.
-
-        Raises:
-            InvalidArgument: ``snapshot`` is no such thing.
-            ManagerClosed: the manager was closed, perhaps meanwhile.
-        """
-        self._catalog.check_usable()
-        self._check_may_wait("restore")
-        if snapshot is not None:
-            self._add_stored(from_torchserve(snapshot))
-            self._record()
-        absent = self._catalog.absent()
-        in_parallel(self._bring_back, absent, limit=RESTORED_AT_ONCE)
-        self._record()
-        infos = []
-        for version in absent:
-            with contextlib.suppress(ModelNotFound, ModelVersionNotFound):  # unregistered meanwhile
-                infos.append(self.describe(version.key.name, version.key.version))
-        return tuple(infos)
+        key = self._register(url, wishes)
+        if is_default_version(key, self.settings):
+            self.set_default(key.name, key.version)
+        return Model(self, key)
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """Return the default version of every model, sorted by name. Does not block."""
-        return tuple(version.info(is_default=True) for version in self._catalog.defaults())
+        """Return the default version of every model, sorted by name. Does not block.
+
+        A model of which nothing is registered because it could not be loaded at the start is there, too.
+        """
+        self._check_usable()
+        with self._lock:
+            versions = [self._registry.get(name) for name in self._registry.names()]
+            failed = [self._failed_loads.versions(name)[0] for name in self._failed_loads.names()]
+            failed = [info for info in failed if info.name not in self._registry]
+        infos = [*(_info(version, is_default=True) for version in versions), *failed]
+        return tuple(sorted(infos, key=lambda info: info.name))
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
-        """Return all versions of a model, oldest first; raise ModelNotFound. Does not block."""
-        versions, default = self._catalog.versions(name)
-        return tuple(each.info(is_default=each.key.version == default) for each in versions)
+        """Return all versions of a model, oldest first; raise ModelNotFound. Does not block.
+
+        Those that could not be loaded at the start come last.
+        """
+        self._check_usable(name)
+        with self._lock:
+            failed = self._failed_loads.versions(name)
+            if failed and name not in self._registry:
+                return tuple(failed)
+            default, versions = self._registry.default(name), self._registry.versions(name)
+        registered = {each.spec.key for each in versions}
+        failed = [info for info in failed if info.spec.key not in registered]  # a further attempt may be under way
+        return (*(_info(each, is_default=each.spec.key.version == default) for each in versions), *failed)
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         """Return what is known of a version (the default one unless given). Does not block, unless ``customized``.
@@ -389,12 +357,17 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound: it is not registered.
             NoWorker, HandlerFailed, WorkerDied, DeadlineExceeded: ``customized``, and the handler could not be asked.
         """
-        found = self._catalog.get(name, version)
+        failed = self._failed_load(name, version)
+        if failed is not None and not customized:
+            return failed
+        served = self._get(name, version)
         if customized:
             self._check_may_wait("describe(customized=True)")
-        with self._catalog.gone_is_not_found(found):
-            metadata = found.customized() if customized else None
-        return found.info(is_default=self._catalog.is_default(found.key), metadata=metadata)
+        with self._gone_is_not_found(served):
+            metadata = _customized(served) if customized else None
+        with self._lock:
+            default = self._registry.default(name) if name in self._registry else ""
+        return _info(served, is_default=served.spec.key.version == default, metadata=metadata)
 
     def scale(
         self,
@@ -408,8 +381,7 @@ class ModelManager:
     ) -> ModelInfo:
         """Set how many workers a version (the default one unless given) has; return what is so then.
 
-        What was wanted stays wanted, also if a worker fails to start. A version that could not be restored is tried again:
-        that blocks while its source is unpacked.
+        What was wanted stays wanted, also if a worker fails to start.
 
         Args:
             name: the model.
@@ -427,16 +399,13 @@ class ModelManager:
         check_truth("synchronous", synchronous)
         if synchronous:
             self._check_may_wait("scale")
-        found = self._catalog.get(name, version)
+        served = self._get(name, version)
         wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
-        with self._catalog.gone_is_not_found(found):
-            found.scale(wanted, timeout)
-            self._record()
-            if isinstance(found, AbsentVersion):
-                self._try_again(found)
+        with self._gone_is_not_found(served):
+            served.pool.scale(wanted, timeout=timeout)
             if synchronous:
-                found.wait_ready()
-        return self.describe(name, found.key.version)
+                served.pool.wait_ready()
+        return self.describe(name, served.spec.key.version)
 
     def wait_ready(self, name: str, version: str | None = None, *, timeout: float | None = None) -> None:
         """Block until as many workers of a version (the default one unless given) are ready as are wanted at least.
@@ -450,18 +419,19 @@ class ModelManager:
         if timeout is not None:
             check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
         self._check_may_wait("wait_ready")
-        found = self._catalog.get(name, version)
-        with self._catalog.gone_is_not_found(found):
-            found.wait_ready(timeout)
+        served = self._get(name, version)
+        with self._gone_is_not_found(served):
+            served.pool.wait_ready(timeout)
 
     def set_default(self, name: str, version: str) -> None:
-        """Have requests that name no version go to this one from now on. Does not block, but for the state file.
+        """Have requests that name no version go to this one from now on. Does not block.
 
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
-        self._catalog.set_default(name, version)
-        self._record()
+        self._get(name, version)
+        with self._lock:
+            self._registry.set_default(name, version)
         self._announcer.tell(DefaultVersionSet(ModelKey(name, version)))
 
     def unregister(self, name: str, version: str | None = None, *, timeout: float | None = None) -> CloseReport:
@@ -475,14 +445,30 @@ class ModelManager:
             DefaultVersionInUse: it is the default, and there are other versions.
             InvalidArgument: ``timeout`` is no number of seconds, at least 0.
         """
-        self._catalog.check_usable(name, version)
+        self._check_usable(name, version)
         self._check_may_wait("unregister")
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
-        with self._catalog.removing(name, version) as removed:
-            self._record()
-            self._announcer.tell(ModelUnregistered(removed.key))
-            return removed.close(limit)
+        with self._lock:
+            failed = [] if self._is_registered_locked(name, version) else self._failed_loads.remove(name, version)
+        for key in failed:
+            self._announcer.tell(ModelUnregistered(key))
+        if failed:
+            return CloseReport(0.0)
+        with self._lock:
+            served = self._registry.remove(name, version)
+            if version is None:
+                self._failed_loads.remove(name, None)
+            key = served.spec.key
+            self._registry.reserve(key)  # its name is free when this is over, not before
+            self._leaving.add(served)
+        try:
+            self._announcer.tell(ModelUnregistered(key))
+            return served.close(limit)
+        finally:
+            with self._lock:
+                self._leaving.discard(served)
+                self._registry.release(key)
 
     def predict(
         self,
@@ -540,14 +526,15 @@ class ModelManager:
             QueueFull: ``job_queue_size`` requests wait already.
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
-        found = self._catalog.get(name, version)
+        served = self._get(name, version)
         request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
-        request = request_of(data, fields, headers, request_id, timeout)
-        future = AnswerFuture(found.key, keeps_alive=self)  # a caller may hold nothing but the future
+        request = _request(data, fields, headers, request_id, timeout)
+        future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
         try:
-            found.submit(request, timeout, future)
+            served.pool.check_serving()
+            served.batcher.submit(request, timeout=timeout, future=future)
         except (ManagerClosed, ModelNotFound):
-            raise self._catalog.not_found(found) from None
+            raise self._not_found(served) from None
         return future
 
     def close(self, timeout: float = 30) -> CloseReport:
@@ -557,7 +544,7 @@ class ModelManager:
         remove what was unpacked. In a forked copy it does nothing.
         """
         check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
-        if self._catalog.is_forked:
+        if forks.depth() != self._depth:
             return CloseReport(0.0)
         self._check_may_wait("close")
         with self._close_lock:
@@ -567,10 +554,74 @@ class ModelManager:
 
     # -- the rest is for this file -------------------------------------------------------------------------------------
 
+    def _check_usable(self, name: object = "", version: object = None) -> None:
+        """Raise ManagerClosed, or InvalidArgument for a name or version that can be none. Takes no lock."""
+        if forks.depth() != self._depth:
+            why = "belongs to the process that this one was forked from; make a new one after the fork"
+            raise ManagerClosed("This ModelManager", why)
+        if self._closed:
+            raise ManagerClosed
+        if not isinstance(name, str):
+            raise InvalidArgument("name", name, "text")
+        if version is not None and not isinstance(version, str):
+            raise InvalidArgument("version", version, "text, or None for the default version")
+
     def _check_may_wait(self, call: str) -> None:
         for backend in tuple(self._backends.values()):
             if backend.on_own_thread():
                 raise WouldWaitForever(call)
+
+    def _get(self, name: str, version: str | None = None) -> _Version:
+        self._check_usable(name, version)
+        with self._lock:
+            try:
+                return self._registry.get(name, version)
+            except LookupError:
+                self._failed_loads.check(name, version)
+                raise
+
+    def _failed_load(self, name: str, version: str | None) -> ModelInfo | None:
+        """Return what is known of a version that is not registered because it could not be loaded at the start."""
+        self._check_usable(name, version)
+        with self._lock:
+            return None if self._is_registered_locked(name, version) else self._failed_loads.find(name, version)
+
+    def _is_registered_locked(self, name: str, version: str | None) -> bool:
+        try:
+            self._registry.get(name, version)
+        except LookupError:
+            return False
+        return True
+
+    def _register(self, url: str | os.PathLike[str], wishes: Wishes) -> ModelKey:
+        """Register a version; remember for whoever looks what failed, if that was to be there from the start."""
+        self._warm_for(wishes)
+        spec: ModelSpec | None = None
+        try:
+            with contextlib.ExitStack() as undo:
+                folder = undo.enter_context(self._sources.open(url, trusted=wishes.trusted))
+                spec = spec_of(folder, wishes, self.settings)
+                self._add(spec, folder, scale_of(folder, wishes, self.settings))
+                undo.pop_all()  # from here on the version owns the folder
+            if wishes.synchronous:
+                self._wait_or_withdraw(spec.key)
+        except (AlreadyRegistered, ManagerClosed):
+            raise
+        except Exception as error:
+            if wishes.loaded_at_startup:
+                self._remember(str(url), error, spec, wishes)
+            raise
+        with self._lock:
+            self._failed_loads.settle(spec.key, str(url))
+        return spec.key
+
+    def _remember(self, url: str, error: Exception, spec: ModelSpec | None, wishes: Wishes) -> None:
+        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
+        name, version = wishes.model_name, wishes.version
+        info = failed_load(url, error, spec=spec, name=name, version=version, workers=workers)
+        certainty = Certainty.KEY if spec else Certainty.NAME if name else Certainty.NOTHING
+        with self._lock:
+            self._failed_loads.add(info, certainty)
 
     def _warm_for(self, wishes: Wishes) -> None:
         """Have torch imported while the source is unpacked, if there are going to be worker processes."""
@@ -579,50 +630,8 @@ class ModelManager:
             with contextlib.suppress(OSError):  # the start of the first worker meets it again, and tells of it
                 self._backend.warm()
 
-    def _open_state(self, path: str | os.PathLike[str]) -> StateKeeper:
-        """Take hold of the state file, and have the catalog show what it holds."""
-        from torchmgmt.state_file import StateFile, StateKeeper  # most programs keep no state
-
-        keeper = StateKeeper(StateFile(path), self._announcer.state_not_written)
-        try:
-            self._add_stored(keeper.load() or DesiredState())
-        except BaseException:
-            keeper.close()
-            raise
-        return keeper
-
-    def _add_stored(self, state: DesiredState) -> None:
-        for model in state.models:
-            stand_ins = [AbsentVersion(stand_in_of(stored, self.settings), stored) for stored in model.versions]
-            self._catalog.add_stored(model, stand_ins)
-
-    def _record(self) -> None:
-        """Return when what is wanted now is on the disk, if there is a state file."""
-        if self._keeper is not None:
-            self._keeper.record(self._catalog.desired)
-
-    def _prepare(self, folder: ModelFolder, wishes: Wishes) -> tuple[ServedVersion, Scale]:
-        """Return the version to register, not to be found yet, and how many workers to begin with."""
-        key = key_of(folder, wishes)
-        stored = self._stored_like(key, folder.url) if wishes.loaded_at_startup else None
-        if stored is not None:
-            wishes = complete(wishes, stored)
-        spec = spec_of(folder, wishes, self.settings)
-        if stored is not None and wishes.initial_workers is None and wishes.max_workers is None:
-            scale = stored.scale
-        else:
-            scale = scale_of(folder, wishes, self.settings)
-        kept = stored_of(key, folder, wishes, scale, self.model_store)
-        return self._make_version(spec, folder, kept, is_kept=not wishes.synchronous), scale
-
-    def _stored_like(self, key: ModelKey, url: str) -> StoredVersion | None:
-        """Return what is stored, and not restored yet, of a version that came from the same place."""
-        found = (absent.stored for absent in self._catalog.absent() if absent.key == key)
-        return next((stored for stored in found if stored.url == url), None)
-
-    def _make_version(
-        self, spec: ModelSpec, folder: ModelFolder, stored: StoredVersion, *, is_kept: bool
-    ) -> ServedVersion:
+    def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
+        key = spec.key
         backend = self._backend_of(spec)
         pool = WorkerPool(
             spec,
@@ -634,58 +643,26 @@ class ModelManager:
             batch_size=spec.batch_size,
             max_batch_delay=spec.max_batch_delay_ms,
             capacity=spec.job_queue_size,
-            name=f"model {spec.key.name} version {spec.key.version}",
+            name=f"model {key.name} version {key.version}",
             on_ready=pool.pump,
             call_at=backend.call_at,
         )
         pool.feed_from(batcher)
-        return ServedVersion(spec, folder, batcher, pool, stored, is_kept)
-
-    def _announce(self, version: Version, *, is_default: bool) -> None:
-        self._announcer.tell(ModelRegistered(version.key))
+        with self._lock:
+            if self._closed:
+                raise ManagerClosed
+            self._registry.reserve(key)
+            is_default = self._registry.add(key, _Version(spec, folder, batcher, pool))
+        self._announcer.tell(ModelRegistered(key))
         if is_default:
-            self._announcer.tell(DefaultVersionSet(version.key))
-
-    def _bring_back(self, absent: AbsentVersion) -> None:
-        """Restore a version and wait for its workers; what goes wrong is logged and told, and stops no other."""
-        self._try_again(absent)
-        try:
-            absent.wait_ready()
-        except ManagerClosed:
-            self._catalog.check_usable()  # else somebody has unregistered it
-        except TorchmgmtError as error:
-            log.error("%s could not be restored: %s", absent.key, str(error).partition("\n")[0])
-
-    def _try_again(self, absent: AbsentVersion) -> None:
-        """Open the source of a version that is stored, and serve it; unless another thread is at it."""
-        if not absent.begin():
-            return
-        try:
-            self._open_stored(absent)
-        except BaseException as error:
-            absent.fail(str(error) or type(error).__name__)
-            if not isinstance(error, TorchmgmtError | OSError) or isinstance(error, ManagerClosed):
-                raise
-            self._announcer.tell(ModelNotRestored(absent.key, str(error)))
-
-    def _open_stored(self, absent: AbsentVersion) -> None:
-        stored = absent.stored
-        with contextlib.ExitStack() as undo:
-            wishes = wishes_of(stored)
-            opened = undo.enter_context(self._sources.open(stored.place or stored.url, trusted=stored.trusted))
-            folder = evolve(opened, url=stored.url)
-            check_is_same(folder, wishes, stored)
-            spec = spec_of(folder, wishes, self.settings)
-            version = self._make_version(spec, folder, evolve(stored, digest=folder.digest), is_kept=True)
-            if not self._catalog.replace(absent, version):
-                return
-            undo.pop_all()
-        self._announce(version, is_default=self._catalog.is_default(version.key))
-        version.start(absent.stored.scale)  # as scaled last, perhaps since this was begun
+            self._announcer.tell(DefaultVersionSet(key))
+        if scale.max_workers:
+            pool.scale(scale)
 
     def _backend_of(self, spec: ModelSpec) -> Backend:
-        with self._backends_lock:
-            self._catalog.check_usable()
+        with self._lock:
+            if self._closed:
+                raise ManagerClosed
             if spec.backend not in self._backends:
                 from torchmgmt.backends.thread import ThreadBackend  # most programs use none
 
@@ -693,46 +670,89 @@ class ModelManager:
                 self._owned_backends.append(self._backends[spec.backend])
             return self._backends[spec.backend]
 
-    def _wait_or_withdraw(self, version: ServedVersion) -> None:
-        """Wait until a new version's workers are ready; if they cannot be, leave nothing registered.
-
-        One that is kept already, because it took the place of what was stored, stays.
-        """
+    def _wait_or_withdraw(self, key: ModelKey) -> None:
+        """Wait until a new version's workers are ready; if they cannot be, leave nothing registered."""
+        served = self._get(key.name, key.version)
         try:
-            with self._catalog.gone_is_not_found(version):
-                version.wait_ready()
-            self._catalog.keep(version)
+            with self._gone_is_not_found(served):
+                served.pool.wait_ready()
         except BaseException:
-            if not version.is_kept:
-                self._withdraw(version)
+            with self._lock:
+                is_ours = self._registry.withdraw(key, served)
+                self._leaving.add(served)
+            if is_ours:
+                self._announcer.tell(ModelUnregistered(key))
+            try:
+                served.close(0)
+            finally:
+                with self._lock:
+                    self._leaving.discard(served)
             raise
 
-    def _withdraw(self, version: ServedVersion) -> None:
-        with self._catalog.withdrawing(version) as is_ours:
-            if is_ours:
-                self._announcer.tell(ModelUnregistered(version.key))
-            version.close(0)
+    @contextlib.contextmanager
+    def _gone_is_not_found(self, served: _Version) -> Iterator[None]:
+        """A version that was unregistered meanwhile is one that does not exist, whichever of its parts noticed first."""
+        try:
+            yield
+        except (ManagerClosed, ModelNotFound):
+            raise self._not_found(served) from None
+
+    def _not_found(self, served: _Version) -> TorchmgmtError:
+        """Return what is to be said of a version that has gone; raise ManagerClosed or ModelNotFound if that is so now."""
+        key = served.spec.key
+        self._get(key.name, key.version)
+        return ModelVersionNotFound(key.name, key.version)
 
     def _close(self, timeout: float) -> CloseReport:
         started = time.monotonic()
-        versions = self._catalog.shut()
+        with self._lock:
+            self._closed = True
+            versions = [*self._registry, *self._leaving]
         # Each phase for all of them before the next one: their workers finish and end side by side.
         for version in versions:
             version.refuse()
         for version in versions:
-            version.wait_quiet(started + timeout - time.monotonic())
+            version.pool.wait_quiet(started + timeout - time.monotonic())
         for version in versions:
-            version.end(started + timeout)
-        reports = [version.join(started) for version in versions]
+            version.pool.end(started + timeout)
+        reports = [version.pool.join(started) for version in versions]
         for version in versions:
-            version.release()
+            version.folder.release()
         for backend in self._owned_backends:
             backend.close()
         self._sources.close()
-        if self._keeper is not None:
-            self._keeper.close()
         self._finalizer.detach()
         return _total(time.monotonic() - started, reports)
+
+
+def _deadline(timeout: float) -> float:
+    check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+    return time.monotonic() + timeout
+
+
+def _request(
+    data: object,
+    fields: Mapping[str, Any] | None,
+    headers: Mapping[str, str] | None,
+    request_id: str,
+    timeout: float | None,
+) -> WorkerRequest:
+    deadline = None if timeout is None else _deadline(timeout)
+    if fields is not None and not isinstance(fields, Mapping):
+        raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
+    if headers is not None and not _are_headers(headers):
+        raise InvalidArgument("headers", headers, "a mapping of text to text, or None")
+    row = {"body": data} if fields is None else dict(fields)
+    try:
+        encoded = encode(row, frozen=True)
+    except Exception as error:  # whatever a __reduce__ raises
+        name = "data" if fields is None else "fields"
+        raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
+    return WorkerRequest(encoded, request_id, dict(headers) if headers else None, deadline, timeout or 0.0)
+
+
+def _are_headers(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(part, str) for item in value.items() for part in item)
 
 
 def _check_listeners(listeners: object) -> tuple[Listener, ...]:
@@ -740,6 +760,36 @@ def _check_listeners(listeners: object) -> tuple[Listener, ...]:
     if not all(callable(listener) for listener in found):
         raise InvalidArgument("listeners", listeners, "a sequence of callables that take an event")
     return found
+
+
+def _customized(version: _Version) -> Any:
+    """Return what the handler says of its model, within the time that a batch may take."""
+    limit = version.spec.response_timeout_s
+    future = version.pool.describe()
+    try:
+        return future.result(limit)
+    except concurrent.futures.TimeoutError as error:
+        # Raised by the wait; before Python 3.11 it is no TimeoutError. The worker's own errors are of our tree.
+        if isinstance(error, TorchmgmtError):
+            raise
+        future.cancel()
+        raise DeadlineExceeded(f"Asking the handler of {version.spec.key} to describe its model", limit) from None
+
+
+def _info(version: _Version, *, is_default: bool, metadata: object = None) -> ModelInfo:
+    pool = version.pool
+    return ModelInfo(
+        spec=version.spec,
+        state=pool.state,
+        is_default=is_default,
+        scale=pool.wanted,
+        workers=pool.info(),
+        queue_capacity=version.spec.job_queue_size,
+        queue_length=len(version.batcher),
+        sharing=pool.sharing,
+        last_error=str(pool.last_error or ""),
+        customized_metadata=metadata,
+    )
 
 
 def _total(seconds: float, reports: Sequence[CloseReport]) -> CloseReport:
@@ -761,19 +811,17 @@ def _close_open_managers() -> None:
         manager.close()
 
 
-def _abandon(catalog: Catalog, sources: ModelSources, backends: Sequence[Backend], keeper: StateKeeper | None) -> None:
+def _abandon(registry: Registry[_Version], sources: ModelSources, backends: Sequence[Backend], depth: int) -> None:
     """End what a manager ran that nobody can reach any more."""
-    if catalog.is_forked:
+    if forks.depth() != depth:
         return
 
     def end() -> None:
-        for version in catalog.shut():
+        for version in registry:
             version.close(0)
         for backend in backends:
             backend.close()
         sources.close()
-        if keeper is not None:
-            keeper.close()
 
     # Not here: a garbage collection may run anywhere, also while this thread holds one of the locks that this needs.
     threading.Thread(target=end, name="torchmgmt-abandoned", daemon=True).start()

@@ -118,14 +118,6 @@ class Registry(Generic[V]):
             del self._entries[name]
         return value
 
-    def replace(self, key: ModelKey, old: V, new: V) -> bool:
-        """Put another value in the place of a version, default or not; False if ``old`` is not what is there."""
-        entry = self._entries.get(key.name)
-        if entry is None or entry.versions.get(key.version) is not old:
-            return False
-        entry.versions[key.version] = new
-        return True
-
     def withdraw(self, key: ModelKey, value: V) -> bool:
         """Remove a version whose registration has failed; False if ``value`` is not what is there any more.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
@@ -118,9 +117,9 @@ def _parameters(wishes: Wishes) -> Mapping[str, Any]:
 
 def _place(url: str, model_store: Path | None) -> str:
     """Return a relative path as an absolute one; empty for what does not depend on the working directory."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) or os.path.isabs(url):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) or Path(url).is_absolute():
         return ""
-    is_bare = os.path.basename(url) == url and url not in {".", ".."}
+    is_bare = Path(url).name == url and url not in {".", ".."}
     if is_bare and model_store is not None and (model_store / url).exists():
         return ""
     return str(Path(url).absolute())

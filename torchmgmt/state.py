@@ -50,6 +50,12 @@ class StoredVersion:
     parameters: Mapping[str, str | int | float | bool] = field(factory=dict)
     """What the registration said: arguments of ``ModelManager.register`` by their names. Not checked here."""
 
+    @property
+    def item(self) -> str:
+        """It as an item of ``load_models``."""
+        name = self.parameters.get("model_name")
+        return f"{name}={self.url}" if name else self.url
+
 
 @frozen
 class StoredModel:
@@ -69,6 +75,8 @@ class DesiredState:
     """All that a manager shall have."""
 
     models: Sequence[StoredModel] = ()
+    seen: Sequence[str] = ()
+    """The items of ``load_models`` that were loaded once: whether they still are wanted is what ``models`` says."""
 
     def __len__(self) -> int:
         """The number of versions."""
@@ -91,6 +99,7 @@ def to_json(state: DesiredState) -> bytes:
             }
             for model in state.models
         ],
+        "seen": list(state.seen),
     }
     return json.dumps(document, indent=1).encode("ascii") + b"\n"
 
@@ -112,9 +121,12 @@ def from_json(text: bytes) -> DesiredState:
     reader = _Reader(document, "it")
     reader.take("format", int)
     models = [_model_from_json(model, n) for n, model in enumerate(reader.take("models", list))]
+    seen = reader.take("seen", list)
     reader.end()
+    if not all(isinstance(item, str) for item in seen):
+        raise ValueError(f"'seen' of it is {seen!r:.100}, but must be a list of texts")
     _check_once("models", [model.name for model in models])
-    return DesiredState(tuple(models))
+    return DesiredState(tuple(models), tuple(seen))
 
 
 def from_torchserve(snapshot: Mapping[str, Any]) -> DesiredState:

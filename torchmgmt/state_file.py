@@ -71,7 +71,7 @@ class StateFile:
         self._temporary.unlink(missing_ok=True)  # what a kill left behind
         try:
             _write_new(self._temporary, text)
-            os.replace(self._temporary, self.path)
+            self._temporary.replace(self.path)
         except BaseException:
             with contextlib.suppress(OSError):
                 self._temporary.unlink(missing_ok=True)

@@ -59,7 +59,7 @@ class Scene:
 
     def lying(self) -> int:
         """How many batches are with workers, those included that they run."""
-        pool = self.model.manager._catalog.get("m").pool
+        pool = self.model.manager._get("m").pool
         return sum(len(worker.jobs) for worker in pool._workers)
 
     def kill(self) -> None:
