@@ -13,12 +13,12 @@ import attrs
 
 from torchmgmt.archive import ModelFolder
 from torchmgmt.errors import InvalidArchive, InvalidArgument
-from torchmgmt.records import ModelKey, ModelSpec, Scale
-from torchmgmt.registration import Wishes, key_of, spec_of
-from torchmgmt.settings import Settings
+from torchmgmt.failed_loads import failed_load
+from torchmgmt.records import ModelInfo, Scale
+from torchmgmt.registration import Wishes, key_of
 from torchmgmt.state import StoredVersion
 
-__all__ = ["RESTORED_AT_ONCE", "check_is_same", "complete", "in_parallel", "stand_in_of", "stored_of", "wishes_of"]
+__all__ = ["RESTORED_AT_ONCE", "check_is_same", "failed_restore", "in_parallel", "stored_of", "wishes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,10 @@ STORED_APART = frozenset(
 PARAMETERS = frozenset(attribute.name for attribute in attrs.fields(Wishes)) - STORED_APART
 
 
-def stored_of(
-    key: ModelKey, folder: ModelFolder, wishes: Wishes, scale: Scale, model_store: Path | None
-) -> StoredVersion:
+def stored_of(folder: ModelFolder, wishes: Wishes, scale: Scale, model_store: Path | None) -> StoredVersion:
     """Return what is stored of a registration."""
     return StoredVersion(
-        key=key,
+        key=key_of(folder, wishes),
         url=folder.url,
         place=_place(folder.url, model_store) if wishes.trusted else "",
         digest=folder.digest,
@@ -55,14 +53,21 @@ def wishes_of(stored: StoredVersion) -> Wishes:
     if unknown:
         known = "one that ModelManager.register of this release has"
         raise InvalidArgument(f"a stored parameter of {stored.key}", unknown[0], known)
-    return Wishes(**stored.parameters, trusted=stored.trusted, loaded_at_startup=stored.loaded_at_startup)
+    said: dict[str, Any] = dict(stored.parameters)
+    return Wishes(
+        **said,
+        trusted=stored.trusted,
+        loaded_at_startup=stored.loaded_at_startup,
+        default_workers=stored.scale.min_workers,
+    )
 
 
-def complete(wishes: Wishes, stored: StoredVersion) -> Wishes:
-    """Return ``wishes``, with what they leave open taken from what is stored of the same version."""
-    said = wishes_of(stored)
-    open_ones = [name for name in PARAMETERS if getattr(wishes, name) is None]
-    return attrs.evolve(wishes, **{name: getattr(said, name) for name in open_ones})
+def failed_restore(stored: StoredVersion, error: Exception) -> ModelInfo:
+    """Return what is to be shown of a version that could not be restored."""
+    key = stored.key
+    info = failed_load(stored.url, error, spec=None, name=key.name, version=key.version, workers=0)
+    spec = attrs.evolve(info.spec, loaded_at_startup=stored.loaded_at_startup)
+    return attrs.evolve(info, spec=spec, scale=stored.scale)
 
 
 def check_is_same(folder: ModelFolder, wishes: Wishes, stored: StoredVersion) -> None:
@@ -78,18 +83,6 @@ def check_is_same(folder: ModelFolder, wishes: Wishes, stored: StoredVersion) ->
         log.warning(
             "%s has changed since %s was registered from it; it is restored from what is there", folder.url, found
         )
-
-
-def stand_in_of(stored: StoredVersion, settings: Settings) -> ModelSpec:
-    """Return what can be said of a version before its source is opened: what its registration said, else defaults."""
-    try:
-        wishes = wishes_of(stored)
-    except InvalidArgument:
-        wishes = Wishes()
-    named = attrs.evolve(
-        wishes, model_name=stored.key.name, version=stored.key.version, handler=wishes.handler or "unknown"
-    )
-    return spec_of(ModelFolder(Path(), stored.url, None, {}, stored.digest), named, settings)
 
 
 def in_parallel(act: Callable[[T], object], items: Iterable[T], *, limit: int) -> None:

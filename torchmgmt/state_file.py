@@ -92,12 +92,10 @@ class StateKeeper:
 
     Args:
         file: where to; closed with this.
-        on_failure: called with the path and the reason when a write fails and the one before had not.
     """
 
-    def __init__(self, file: StateFile, on_failure: Callable[[str, str], object]) -> None:
+    def __init__(self, file: StateFile) -> None:
         self._file = file
-        self._on_failure = on_failure
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
@@ -123,7 +121,7 @@ class StateKeeper:
         """Return when a state as ``desired`` gives it from now on is on the disk, or could not be written.
 
         Blocks while the disk is written. ``desired`` may be called on another thread that records, without any lock.
-        A failure is logged and told; it does not raise.
+        A failure is logged; it does not raise.
         """
         with self._changed:
             self._asked += 1
@@ -134,16 +132,13 @@ class StateKeeper:
                 return
             self._is_writing = True
             covered = self._asked
-        failure: str | None = None
         try:
-            failure = self._write(desired())
+            self._write(desired())
         finally:
             with self._changed:
                 self._is_writing = False
                 self._done = covered
                 self._changed.notify_all()
-        if failure is not None:
-            self._on_failure(str(self.path), failure)
 
     def close(self) -> None:
         """Wait for a write that is under way, write nothing more, and let others use the file. Idempotent."""
@@ -153,30 +148,29 @@ class StateKeeper:
                 self._changed.wait()
         self._file.close()
 
-    def _write(self, state: DesiredState) -> str | None:
-        """Write; return why that failed if it is to be told."""
+    def _write(self, state: DesiredState) -> None:
         if state == self._on_disk:
-            return None
+            return
         try:
             self._file.write(state)
         except OSError as error:
             self._on_disk = None  # the rename may have happened
-            was_failing, self._is_failing = self._is_failing, True
-            reason = error.strerror or str(error)
-            if was_failing:
-                return None
-            log.error(
-                "The state file %s could not be written: %s. Models are served on, but a restart would not bring this"
-                " change back; the next change tries again",
-                self.path,
-                reason,
-            )
-            return reason
+            self._tell_once(error)
+            return
         self._on_disk = state
         if self._is_failing:
             self._is_failing = False
             log.warning("The state file %s is written again", self.path)
-        return None
+
+    def _tell_once(self, error: OSError) -> None:
+        was_failing, self._is_failing = self._is_failing, True
+        if not was_failing:
+            log.error(
+                "The state file %s could not be written: %s. Models are served on, but a restart would not bring this"
+                " change back; the next change tries again",
+                self.path,
+                error.strerror or error,
+            )
 
 
 def _check_path(path: object) -> str:

@@ -58,7 +58,7 @@ NEIGHBOURS = {
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
     "manager": {"model", "registration", "failed_loads", "restoring"},
-    "restoring": {"registration"},
+    "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
 }
