@@ -44,7 +44,7 @@ class StateFile:
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = _hold(self.path.with_name(self.path.name + ".lock"), self.path)
-        self._closing = weakref.finalize(self, os.close, lock)
+        self._closing = weakref.finalize(self, _let_go, lock)
         self._closing.atexit = False  # the system does that
         _open_files[self] = lock
 
@@ -213,6 +213,13 @@ def _hold(lock: Path, path: Path) -> int:
             raise StateFileInUse(str(path), holder) from None
         raise
     return fd
+
+
+def _let_go(lock: int) -> None:
+    fcntl.flock(
+        lock, fcntl.LOCK_UN
+    )  # closing alone would not do it while a process that was forked just now has it open
+    os.close(lock)
 
 
 def _pid_in(fd: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from torchmgmt.errors import AlreadyRegistered, ManagerClosed, TorchmgmtError
+from torchmgmt.errors import AlreadyRegistered, InvalidArgument, ManagerClosed, TorchmgmtError
 from torchmgmt.records import ModelKey
 from torchmgmt.settings import Settings
 
@@ -83,14 +83,9 @@ class Loader(threading.Thread):
     def run(self) -> None:
         """Load all, then say so."""
         try:
-            self._on_restored(self._manager.restore(self._settings.model_snapshot))
+            models = self._restore()
         except ManagerClosed:
             return
-        except TorchmgmtError as error:
-            logger.error("Nothing is restored: %s", error)
-        items = models_to_load(self._settings)
-        left = self._manager.items_to_load([str(item) for item in items], over_state=self._named_at_start)
-        models = [item for item in items if str(item) in left]
         with ThreadPoolExecutor(_cores(), "torchmgmt-loader") as executor:
             for model in models:
                 executor.submit(self._load, model)
@@ -101,6 +96,18 @@ class Loader(threading.Thread):
     def stop(self) -> None:
         """Begin no further model. Those being loaded end when the manager is closed."""
         self._stopped.set()
+
+    def _restore(self) -> list[ModelToLoad]:
+        """Restore what is stored; return what is left to load."""
+        if self._stopped.is_set():
+            return []
+        try:
+            self._on_restored(self._manager.restore(self._settings.model_snapshot))
+        except InvalidArgument as error:
+            logger.error("The snapshot is not restored: %s", error)
+        items = models_to_load(self._settings)
+        left = self._manager.items_to_load([str(item) for item in items], over_state=self._named_at_start)
+        return [item for item in items if str(item) in left]
 
     def _load(self, model: ModelToLoad) -> None:
         if self._stopped.is_set():
