@@ -26,6 +26,8 @@ LAYERS: dict[int, frozenset[str]] = {
             "registry",
             "scaling",
             "state",
+            "state_file",
+            "desired",
             "channel",
             "encoding",
             "segments",
@@ -33,7 +35,7 @@ LAYERS: dict[int, frozenset[str]] = {
         }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
-    4: frozenset({"manager", "model", "registration", "failed_loads"}),
+    4: frozenset({"manager", "model", "registration", "failed_loads", "restoring"}),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
 }
@@ -50,11 +52,14 @@ NEIGHBOURS = {
     "events": {"errors", "lifecycle", "records"},
     "settings": {"setting_kinds", "setting_sources"},
     "setting_sources": {"setting_kinds", "properties"},
+    "state_file": {"state"},
+    "desired": {"state"},
     "channel": {"encoding", "segments"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration", "failed_loads"},
+    "manager": {"model", "registration", "failed_loads", "restoring"},
+    "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
 }
