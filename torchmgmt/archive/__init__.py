@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
@@ -20,7 +20,19 @@ from torchmgmt.archive.sources import resolve
 from torchmgmt.archive.unpack import UnpackLimits
 from torchmgmt.errors import InvalidArgument
 
-__all__ = ["Manifest", "ModelFolder", "ModelSources", "UnpackLimits"]
+if TYPE_CHECKING:
+    from torchmgmt.archive.packing import inspect, pack, verify
+
+__all__ = ["Manifest", "ModelFolder", "ModelSources", "UnpackLimits", "inspect", "pack", "verify"]
+
+
+def __getattr__(name: str) -> object:
+    # With what reads and writes archives, for those who ask for it.
+    if name in {"inspect", "pack", "verify"}:
+        from torchmgmt.archive import packing
+
+        return getattr(packing, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @frozen(eq=False)
