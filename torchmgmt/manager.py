@@ -47,7 +47,7 @@ from torchmgmt.records import (
     check_number,
     check_truth,
 )
-from torchmgmt.registration import Wishes, scale_of, spec_of
+from torchmgmt.registration import Wishes, scale_of, sources_of, spec_of
 from torchmgmt.registry import Registry
 from torchmgmt.settings import Settings
 
@@ -131,11 +131,11 @@ class ModelManager:
         if settings is not None and not isinstance(settings, Settings):
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
-        self._sources = ModelSources(self.settings.model_store if model_store is None else model_store)
+        self._announcer = _Announcer(_check_listeners(listeners))
+        self._sources = sources_of(model_store, self.settings, self._announcer.tell)
         self._backend: Backend = ProcessBackend() if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
-        self._announcer = _Announcer(_check_listeners(listeners))
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
         self._depth = forks.depth()
         # 32 hexadecimal digits that no other request of this or another manager has: its own, and a number.
@@ -234,6 +234,7 @@ class ModelManager:
         template_idle_timeout: float | None = None,
         default_workers: int = 1,
         trusted: bool = True,
+        may_fetch: bool = False,
         loaded_at_startup: bool = False,
     ) -> Model:
         """Register a model version and start its workers; return it.
@@ -243,8 +244,9 @@ class ModelManager:
         registered and nothing is left over.
 
         Args:
-            url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path,
-                or a ``file://`` URL.
+            url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path, or
+                a URL, ``file://`` or ``http(s)://``, or with the extra ``remote`` ``s3://`` and the like. ``#sha256=``
+                and its digest after it: no other archive will do.
             model_name: the name, without ``/``; default: the manifest's.
             version: the version, without ``/``; default: the manifest's, else "1.0".
             handler: ``module``, ``module.py``, ``module:function``, or a shipped handler; default: the manifest's.
@@ -274,7 +276,9 @@ class ModelManager:
             template_idle_timeout: for how long, in s, there may be no worker before the process that has loaded the model
                 for the next one is given up, at least 0; default 600.
             default_workers: ``initial_workers`` where neither the call nor the archive nor the settings say it.
-            trusted: False if ``url`` came from outside the program: then only the model store is looked into.
+            trusted: False if ``url`` came from outside the program: then only the model store is looked into, and what
+                the setting ``allowed_urls`` allows.
+            may_fetch: whether such a caller, on this machine or with a key, may name any host if that is not set.
             loaded_at_startup: what ``describe`` says of it.
 
         Raises:
@@ -313,7 +317,7 @@ class ModelManager:
             self._check_may_wait("register")
         self._warm_for(wishes)
         with contextlib.ExitStack() as undo:
-            folder = undo.enter_context(self._sources.open(url, trusted=trusted))
+            folder = undo.enter_context(self._sources.open(url, trusted=trusted, may_fetch=may_fetch))
             spec = spec_of(folder, wishes, self.settings)
             self._add(spec, folder, scale_of(folder, wishes, self.settings))
             undo.pop_all()  # from here on the version owns the folder
