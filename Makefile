@@ -5,14 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test lint bench soak docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) examples/digits/demo.py
 
-# pytest runs last and nothing is printed after it: its summary closes the output.
+# pytest runs last and nothing is printed after it: its summary closes the output. Side by side, as most of the time is
+# spent in waiting for processes; not by more than 4, each of which has a torch-only process of 200 MB.
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .
@@ -28,6 +29,9 @@ SOAK_SECONDS := 600
 
 soak: $(VENV)/.installed
 	$(RUN) -m tests.faults.storm --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
+
+docs: $(VENV)/.installed
+	$(RUN) docs/settings_page.py > docs/settings.md
 
 # hatchling first and no build isolation: an isolated build would fetch it unpinned, past constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt

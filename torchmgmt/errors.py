@@ -19,6 +19,7 @@ __all__ = [
     "HandlerFailed",
     "InvalidArchive",
     "InvalidArgument",
+    "InvalidSetting",
     "ManagerClosed",
     "ModelNotFound",
     "ModelVersionNotFound",
@@ -50,6 +51,16 @@ class InvalidArgument(TorchmgmtError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.argument} is {_shorten(repr(self.given))}, but must be {self.allowed}"
+
+
+@define(slots=False, eq=False, repr=False)
+class InvalidSetting(InvalidArgument):
+    """A setting in a file or in the environment is wrong; ``source`` says where it stands."""
+
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {super().__str__()}"
 
 
 @define(slots=False, eq=False, repr=False)

@@ -24,6 +24,7 @@ from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.batcher import Batcher
 from torchmgmt.channel import AnswerFuture, encode
 from torchmgmt.errors import (
+    AlreadyRegistered,
     DeadlineExceeded,
     InvalidArgument,
     ManagerClosed,
@@ -33,6 +34,7 @@ from torchmgmt.errors import (
     WouldWaitForever,
 )
 from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
+from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
 from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
 from torchmgmt.records import (
@@ -47,7 +49,7 @@ from torchmgmt.records import (
     check_number,
     check_truth,
 )
-from torchmgmt.registration import Wishes, scale_of, sources_of, spec_of
+from torchmgmt.registration import Wishes, is_default_version, scale_of, sources_of, spec_of
 from torchmgmt.registry import Registry
 from torchmgmt.settings import Settings
 
@@ -144,6 +146,7 @@ class ModelManager:
         self._lock = threading.Lock()
         # guarded by _lock
         self._registry: Registry[_Version] = Registry()
+        self._failed_loads = FailedLoads()
         self._leaving: set[_Version] = set()  # no longer registered, but not finished yet
         self._closed = False
         self._report: CloseReport | None = None
@@ -279,7 +282,8 @@ class ModelManager:
             trusted: False if ``url`` came from outside the program: then only the model store is looked into, and what
                 the setting ``allowed_urls`` allows.
             may_fetch: whether such a caller, on this machine or with a key, may name any host if that is not set.
-            loaded_at_startup: what ``describe`` says of it.
+            loaded_at_startup: what ``describe`` says of it. If it fails, :meth:`models` and :meth:`describe` show the
+                version as FAILED with the reason, until it is registered again or unregistered.
 
         Raises:
             InvalidArgument: an argument has the wrong type or range.
@@ -311,33 +315,43 @@ class ModelManager:
             template_idle_timeout=template_idle_timeout,
             default_workers=default_workers,
             trusted=trusted,
+            may_fetch=may_fetch,
             loaded_at_startup=loaded_at_startup,
         )
         if synchronous:
             self._check_may_wait("register")
-        self._warm_for(wishes)
-        with contextlib.ExitStack() as undo:
-            folder = undo.enter_context(self._sources.open(url, trusted=trusted, may_fetch=may_fetch))
-            spec = spec_of(folder, wishes, self.settings)
-            self._add(spec, folder, scale_of(folder, wishes, self.settings))
-            undo.pop_all()  # from here on the version owns the folder
-        if synchronous:
-            self._wait_or_withdraw(spec.key)
-        return Model(self, spec.key)
+        key = self._register(url, wishes)
+        if is_default_version(key, self.settings):
+            self.set_default(key.name, key.version)
+        return Model(self, key)
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """Return the default version of every model, sorted by name. Does not block."""
+        """Return the default version of every model, sorted by name. Does not block.
+
+        A model of which nothing is registered because it could not be loaded at the start is there, too.
+        """
         self._check_usable()
         with self._lock:
             versions = [self._registry.get(name) for name in self._registry.names()]
-        return tuple(_info(version, is_default=True) for version in versions)
+            failed = [self._failed_loads.versions(name)[0] for name in self._failed_loads.names()]
+            failed = [info for info in failed if info.name not in self._registry]
+        infos = [*(_info(version, is_default=True) for version in versions), *failed]
+        return tuple(sorted(infos, key=lambda info: info.name))
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
-        """Return all versions of a model, oldest first; raise ModelNotFound. Does not block."""
+        """Return all versions of a model, oldest first; raise ModelNotFound. Does not block.
+
+        Those that could not be loaded at the start come last.
+        """
         self._check_usable(name)
         with self._lock:
+            failed = self._failed_loads.versions(name)
+            if failed and name not in self._registry:
+                return tuple(failed)
             default, versions = self._registry.default(name), self._registry.versions(name)
-        return tuple(_info(each, is_default=each.spec.key.version == default) for each in versions)
+        registered = {each.spec.key for each in versions}
+        failed = [info for info in failed if info.spec.key not in registered]  # a further attempt may be under way
+        return (*(_info(each, is_default=each.spec.key.version == default) for each in versions), *failed)
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         """Return what is known of a version (the default one unless given). Does not block, unless ``customized``.
@@ -348,6 +362,9 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound: it is not registered.
             NoWorker, HandlerFailed, WorkerDied, DeadlineExceeded: ``customized``, and the handler could not be asked.
         """
+        failed = self._failed_load(name, version)
+        if failed is not None and not customized:
+            return failed
         served = self._get(name, version)
         if customized:
             self._check_may_wait("describe(customized=True)")
@@ -417,7 +434,7 @@ class ModelManager:
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
-        self._check_usable(name, version)
+        self._get(name, version)
         with self._lock:
             self._registry.set_default(name, version)
         self._announcer.tell(DefaultVersionSet(ModelKey(name, version)))
@@ -438,7 +455,15 @@ class ModelManager:
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
         with self._lock:
+            failed = [] if self._is_registered_locked(name, version) else self._failed_loads.remove(name, version)
+        for key in failed:
+            self._announcer.tell(ModelUnregistered(key))
+        if failed:
+            return CloseReport(0.0)
+        with self._lock:
             served = self._registry.remove(name, version)
+            if version is None:
+                self._failed_loads.remove(name, None)
             key = served.spec.key
             self._registry.reserve(key)  # its name is free when this is over, not before
             self._leaving.add(served)
@@ -554,7 +579,54 @@ class ModelManager:
     def _get(self, name: str, version: str | None = None) -> _Version:
         self._check_usable(name, version)
         with self._lock:
-            return self._registry.get(name, version)
+            try:
+                return self._registry.get(name, version)
+            except LookupError:
+                self._failed_loads.check(name, version)
+                raise
+
+    def _failed_load(self, name: str, version: str | None) -> ModelInfo | None:
+        """Return what is known of a version that is not registered because it could not be loaded at the start."""
+        self._check_usable(name, version)
+        with self._lock:
+            return None if self._is_registered_locked(name, version) else self._failed_loads.find(name, version)
+
+    def _is_registered_locked(self, name: str, version: str | None) -> bool:
+        try:
+            self._registry.get(name, version)
+        except LookupError:
+            return False
+        return True
+
+    def _register(self, url: str | os.PathLike[str], wishes: Wishes) -> ModelKey:
+        """Register a version; remember for whoever looks what failed, if that was to be there from the start."""
+        self._warm_for(wishes)
+        spec: ModelSpec | None = None
+        try:
+            with contextlib.ExitStack() as undo:
+                folder = undo.enter_context(self._sources.open(url, trusted=wishes.trusted, may_fetch=wishes.may_fetch))
+                spec = spec_of(folder, wishes, self.settings)
+                self._add(spec, folder, scale_of(folder, wishes, self.settings))
+                undo.pop_all()  # from here on the version owns the folder
+            if wishes.synchronous:
+                self._wait_or_withdraw(spec.key)
+        except (AlreadyRegistered, ManagerClosed):
+            raise
+        except Exception as error:
+            if wishes.loaded_at_startup:
+                self._remember(str(url), error, spec, wishes)
+            raise
+        with self._lock:
+            self._failed_loads.settle(spec.key, str(url))
+        return spec.key
+
+    def _remember(self, url: str, error: Exception, spec: ModelSpec | None, wishes: Wishes) -> None:
+        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
+        name, version = wishes.model_name, wishes.version
+        info = failed_load(url, error, spec=spec, name=name, version=version, workers=workers)
+        certainty = Certainty.KEY if spec else Certainty.NAME if name else Certainty.NOTHING
+        with self._lock:
+            self._failed_loads.add(info, certainty)
 
     def _warm_for(self, wishes: Wishes) -> None:
         """Have torch imported while the source is unpacked, if there are going to be worker processes."""

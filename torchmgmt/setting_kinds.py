@@ -18,9 +18,11 @@ __all__ = [
     "ADDRESS_KIND",
     "FILE_KIND",
     "FOLDER_KIND",
+    "ITEMS_KIND",
     "JSON_KIND",
     "LIST_KIND",
     "LOG_LEVEL_KIND",
+    "MODELS_KIND",
     "PATTERNS_KIND",
     "PATTERN_KIND",
     "REFUSED_KEYSTORE",
@@ -130,6 +132,22 @@ class Declaration:
         """The environment variable for it, as in TorchServe."""
         return "TS_" + self.name.upper()
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether its flag alone, without a value, turns it on."""
+        return self.kind is TRUTH_KIND
+
+    @property
+    def default_text(self) -> str:
+        """The default as a file would have it; empty if not to set it means something of its own."""
+        if self.default is None or self.default in ((), {}):
+            return ""
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+    def parse(self, text: str) -> Any:
+        """Return the value that ``text`` stands for in a file, a variable or a flag, or raise :class:`InvalidArgument`."""
+        return self.accept(self.kind.read(self.name, text))
+
     def accept(self, value: Any) -> Any:
         """Return ``value`` as it is kept, or raise :class:`InvalidArgument`."""
         return None if value is None and self.optional else self.kind.accept(self.name, value)
@@ -222,6 +240,17 @@ def _accept_list(setting: str, value: Any) -> tuple[str, ...]:
     return tuple(part for item in value for part in _read_list(setting, item))
 
 
+def _read_items(_setting: str, text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _accept_items(setting: str, value: Any) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
+        raise InvalidArgument(setting, value, "texts separated by commas, or a list of them")
+    return tuple(part for item in items for part in _read_items(setting, item))
+
+
 def _accept_log_level(setting: str, value: Any) -> str:
     if not isinstance(value, str) or value.upper() not in LOG_LEVELS:
         raise InvalidArgument(setting, value, "one of " + ", ".join(LOG_LEVELS))
@@ -238,13 +267,9 @@ def _accept_pattern(setting: str, value: Any) -> str:
     return value
 
 
-def _read_patterns(_setting: str, text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _accept_patterns(setting: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
-        value = _read_patterns(setting, value)
+        value = _read_items(setting, value)
     if not isinstance(value, Sequence):
         raise InvalidArgument(setting, value, "regular expressions separated by commas, or a list of them")
     return tuple(_accept_pattern(setting, item) for item in value)
@@ -268,6 +293,31 @@ def _accept_json(setting: str, value: Any) -> dict[str, Any]:
     return copy
 
 
+def _accept_models(setting: str, value: Any) -> dict[str, Any]:
+    """Check that it is {name: {version: {parameter: value}}}, and those parameters that TorchServe has."""
+    models = _accept_json(setting, value)
+    for name, versions in models.items():
+        _check_object(f"{setting}.{name}", versions, "a JSON object of versions")
+        for version, parameters in versions.items():
+            place = f"{setting}.{name}.{version}"
+            _check_object(place, parameters, "a JSON object of parameters")
+            for parameter, kind in MODEL_PARAMETERS.items():
+                if parameter in parameters:
+                    kind.accept(f"{place}.{parameter}", parameters[parameter])
+    return models
+
+
+def _check_object(place: str, value: object, allowed: str) -> None:
+    if not isinstance(value, dict):
+        raise InvalidArgument(place, value, allowed)
+
+
+def _accept_text(setting: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidArgument(setting, value, "text")
+    return value
+
+
 def _refuse_keystore(setting: str, value: Any) -> None:
     allowed = (
         "left out: Java key stores are not read. Give the certificate chain and the private key as PEM files in"
@@ -282,9 +332,24 @@ TRUTH_KIND = Kind("true|false", _read_truth, _accept_truth)
 FOLDER_KIND = Kind("DIR", _as_is, _path("folder"))
 FILE_KIND = Kind("FILE", _as_is, _path("file"))
 ADDRESS_KIND = Kind("URL", _as_is, _accept_address)
+ITEMS_KIND = Kind("ITEM", _read_items, _accept_items, takes_many=True)
 LIST_KIND = Kind("ITEM", _read_list, _accept_list, takes_many=True)
 LOG_LEVEL_KIND = Kind("|".join(LOG_LEVELS), _as_is, _accept_log_level)
 PATTERN_KIND = Kind("REGEX", _as_is, _accept_pattern)
-PATTERNS_KIND = Kind("REGEX,REGEX", _read_patterns, _accept_patterns)
+PATTERNS_KIND = Kind("REGEX,REGEX", _read_items, _accept_patterns)
 JSON_KIND = Kind("JSON", _read_json, _accept_json)
 REFUSED_KEYSTORE = Kind("FILE", _as_is, _refuse_keystore)
+
+MODEL_PARAMETERS: Mapping[str, Kind] = {
+    "minWorkers": whole(0),
+    "maxWorkers": whole(0),
+    "batchSize": whole(1),
+    "maxBatchDelay": whole(0, "milliseconds"),
+    "responseTimeout": amount(1e-3),
+    "startupTimeout": amount(1e-3),
+    "maxRetryTimeoutInSec": amount(0),
+    "defaultVersion": TRUTH_KIND,
+    "marName": Kind("NAME", _as_is, _accept_text),
+}
+"""What TorchServe has under ``models``; the rest of what may stand in a model-config.yaml is checked with the model."""
+MODELS_KIND = Kind("JSON", _read_json, _accept_models)

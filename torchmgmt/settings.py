@@ -1,27 +1,30 @@
 """Every setting, declared once.
 
 :class:`Settings` holds for each setting its name (as in TorchServe's ``config.properties``), kind, unit, default, help
-and command line flags. Checking a value, reading it from text, the command line and its ``--help`` derive from that; a
-further source of settings needs :func:`parse_setting` and a name, no second list.
+and command line flags. Checking a value, ``config.properties``, the environment, the command line, its ``--help`` and
+``docs/settings.md`` derive from that; none of them has a second list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import Attribute, field, fields, frozen
 
-from torchmgmt.errors import InvalidArgument
 from torchmgmt.setting_kinds import (
     ADDRESS_KIND,
     FILE_KIND,
     FOLDER_KIND,
+    ITEMS_KIND,
     JSON_KIND,
     LIST_KIND,
     LOG_LEVEL_KIND,
+    MODELS_KIND,
     PATTERN_KIND,
     PATTERNS_KIND,
     REFUSED_KEYSTORE,
@@ -35,23 +38,13 @@ from torchmgmt.setting_kinds import (
     whole,
 )
 
-if TYPE_CHECKING:
-    import argparse
+__all__ = ["Address", "Declaration", "Gathered", "Settings", "declarations", "gather", "is_loopback_host"]
 
-__all__ = [
-    "Address",
-    "Declaration",
-    "Settings",
-    "add_arguments",
-    "declarations",
-    "from_arguments",
-    "is_loopback_host",
-    "parse_setting",
-]
+log = logging.getLogger(__name__)
 
 
 def _setting(kind: Kind, default: Any, help: str, **more: Any) -> Any:
-    hashed = kind is not JSON_KIND
+    hashed = kind not in {JSON_KIND, MODELS_KIND}  # which have dictionaries as values
     return field(default=default, hash=hashed, metadata={"declare": partial(Declaration, kind=kind, help=help, **more)})
 
 
@@ -59,9 +52,11 @@ def _bind(_cls: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
     """Tell each declaration its name, and make it the converter of its attribute."""
     bound = []
     for attribute in attributes:
-        declaration = attribute.metadata["declare"](name=attribute.name, default=attribute.default)
-        metadata = {"declaration": declaration}
-        bound.append(attribute.evolve(converter=declaration.accept, metadata=metadata))
+        declare = attribute.metadata.get("declare")
+        if declare is not None:
+            declaration = declare(name=attribute.name, default=attribute.default)
+            attribute = attribute.evolve(converter=declaration.accept, metadata={"declaration": declaration})  # noqa: PLW2901
+        bound.append(attribute)
     return bound
 
 
@@ -80,13 +75,13 @@ class Settings:
         optional=True,
     )
     load_models: tuple[str, ...] = _setting(
-        LIST_KIND,
+        ITEMS_KIND,
         (),
-        "Models that the server registers when it starts: all, or a.mar, or name=a.mar.",
+        "Models that the server registers when it starts: all, or a.mar, or name=a.mar, separated by commas.",
         flags=("--models",),
     )
     models: Mapping[str, Mapping[str, Mapping[str, Any]]] = _setting(
-        JSON_KIND,
+        MODELS_KIND,
         {},
         "Parameters of single model versions, as JSON: {name: {version: {marName, minWorkers, maxWorkers, batchSize,"
         " maxBatchDelay, responseTimeout, defaultVersion, ...}}}. They count where neither the call nor the archive says"
@@ -288,71 +283,74 @@ class Settings:
     download_stall_timeout: float = _setting(
         amount(1e-3), 60, "How long a download may be without a single byte.", unit="s"
     )
+    other_keys: Mapping[str, str] = field(factory=dict, hash=False)
+    """What else a configuration file had: keys that are no settings, with their texts. Nothing looks at them."""
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], *, environment: Mapping[str, str] | None = None) -> Settings:
+        """Read a ``config.properties``, TorchServe's own included; what is odd in it is logged as warnings.
+
+        What :func:`gather` says of files and the environment holds here, too. Blocks while the file is read.
+
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "config.properties")
+        >>> _ = path.write_text("job_queue_size = 7")
+        >>> Settings.from_file(path).job_queue_size
+        7
+
+        Raises:
+            InvalidArgument: the file cannot be read.
+            InvalidSetting: a value in it is wrong; names file, line and setting.
+        """
+        gathered = gather(file=path, environment=environment)
+        for warning in gathered.warnings:
+            log.warning("%s", warning)
+        return gathered.settings
+
+
+@frozen
+class Gathered:
+    """Settings from several sources, and what is to be said of those."""
+
+    settings: Settings
+    warnings: tuple[str, ...] = ()
 
 
 def declarations() -> tuple[Declaration, ...]:
     """Return what every setting is, in the order of the class."""
-    return tuple(attribute.metadata["declaration"] for attribute in fields(Settings))
+    found = (attribute.metadata.get("declaration") for attribute in fields(Settings))
+    return tuple(declaration for declaration in found if declaration is not None)
 
 
-def parse_setting(declaration: Declaration, text: str) -> Any:
-    """Return the value of a setting from its text, as a file or the environment has it, or raise InvalidArgument."""
-    return declaration.accept(declaration.kind.read(declaration.name, text))
+def gather(
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Gathered:
+    """Return the settings that the environment, before ``arguments``, before a ``config.properties`` gives.
+
+    ``environment`` (``os.environ`` if None) replaces ``$$VARIABLE$$`` in the file's values. Of itself it sets
+    enable_model_api, disable_token_authorization and enable_envvars_config, and with that on every setting, each by
+    ``TS_<NAME>``. Blocks while the file is read; any thread.
+
+    Raises:
+        InvalidArgument: the file cannot be read, or one of the ``arguments`` is wrong.
+        InvalidSetting: what stands in the file or the environment is wrong; names file, line and setting.
+    """
+    from torchmgmt.setting_sources import gather_values  # most programs that embed the library read no file
+
+    path = None if file is None else Path(file)
+    everything = os.environ if environment is None else environment
+    found = gather_values(declarations(), arguments or {}, file=path, environment=everything)
+    settings = Settings(**found.values, other_keys=found.other_keys)
+    return Gathered(settings, (*found.warnings, *_without_effect(settings)))
 
 
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add every setting's flags to ``parser``; what was given lands in the namespace, what was not does not."""
-    import argparse  # the caller, who made the parser, has it; a program that only embeds the library does not
-
-    for declaration in declarations():
-        if not declaration.all_flags:
-            continue
-        options: dict[str, Any] = {}
-        if declaration.kind is TRUTH_KIND:
-            options.update(nargs="?", const=True)
-        elif declaration.kind.takes_many:
-            options.update(nargs="+", action="extend")
-        parser.add_argument(
-            *declaration.all_flags,
-            dest=declaration.name,
-            default=argparse.SUPPRESS,
-            metavar=declaration.kind.metavar,
-            help=_help_text(declaration),
-            type=str if declaration.kind.takes_many else _argparse_type(declaration),
-            **options,
-        )
-        if declaration.flags_for_false:
-            help_text = f"The same as {declaration.all_flags[0]} false."
-            parser.add_argument(
-                *declaration.flags_for_false,
-                dest=declaration.name,
-                default=argparse.SUPPRESS,
-                action="store_false",
-                help=help_text,
-            )
-
-
-def from_arguments(namespace: argparse.Namespace) -> Settings:
-    """Return the settings of a namespace that :func:`add_arguments` filled; the rest have their defaults."""
-    known = {declaration.name for declaration in declarations()}
-    return Settings(**{name: value for name, value in vars(namespace).items() if name in known})
-
-
-def _argparse_type(declaration: Declaration) -> Callable[[str], Any]:
-    import argparse
-
-    def parse(text: str) -> Any:
-        try:
-            return parse_setting(declaration, text)
-        except InvalidArgument as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
-
-
-def _help_text(declaration: Declaration) -> str:
-    facts = [f"unit: {declaration.unit}"] if declaration.unit else []
-    if declaration.default not in (None, (), {}):
-        facts.append(f"default: {declaration.default}")
-    text = declaration.help + (f" [{', '.join(facts)}]" if facts else "")
-    return text.replace("%", "%%")
+def _without_effect(settings: Settings) -> list[str]:
+    """Say which settings were given that this release does not use."""
+    return [
+        f"{one.name} has no effect in this release: {one.without_effect}"
+        for one in declarations()
+        if one.without_effect and getattr(settings, one.name) != one.default
+    ]

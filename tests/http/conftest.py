@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import falcon
 import pytest
 import requests
 from attrs import define
@@ -20,6 +22,9 @@ with contextlib.suppress(ImportError):
     import uvloop
 
     uvloop.new_event_loop().close()
+
+# Falcon's client for tests keeps the first loop that it makes, too.
+falcon.async_to_sync(asyncio.sleep, 0)
 
 
 @define

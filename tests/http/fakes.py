@@ -6,7 +6,9 @@ import threading
 from datetime import datetime, timezone
 from typing import Any
 
-from torchmgmt.errors import ModelNotFound, ModelVersionNotFound
+import attrs
+
+from torchmgmt.errors import AlreadyRegistered, DefaultVersionInUse, ModelNotFound, ModelVersionNotFound
 from torchmgmt.lifecycle import VersionState, WorkerState
 from torchmgmt.records import ModelInfo, ModelKey, ModelSpec, Scale, WorkerInfo
 from torchmgmt.settings import Settings
@@ -89,3 +91,60 @@ class FakeManager:
     def unregister(self, name: str, version: str | None = None) -> None:
         self._note("unregister", name, version)
         self.describe(name, version)
+
+
+class KeepingManager(FakeManager):
+    """A manager without workers that keeps what it is told: what is registered is there until it is unregistered."""
+
+    MOST_LISTED = 3  # a fake can be scaled to two billions
+
+    def register(self, url: str, **kwargs: Any) -> FakeModel:
+        self._note("register", url, **kwargs)
+        name = kwargs["model_name"] or "noop"
+        present = [info for info in self.infos if info.name == name]
+        version = "2.0" if "2" in url else "1.0"
+        if any(info.version == version for info in present):
+            raise AlreadyRegistered(name, version)
+        workers = kwargs["initial_workers"] or 0
+        info = attrs.evolve(self._scaled(info_of(name, version), workers, workers), is_default=not present)
+        self.infos.append(attrs.evolve(info, spec=attrs.evolve(info.spec, url=url)))
+        return FakeModel(self.infos[-1])
+
+    def _scaled(self, info: ModelInfo, least: int, most: int) -> ModelInfo:
+        shown = info_of(info.name, info.version, workers=min(least, self.MOST_LISTED))
+        return attrs.evolve(info, scale=Scale(least, most), workers=shown.workers, state=shown.state)
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        return tuple(info for info in super().models() if info.is_default)
+
+    def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
+        self._note("describe", name, version, customized=customized)
+        found = self._find(name, version)
+        return attrs.evolve(found, customized_metadata={"labels": ["a"]}) if customized else found
+
+    def _find(self, name: str, version: str | None) -> ModelInfo:
+        for info in self.versions(name):
+            if info.version == version or (version is None and info.is_default):
+                return info
+        raise ModelVersionNotFound(name, str(version))
+
+    def scale(self, name: str, min_worker: int, max_worker: int, **kwargs: Any) -> ModelInfo:
+        self._note("scale", name, min_worker, max_worker, **kwargs)
+        found = self._find(name, kwargs["version"])
+        scaled = self._scaled(found, min_worker, max_worker)
+        self.infos[self.infos.index(found)] = scaled
+        return scaled
+
+    def set_default(self, name: str, version: str) -> None:
+        self._note("set_default", name, version)
+        chosen = self._find(name, version)
+        self.infos = [
+            attrs.evolve(info, is_default=info is chosen) if info.name == name else info for info in self.infos
+        ]
+
+    def unregister(self, name: str, version: str | None = None) -> None:
+        self._note("unregister", name, version)
+        found = self._find(name, version)
+        if found.is_default and len(self.versions(name)) > 1:
+            raise DefaultVersionInUse(name, found.version)
+        self.infos.remove(found)

@@ -7,7 +7,6 @@ import uuid
 
 import pytest
 
-from tests.http.conftest import Client
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http import management
 from torchmgmt.http import operations as ops
@@ -319,7 +318,7 @@ def test_scale_answers_as_the_contract_quotes(client, manager, path, parameters,
         (
             "/models/noop",
             {"timeout": -2},
-            f"timeout is '-2', but must be a whole number from -1 to {LARGEST}",
+            f"timeout is '-2', but must be a whole number of seconds from -1 to {LARGEST}",
         ),
         (
             "/models/noop",
@@ -465,10 +464,3 @@ def test_the_app_can_be_mounted_in_another_server(manager):
     assert client.simulate_get("/models").status_code == 200
     response = client.simulate_post("/models", json={"url": "a.mar", "synchronous": True})
     assert response.status_code == 200
-
-
-def test_names_of_helpers_and_paths_cannot_collide(client: Client):
-    """/token is not served by this release: an honest 404."""
-    response = client.get("/token", params={"type": "management"})
-    assert response.status_code == 404
-    assert response.json()["type"] == "ResourceNotFoundException"

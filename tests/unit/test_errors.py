@@ -17,6 +17,7 @@ from torchmgmt.errors import (
     HandlerFailed,
     InvalidArchive,
     InvalidArgument,
+    InvalidSetting,
     ManagerClosed,
     ModelNotFound,
     ModelVersionNotFound,
@@ -39,6 +40,10 @@ EXAMPLES = [
     (
         InvalidArgument("batch_size", 0, "a whole number, at least 1"),
         "batch_size is 0, but must be a whole number, at least 1",
+    ),
+    (
+        InvalidSetting("job_queue_size", "many", "a whole number", source="config.properties, line 3"),
+        "config.properties, line 3: job_queue_size is 'many', but must be a whole number",
     ),
     (ModelNotFound("nope"), "Model not found: nope"),
     (ModelVersionNotFound("noop", "9.9"), "Model version: 9.9 does not exist for model: noop"),
@@ -153,6 +158,7 @@ def test_no_error_has_a_base_that_it_should_not_have():
     }
     assert {name: bases for name, bases in builtin_bases.items() if bases} == {
         "InvalidArgument": {ValueError},
+        "InvalidSetting": {ValueError},
         "ModelNotFound": {LookupError},
         "ModelVersionNotFound": {LookupError},
         "SourceNotFound": {LookupError},

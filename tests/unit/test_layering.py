@@ -19,6 +19,8 @@ LAYERS: dict[int, frozenset[str]] = {
         {
             "settings",
             "setting_kinds",
+            "setting_sources",
+            "properties",
             "archive",
             "registry",
             "scaling",
@@ -30,7 +32,7 @@ LAYERS: dict[int, frozenset[str]] = {
         }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
-    4: frozenset({"manager", "model", "registration"}),
+    4: frozenset({"manager", "model", "registration", "failed_loads"}),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
 }
@@ -45,12 +47,13 @@ NEIGHBOURS = {
     "lifecycle": {"errors"},
     "records": {"errors", "lifecycle"},
     "events": {"errors", "lifecycle", "records"},
-    "settings": {"setting_kinds"},
+    "settings": {"setting_kinds", "setting_sources"},
+    "setting_sources": {"setting_kinds", "properties"},
     "channel": {"encoding", "segments"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration"},
+    "manager": {"model", "registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
 }
@@ -75,6 +78,9 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "ts": IN_THE_WORKER,  # the names that compat provides
     "yaml": frozenset({"settings", "archive", "worker", "compat"}),
     "requests": frozenset({"launcher", "archive"}),
+    "urllib3": frozenset({"archive"}),
+    "fsspec": frozenset({"archive"}),
+    "javaproperties": frozenset({"properties"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
     "falcon": frozenset({"http"}),
     "waitress": frozenset({"http"}),

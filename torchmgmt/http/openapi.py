@@ -1,215 +1,278 @@
-"""The API description (OpenAPI 3.0) of an address, made from the operations that it serves."""
+"""The API description (OpenAPI 3.0) of an address, made from the operations that it serves.
+
+3.0 and not 3.1, because more generators of clients read it, and nothing here needs 3.1.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import torchmgmt
-from torchmgmt.http.operations import Operation
+from torchmgmt.http.contract import needs_key
+from torchmgmt.http.errors import to_json
+from torchmgmt.http.middleware import NO_CACHE
+from torchmgmt.http.operations import NAME, KeyName, Operation
+from torchmgmt.http.parameters import Kind, Parameter
+from torchmgmt.http.schemas import ERRORS, SCHEMAS, closure, error_name, ref
+from torchmgmt.settings import Address, Settings
 
-__all__ = ["api_description"]
+__all__ = ["KeyRule", "api_description", "api_description_json", "key_rule_of"]
 
-PATH_PARAMETERS: Mapping[str, str] = {
-    "model_name": "The model's name, percent-encoded.",
-    "model_version": "The version's name, percent-encoded.",
+PATH_PARAMETERS: Mapping[str, Parameter] = {
+    "model_name": Parameter(
+        "model_name", Kind.TEXT, "The model's name, percent-encoded.", forbidden=NAME, example="noop"
+    ),
+    "model_version": Parameter(
+        "model_version", Kind.TEXT, "The version's name, percent-encoded.", forbidden=NAME, example="1.0"
+    ),
 }
+CONVENTIONS = (
+    "Parameters stand in the query string; those of POST and PUT may come as a JSON object or a form instead. An empty"
+    " value means not given, a truth value is true, false, 1 or 0 in any case, and a parameter that is not known does not"
+    " fail the call but is named in `warnings`. Every response has `x-request-id`."
+)
+WITHOUT_MODEL_API = "Answered with 405 unless the model API is on: `--enable-model-api`, or enable_model_api=true."
 
-# Every operation can be refused for its parameters or its caller, or hit a defect.
-COMMON_ERRORS: Mapping[int, str] = {
-    400: "A parameter is missing or wrong.",
-    401: "The caller is not on this machine, and carries no key.",
-    403: "A page of another origin may not do this.",
-    404: "There is no such model, version or path.",
-    405: "The method is not served here, or the model API is switched off.",
-    409: "The version is registered already.",
-    413: "The body is larger than max_request_size.",
-    500: "It failed; the message says why.",
-    503: "No worker may serve this, or too much is going on; try again later.",
-    507: "A worker ran out of memory.",
-}
-EVERYWHERE = (400, 500)
-GUARDED = (401,)
-CHANGING = (403,)
+# What the server may answer to any request, and what to one that changes something.
+EVERYWHERE = (400, 413, 431, 500, 501, 503)
+CHANGING_METHODS = frozenset({"POST", "PUT", "DELETE"})
+SUCCESS = {200: "Done.", 202: "Accepted; workers are on their way."}
 
 
-def api_description(title: str, operations: Iterable[Operation]) -> dict[str, Any]:
-    """Return the description of an address that serves ``operations``, as a JSON-able object."""
+class KeyRule(Enum):
+    """Who must send a key with a request."""
+
+    NOBODY = "nobody"
+    CALLERS_FROM_ELSEWHERE = "callers from elsewhere"
+    EVERYBODY = "everybody"
+
+
+def key_rule_of(settings: Settings, address: Address) -> KeyRule:
+    """Return who must send a key with what is asked of ``address``."""
+    if needs_key(settings, address):
+        return KeyRule.EVERYBODY
+    return KeyRule.NOBODY if settings.disable_token_authorization else KeyRule.CALLERS_FROM_ELSEWHERE
+
+
+@lru_cache(maxsize=16)
+def api_description_json(title: str, operations: tuple[Operation, ...], keys: KeyRule) -> bytes:
+    """Return :func:`api_description` as it is sent. Made once for each address; any thread may call it."""
+    return to_json(api_description(title, operations, keys))
+
+
+def api_description(title: str, operations: Iterable[Operation], keys: KeyRule) -> dict[str, Any]:
+    """Return the description of an address that serves ``operations``, as a JSON-able object.
+
+    An operation that comes twice, because the address serves two APIs, is described once.
+    """
+    served = list(dict.fromkeys(operations))
     paths: dict[str, dict[str, Any]] = {}
-    schemas: set[str] = {"Error"}
-    for operation in operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
-        schemas.update(operation.answers.values())
+    for operation in served:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, keys)
     return {
         "openapi": "3.0.3",
-        "info": {"title": title, "version": torchmgmt.__version__},
+        "info": {
+            "title": title,
+            "version": torchmgmt.__version__,
+            "description": CONVENTIONS,
+            "license": {"name": "Apache-2.0"},
+        },
+        "tags": [{"name": tag} for tag in dict.fromkeys(operation.tag for operation in served)],
         "paths": paths,
-        "components": {"schemas": {name: SCHEMAS[name] for name in SCHEMAS if name in _closure(schemas)}},
+        "components": _components(served, keys),
     }
 
 
-def _operation(operation: Operation) -> dict[str, Any]:
+# --- operations ---------------------------------------------------------------------------------------------------------
+
+
+def _operation(operation: Operation, keys: KeyRule) -> dict[str, Any]:
     described: dict[str, Any] = {
         "operationId": operation.id,
         "summary": operation.summary,
-        "parameters": [*_path_parameters(operation), *_query_parameters(operation)],
-        "responses": {
-            **{str(code): _response(_TITLES.get(code, "Done."), name) for code, name in operation.answers.items()},
-            **{str(code): _response(COMMON_ERRORS[code], "Error") for code in _error_codes(operation)},
-        },
+        "tags": [operation.tag],
+        "parameters": [*_path_parameters(operation), *_query_parameters(operation), _REQUEST_ID_PARAMETER],
+        "responses": _responses(operation, keys),
     }
+    if operation.needs_model_api:
+        described["description"] = WITHOUT_MODEL_API
     if operation.takes_body:
         described["requestBody"] = _request_body(operation)
+    if keys is not KeyRule.NOBODY:
+        described["security"] = _security(operation, keys)
     return described
 
 
 def _path_parameters(operation: Operation) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "in": "path",
-            "required": True,
-            "description": PATH_PARAMETERS[name],
-            "schema": {"type": "string"},
-        }
-        for name in _path_names(operation)
-    ]
+    names = re.findall(r"{(\w+)}", operation.path)
+    return [_parameter(PATH_PARAMETERS[name], "path", required=True) for name in names]
 
 
 def _query_parameters(operation: Operation) -> list[dict[str, Any]]:
     return [
-        {
-            "name": parameter.name,
-            "in": "query",
-            # What may stand in the body instead is not required in the query.
-            "required": parameter.required and not operation.takes_body,
-            "description": parameter.help + (" Required, here or in the body." if parameter.required else ""),
-            "schema": parameter.schema,
-        }
+        # What may stand in the body instead is not required in the query.
+        _parameter(parameter, "query", required=parameter.required and not operation.takes_body)
         for parameter in operation.parameters
     ]
 
 
-def _path_names(operation: Operation) -> list[str]:
-    return re.findall(r"{(\w+)}", operation.path)
+def _parameter(parameter: Parameter, place: str, *, required: bool) -> dict[str, Any]:
+    elsewhere = " Required, here or in the body." if parameter.required and not required else ""
+    return {
+        "name": parameter.name,
+        "in": place,
+        "required": required,
+        "description": parameter.description + elsewhere,
+        "schema": parameter.schema,
+    }
 
 
 def _request_body(operation: Operation) -> dict[str, Any]:
-    schema = {
-        "type": "object",
-        "properties": {
-            parameter.name: {**parameter.schema, "description": parameter.help} for parameter in operation.parameters
-        },
-    }
+    content = {"schema": ref(_body_name(operation))}
     return {
         "required": False,
-        "description": "The parameters may come here instead of in the query string.",
-        "content": {
-            "application/json": {"schema": schema},
-            "application/x-www-form-urlencoded": {"schema": schema},
-        },
+        "description": "The parameters may come here instead of in the query string. One that is in both, with"
+        " different values, is an error.",
+        "content": {"application/json": content, "application/x-www-form-urlencoded": content},
     }
 
 
-def _error_codes(operation: Operation) -> list[int]:
-    codes = {*EVERYWHERE, *operation.errors} - set(operation.answers)
-    if operation.path.startswith("/models"):
-        codes.update(GUARDED)
-    if operation.method in {"POST", "PUT", "DELETE"}:
-        codes.update(CHANGING)
-    return sorted(codes)
+def _body_name(operation: Operation) -> str:
+    return f"{operation.id[0].upper()}{operation.id[1:]}Parameters"
 
 
-_TITLES = {202: "Accepted; workers are on their way.", 500: "Nothing can be served."}
-
-
-def _response(description: str, schema: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": _ref(schema)}}}
-
-
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(properties: Mapping[str, Any], *optional: str) -> dict[str, Any]:
-    required = [name for name in properties if name not in optional]
-    return {"type": "object", "required": required, "properties": dict(properties)}
-
-
-_TEXT = {"type": "string"}
-_WHOLE = {"type": "integer"}
-_NUMBER = {"type": "number"}
-_TRUTH = {"type": "boolean"}
-_WARNINGS = {"type": "array", "items": _TEXT, "description": "About parameters that are not known."}
-
-SCHEMAS: Mapping[str, dict[str, Any]] = {
-    "Error": _object({"code": _WHOLE, "type": _TEXT, "message": _TEXT, "warnings": _WARNINGS}, "warnings"),
-    "Status": _object({"status": _TEXT, "warnings": _WARNINGS}, "warnings"),
-    "Health": _object({"status": {"type": "string", "enum": ["Healthy", "Partial Healthy", "Unhealthy"]}}),
-    "ApiDescription": {"type": "object"},
-    "ModelList": _object(
-        {
-            "nextPageToken": {"type": "string", "description": "Absent on the last page."},
-            "models": {"type": "array", "items": _object({"modelName": _TEXT, "modelUrl": _TEXT})},
-            "warnings": _WARNINGS,
+def _body_schema(operation: Operation) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            parameter.name: {**parameter.schema, "description": parameter.description}
+            for parameter in operation.parameters
         },
-        "nextPageToken",
-        "warnings",
-    ),
-    "ModelDescriptions": {"type": "array", "items": _ref("ModelDescription")},
-    "ModelDescription": _object(
-        {
-            "modelName": _TEXT,
-            "modelVersion": _TEXT,
-            "modelUrl": _TEXT,
-            "engine": _TEXT,
-            "runtime": _TEXT,
-            "minWorkers": _WHOLE,
-            "maxWorkers": _WHOLE,
-            "batchSize": _WHOLE,
-            "maxBatchDelay": {**_WHOLE, "description": "Milliseconds."},
-            "responseTimeout": {**_NUMBER, "description": "Seconds."},
-            "startupTimeout": {**_NUMBER, "description": "Seconds."},
-            "maxRetryTimeoutInSec": _NUMBER,
-            "deviceType": _TEXT,
-            "loadedAtStartup": _TRUTH,
-            "workers": {"type": "array", "items": _ref("Worker")},
-            "jobQueueStatus": _object({"remainingCapacity": _WHOLE, "pendingRequests": _WHOLE}),
-            "state": {
-                "type": "string",
-                "enum": ["REGISTERED", "LOADING", "READY", "FAILED", "RETIRING", "GONE"],
-            },
-            "defaultVersion": _TRUTH,
-            "lastError": {
-                "type": "string",
-                "description": "Why a worker failed last, with its last lines.",
-            },
-            "customizedMetadata": {"description": "What describe_handle returned."},
-        },
-        "lastError",
-        "customizedMetadata",
-    ),
-    "Worker": _object(
-        {
-            "id": _TEXT,
-            "startTime": {"type": "string", "format": "date-time"},
-            "status": {"type": "string", "enum": ["READY", "LOADING", "UNLOADING"]},
-            "memoryUsage": {**_WHOLE, "description": "Bytes."},
-            "pid": _WHOLE,
-            "gpu": _TRUTH,
-            "gpuUsage": _TEXT,
+        "additionalProperties": True,  # one that is not known is a warning
+    }
+
+
+def _security(operation: Operation, keys: KeyRule) -> list[dict[str, list[str]]]:
+    if operation.key is None:
+        return []
+    needed: dict[str, list[str]] = {_scheme_name(operation.key): []}
+    return [needed] if keys is KeyRule.EVERYBODY else [{}, needed]
+
+
+def _scheme_name(key: KeyName) -> str:
+    return f"{key.value}Key"
+
+
+# --- responses ----------------------------------------------------------------------------------------------------------
+
+
+def _responses(operation: Operation, keys: KeyRule) -> dict[str, Any]:
+    errors = _error_codes(operation, keys)
+    responses = {code: _answer(operation, code, code in errors) for code in operation.answers}
+    responses.update({code: {"$ref": f"#/components/responses/{error_name(code)}"} for code in errors - set(responses)})
+    return {str(code): responses[code] for code in sorted(responses)}
+
+
+def _error_codes(operation: Operation, keys: KeyRule) -> set[int]:
+    codes = {*EVERYWHERE, *operation.errors}
+    if operation.key is not None and keys is not KeyRule.NOBODY:
+        codes.add(401)
+    if operation.method in CHANGING_METHODS:
+        codes.add(403)
+    return codes
+
+
+def _answer(operation: Operation, code: int, is_error_too: bool) -> dict[str, Any]:
+    schema: dict[str, Any] = ref(operation.answers[code])
+    if is_error_too:
+        schema = {"anyOf": [schema, ref(error_name(code))]}
+    description = SUCCESS.get(code) or f"Nothing can be served; or: {ERRORS[code].meaning}"
+    answer = _response(code, description, schema)
+    if code < 300 and operation.links:
+        answer["links"] = {
+            link.operation_id: {"operationId": link.operation_id, "parameters": dict(link.parameters)}
+            for link in operation.links
         }
+    return answer
+
+
+def _response(code: int, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    names = [*_HEADERS_OF_ALL, *_HEADERS_OF.get(code, ())]
+    return {
+        "description": description,
+        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
+        "content": {"application/json": {"schema": dict(schema)}},
+    }
+
+
+# --- components ---------------------------------------------------------------------------------------------------------
+
+
+def _components(operations: list[Operation], keys: KeyRule) -> dict[str, Any]:
+    codes = sorted(set().union(*(_error_codes(operation, keys) for operation in operations)))
+    bodies = {name for operation in operations for name in operation.answers.values()}
+    sent = closure({*bodies, *map(error_name, codes)})
+    schemes = {operation.key for operation in operations if operation.key is not None}
+    described: dict[str, Any] = {
+        "schemas": {
+            **{name: schema for name, schema in SCHEMAS.items() if name in sent},
+            **{_body_name(operation): _body_schema(operation) for operation in operations if operation.takes_body},
+        },
+        "responses": {error_name(code): _response(code, ERRORS[code].meaning, ref(error_name(code))) for code in codes},
+        "parameters": {"x-request-id": _REQUEST_ID},
+        "headers": _headers(codes),
+    }
+    if schemes and keys is not KeyRule.NOBODY:
+        described["securitySchemes"] = {_scheme_name(key): _scheme(key) for key in KeyName if key in schemes}
+    return described
+
+
+def _scheme(key: KeyName) -> dict[str, str]:
+    return {
+        "type": "http",
+        "scheme": "bearer",
+        "description": f"The {key.value} key: the one that the server wrote to key_file.json, or a fixed one.",
+    }
+
+
+def _headers(codes: Iterable[int]) -> dict[str, Any]:
+    names = {*_HEADERS_OF_ALL, *(name for code in codes for name in _HEADERS_OF.get(code, ()))}
+    return {name: header for name, header in _HEADERS.items() if name in names}
+
+
+def _header(description: str, schema: Mapping[str, Any], *, required: bool = True) -> dict[str, Any]:
+    return {"description": description, "required": required, "schema": dict(schema)}
+
+
+_REQUEST_ID = {
+    "name": "x-request-id",
+    "in": "header",
+    "required": False,
+    "description": "An id for the request, up to 128 printable ASCII characters without a space; sent back, and in the log."
+    " If there is none, or a longer one, the server makes one.",
+    "schema": {"type": "string"},
+}
+_REQUEST_ID_PARAMETER = {"$ref": "#/components/parameters/x-request-id"}
+_HEADERS: Mapping[str, Any] = {
+    "x-request-id": _header(
+        "The id of the request.", {"type": "string", "pattern": "^[\\x21-\\x7e]{1,128}$", "example": "4f1c"}
+    ),
+    **{name: _header("Nothing is cached.", {"type": "string", "enum": [value]}) for name, value in NO_CACHE.items()},
+    "Allow": _header("The methods that are served here.", {"type": "string", "example": "GET, OPTIONS"}),
+    "WWW-Authenticate": _header("How to send a key.", {"type": "string", "example": 'Bearer realm="torchmgmt"'}),
+    "Retry-After": _header(
+        "After how many seconds to try again; only if that is known.",
+        {"type": "integer", "minimum": 1, "example": 5},
+        required=False,
     ),
 }
-
-
-def _closure(names: set[str]) -> set[str]:
-    """Return ``names`` and every schema that they refer to."""
-    found: set[str] = set()
-    waiting = set(names)
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= set(re.findall(r"#/components/schemas/(\w+)", repr(SCHEMAS[name]))) - found
-    return found
+_HEADERS_OF_ALL = ("x-request-id", *NO_CACHE)
+_HEADERS_OF: Mapping[int, tuple[str, ...]] = {
+    401: ("WWW-Authenticate",),
+    405: ("Allow",),
+    503: ("Retry-After",),
+}

@@ -22,11 +22,16 @@ from torchmgmt.http.errors import BadRequest
 __all__ = ["Kind", "Parameter", "Values", "pairs_of_body", "pairs_of_query", "read_parameters"]
 
 LARGEST = 2**31 - 1  # TorchServe's clients and servers hold these numbers in an int of Java
+MOST_PARAMETERS = 1000
 MOST_WARNINGS = 10
 LONGEST_NAME_SHOWN = 60
 
-_WHOLE = re.compile(r"[+-]?[0-9]{1,19}", re.ASCII)
+# ASCII digits only, and no exponent: 1e3 and the digits of other scripts are more likely a mistake than meant. Spaces
+# around them are let through, because that is what the plus of `+7` means in a query.
+_WHOLE = re.compile(r" *([+-]?[0-9]{1,19}) *", re.ASCII)
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
+# What str.strip() takes for blank, as JSON schema's regular expressions (ECMA 262) write it.
+_BLANK = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 Pairs = Sequence[tuple[str, object]]
 """Parameters as they came: text from a query or form, whatever JSON has from a JSON body."""
@@ -42,54 +47,100 @@ class Kind(Enum):
 
 @frozen
 class Parameter:
-    """One query parameter of one or more endpoints."""
+    """One parameter of one or more operations: what it is called and means, and which values it may have."""
 
     name: str
     kind: Kind
     help: str
     default: object = None
     """What stands in for it when it is not given; None if that is decided elsewhere."""
-    minimum: int | None = None
+    minimum: int = -LARGEST
+    """The least of a whole number; the greatest is :data:`LARGEST`."""
+    unit: str = ""
+    """What a whole number counts, in the plural: seconds, milliseconds."""
+    forbidden: str = "\0"
+    """The characters that a text must not have."""
+    choices: Sequence[Any] = ()
+    """The values that it may have, if not all of its kind; text matches one of them in any case."""
+    refusal: str = ""
+    """What to say to a value that is none of the choices, where clients know the words; ``{}`` is what was given."""
     required: bool = False
+    example: object = None
 
     @property
     def allowed(self) -> str:
         """What its value may be, in words."""
+        if self.choices:
+            return " or ".join(_in_json(choice) for choice in self.choices)
         if self.kind is Kind.TRUTH:
             return "true or false"
         if self.kind is Kind.TEXT:
-            return "text"
-        return f"a whole number from {self._lowest} to {LARGEST}"
+            return f"text that is not blank and has no {' or '.join(map(repr, self.forbidden))} in it"
+        counted = f" of {self.unit}" if self.unit else ""
+        return f"a whole number{counted} from {self.minimum} to {LARGEST}"
 
     @property
-    def schema(self) -> dict[str, object]:
-        """Its JSON schema."""
-        schema: dict[str, object] = {"type": self.kind.value}
-        if self.kind is Kind.WHOLE:
-            schema.update(minimum=self._lowest, maximum=LARGEST)
+    def schema(self) -> dict[str, Any]:
+        """Its JSON schema: what a client should send. :meth:`read` takes a little more, see there."""
+        schema: dict[str, Any] = {"type": self.kind.value}
+        if self.choices:
+            schema["enum"] = list(self.choices)
+        elif self.kind is Kind.WHOLE:
+            schema.update(format="int32", minimum=self.minimum, maximum=LARGEST)
+        elif self.kind is Kind.TEXT:
+            any_number = f"[^{_escaped(self.forbidden)}]*"
+            schema["pattern"] = f"^{any_number}[^{_escaped(self.forbidden)}{_BLANK}]{any_number}$"
         if self.default is not None:
             schema["default"] = self.default
+        if self.example is not None:
+            schema["example"] = self.example
         return schema
 
     @property
-    def _lowest(self) -> int:
-        return -LARGEST if self.minimum is None else self.minimum
+    def description(self) -> str:
+        """What it means, with its unit."""
+        return f"{self.help} In {self.unit}." if self.unit else self.help
 
     def read(self, given: object) -> Any:
-        """Return the value of what was ``given``, or raise :class:`InvalidArgument`."""
-        value: Any = _READERS[self.kind](given)
-        if value is None or (self.kind is Kind.WHOLE and not self._lowest <= value <= LARGEST):
+        """Return the value of what was ``given``: text from a query or form, or a value from JSON.
+
+        Beside what :attr:`schema` says, a whole number or a truth value may stand in a JSON body as text, too, and a
+        truth value is true, false, 1 or 0, in any case.
+
+        Raises:
+            InvalidArgument: it is of another kind or out of range; names the parameter, what was given and what is allowed.
+            BadRequest: it is none of the choices, and :attr:`refusal` has the words for that.
+        """
+        value = self._choose(given) if self.choices else _READERS[self.kind](given)
+        if value is None or not self._is_legal(value):
+            if self.refusal:
+                raise BadRequest(self.refusal.format(given))
             raise InvalidArgument(self.name, given, self.allowed)
         return value
 
+    def _choose(self, given: object) -> object:
+        value = _READERS[self.kind](given)
+        wanted = value.strip(" ").casefold() if isinstance(value, str) else value
+        fitting = (one for one in self.choices if wanted == (one.casefold() if isinstance(one, str) else one))
+        return next(fitting, None)
+
+    def _is_legal(self, value: Any) -> bool:
+        if self.kind is Kind.WHOLE:
+            return bool(self.minimum <= value <= LARGEST)
+        if self.kind is Kind.TEXT:
+            return bool(value.strip()) and not any(char in value for char in self.forbidden)
+        return True
+
 
 def _read_text(given: object) -> str | None:
-    return given if isinstance(given, str) else None
+    # Half a surrogate pair, which JSON can bring, is no text: nothing could be named by it.
+    return given if isinstance(given, str) and not _SURROGATE.search(given) else None
 
 
 def _read_whole(given: object) -> int | None:
     if isinstance(given, str):
-        return int(given) if _WHOLE.fullmatch(given.strip()) else None
+        found = _WHOLE.fullmatch(given)
+        return int(found[1]) if found else None
     return given if isinstance(given, int) and not isinstance(given, bool) else None
 
 
@@ -97,14 +148,23 @@ def _read_truth(given: object) -> bool | None:
     if isinstance(given, bool):
         return given
     # A JSON body may say 1 or 0 as numbers.
-    return _TRUTH.get(str(given).strip().lower()) if isinstance(given, (str, int)) else None
+    return _TRUTH.get(str(given).strip(" ").lower()) if isinstance(given, (str, int)) else None
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _READERS: Mapping[Kind, Callable[[object], object]] = {
     Kind.TEXT: _read_text,
     Kind.WHOLE: _read_whole,
     Kind.TRUTH: _read_truth,
 }
+
+
+def _escaped(characters: str) -> str:
+    return "".join(rf"\u{ord(char):04x}" for char in characters)
+
+
+def _in_json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @frozen
@@ -113,6 +173,8 @@ class Values:
 
     by_name: Mapping[str, Any]
     warnings: Sequence[str] = ()
+    has_key: bool = False
+    """Whether a valid key came with the request."""
 
     def __getitem__(self, name: str) -> Any:
         """The value of a declared parameter; None if it was not given and has no default."""
@@ -169,12 +231,19 @@ def _unknown(name: str, table: Mapping[str, Parameter]) -> str:
     return f"unknown parameter {shown!r}" + (f": did you mean {flat[meant[0]]!r}?" if meant else "")
 
 
-def pairs_of_query(text: str) -> Pairs:
-    """Return the parameters of a query string or of a form-encoded body."""
+def pairs_of_query(query: bytes | str) -> Pairs:
+    """Return the parameters of a query string or of a form-encoded body.
+
+    Raises:
+        BadRequest: there are too many, or they or what their percent-encoding stands for are not UTF-8.
+    """
+    text = query if isinstance(query, str) else _decode(query)
+    if text.count("&") >= MOST_PARAMETERS:
+        raise BadRequest(f"There are more than {MOST_PARAMETERS} parameters")
     try:
-        return parse_qsl(text, keep_blank_values=True, max_num_fields=1000)
-    except ValueError:  # too many fields
-        raise BadRequest("There are more than 1000 parameters") from None
+        return parse_qsl(text, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"The parameters are not UTF-8: {error}") from None
 
 
 def pairs_of_body(content_type: str | None, body: bytes) -> Pairs:
@@ -183,7 +252,7 @@ def pairs_of_body(content_type: str | None, body: bytes) -> Pairs:
         return ()
     media_type = (content_type or "").partition(";")[0].strip().lower()
     if media_type == "application/x-www-form-urlencoded":
-        return pairs_of_query(_decode(body))
+        return pairs_of_query(body)
     # Without a content type JSON is meant: what else could a client have put together by hand?
     if media_type in {"", "application/json"} or media_type.endswith("+json"):
         return _pairs_of_json(_decode(body))
@@ -193,22 +262,26 @@ def pairs_of_body(content_type: str | None, body: bytes) -> Pairs:
     )
 
 
-def _decode(body: bytes) -> str:
+def _decode(sent: bytes) -> str:
     try:
-        return body.decode("utf-8-sig")
+        return sent.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRequest(f"The body is not UTF-8: {error}") from None
+        raise BadRequest(f"The parameters are not UTF-8: {error}") from None
 
 
 def _pairs_of_json(text: str) -> Pairs:
     try:
         # Pairs, not a dict: of a name given twice one would win without a word.
-        pairs = json.loads(text, object_pairs_hook=_JSONObject)
+        pairs = json.loads(text, object_pairs_hook=_JSONObject, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The body is not valid JSON: {error}") from None
     if not isinstance(pairs, _JSONObject):
         raise BadRequest("The body must be a JSON object of parameters")
     return pairs
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 class _JSONObject(list[tuple[str, object]]):

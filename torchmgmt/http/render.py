@@ -25,18 +25,18 @@ class Reply:
 
     code: int
     item: Any
-    """The body, as a JSON-able object."""
+    """The body: a JSON-able object, or JSON that is written already."""
     headers: Mapping[str, str] = field(factory=dict)
 
 
 def render_reply(req: falcon.Request, resp: falcon.Response, reply: Reply) -> None:
-    """Write ``reply``; an object also carries the warnings about the request."""
+    """Write ``reply``; an object that is not written yet also carries the warnings about the request."""
     item = reply.item
     if isinstance(item, dict) and req.context.warnings:
         item = {**item, "warnings": list(req.context.warnings)}
     resp.status = reply.code
     resp.content_type = JSON
-    resp.data = to_json(item)
+    resp.data = item if isinstance(item, bytes) else to_json(item)
     resp.set_headers(dict(reply.headers))
 
 
