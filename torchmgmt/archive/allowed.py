@@ -14,7 +14,7 @@ from torchmgmt.errors import InvalidArgument, SourceNotAllowed
 if TYPE_CHECKING:
     import ipaddress
 
-__all__ = ["Rules", "not_allowed"]
+__all__ = ["Rules", "not_allowed", "refuse_dots"]
 
 _SEPARATORS = re.compile(r"[/\\]")
 # The metadata services of Amazon (over IPv6), Alibaba and Google (over IPv6), which are not link-local but just as
@@ -61,8 +61,7 @@ class Rules:
         Raises:
             SourceNotAllowed: no rule allows it.
         """
-        if has_dots(url):
-            raise SourceNotAllowed(shown, f"Relative path is not allowed in url: {shown}")
+        refuse_dots(url, shown)
         if self.patterns is not None:
             if not self.matches(url):
                 raise not_allowed(shown, "no pattern of the setting allowed_urls matches the whole of it")
@@ -107,6 +106,16 @@ class Rules:
 
         elsewhere = urlsplit(url)._replace(netloc="other.invalid").geturl()
         return any(pattern.fullmatch(url) and not pattern.fullmatch(elsewhere) for pattern in self.patterns or ())
+
+
+def refuse_dots(url: str, shown: str) -> None:
+    """Refuse a URL whose path has a ``..``; to be asked of it as it was written, too, as clients tidy what they request.
+
+    Raises:
+        SourceNotAllowed: it has one.
+    """
+    if has_dots(url):
+        raise SourceNotAllowed(shown, f"Relative path is not allowed in url: {shown}")
 
 
 def has_dots(url: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from torchmgmt.archive.allowed import Rules
+from torchmgmt.archive.allowed import Rules, refuse_dots
 from torchmgmt.archive.transfer import Transfer, Validators
 from torchmgmt.archive.urls import redacted
 from torchmgmt.errors import InvalidArgument
@@ -53,6 +53,8 @@ def fetch_http(
     """
     import requests
 
+    if rules is not None:
+        refuse_dots(transfer.source.place, transfer.source.shown)
     url = _prepared(transfer, transfer.source.place)
     with requests.Session() as session:
         for _ in range(MAX_REDIRECTS + 1):
@@ -193,7 +195,7 @@ def _reason(transfer: Transfer, url: str, error: Exception) -> str:
     chain = list(_chain(error))
     if isinstance(error, requests.ConnectTimeout):
         return f"no connection came about within {min(transfer.limits.stall_s, MAX_CONNECT_S):g} s"
-    if any(isinstance(each, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)) for each in chain):
+    if any(_is_timeout(each) for each in chain):
         return f"nothing came for {transfer.limits.stall_s:g} s"
     if any(isinstance(each, socket.gaierror) for each in chain):
         return f"the host {_host(url)} is unknown"
@@ -209,6 +211,15 @@ def _reason(transfer: Transfer, url: str, error: Exception) -> str:
     if isinstance(error, requests.ConnectionError):
         return "the connection ended before all of it came"
     return f"the server's answer makes no sense ({type(error).__name__})"
+
+
+def _is_timeout(error: BaseException) -> bool:
+    import requests
+    import urllib3
+
+    # urllib3 counts a refused connection among the timeouts.
+    is_refusal = isinstance(error, urllib3.exceptions.NewConnectionError)
+    return not is_refusal and isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError))
 
 
 def _verify_message(error: ssl.SSLError) -> str:
