@@ -50,7 +50,7 @@ from torchmgmt.records import (
     check_number,
     check_truth,
 )
-from torchmgmt.registration import Wishes, is_default_version, scale_of, spec_of
+from torchmgmt.registration import Wishes, is_default_version, scale_of, sources_of, spec_of
 from torchmgmt.registry import Registry
 from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore, in_parallel, stored_of, wishes_of
 from torchmgmt.settings import Settings
@@ -152,11 +152,11 @@ class ModelManager:
         if settings is not None and not isinstance(settings, Settings):
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
-        self._sources = ModelSources(self.settings.model_store if model_store is None else model_store)
+        self._announcer = _Announcer(_check_listeners(listeners))
+        self._sources = sources_of(model_store, self.settings, self._announcer.tell)
         self._backend: Backend = ProcessBackend() if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
-        self._announcer = _Announcer(_check_listeners(listeners))
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
         self._depth = forks.depth()
         # 32 hexadecimal digits that no other request of this or another manager has: its own, and a number.
@@ -261,6 +261,7 @@ class ModelManager:
         template_idle_timeout: float | None = None,
         default_workers: int = 1,
         trusted: bool = True,
+        may_fetch: bool = False,
         loaded_at_startup: bool = False,
     ) -> Model:
         """Register a model version and start its workers; return it.
@@ -270,8 +271,9 @@ class ModelManager:
         registered and nothing is left over.
 
         Args:
-            url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path,
-                or a ``file://`` URL.
+            url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path, or
+                a URL, ``file://`` or ``http(s)://``, or with the extra ``remote`` ``s3://`` and the like. ``#sha256=``
+                and its digest after it: no other archive will do.
             model_name: the name, without ``/``; default: the manifest's.
             version: the version, without ``/``; default: the manifest's, else "1.0".
             handler: ``module``, ``module.py``, ``module:function``, or a shipped handler; default: the manifest's.
@@ -301,7 +303,9 @@ class ModelManager:
             template_idle_timeout: for how long, in s, there may be no worker before the process that has loaded the model
                 for the next one is given up, at least 0; default 600.
             default_workers: ``initial_workers`` where neither the call nor the archive nor the settings say it.
-            trusted: False if ``url`` came from outside the program: then only the model store is looked into.
+            trusted: False if ``url`` came from outside the program: then only the model store is looked into, and what
+                the setting ``allowed_urls`` allows.
+            may_fetch: whether such a caller, on this machine or with a key, may name any host if that is not set.
             loaded_at_startup: what ``describe`` says of it. If it fails, :meth:`models` and :meth:`describe` show the
                 version as FAILED with the reason, until it is registered again or unregistered.
 
@@ -335,6 +339,7 @@ class ModelManager:
             template_idle_timeout=template_idle_timeout,
             default_workers=default_workers,
             trusted=trusted,
+            may_fetch=may_fetch,
             loaded_at_startup=loaded_at_startup,
         )
         if synchronous:
@@ -678,7 +683,7 @@ class ModelManager:
         spec: ModelSpec | None = None
         try:
             with contextlib.ExitStack() as undo:
-                folder = undo.enter_context(self._sources.open(url, trusted=wishes.trusted))
+                folder = undo.enter_context(self._sources.open(url, trusted=wishes.trusted, may_fetch=wishes.may_fetch))
                 if stored is None:
                     stored = stored_of(folder, wishes, scale_of(folder, wishes, self.settings), self.model_store)
                 else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,8 +17,9 @@ from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
-from torchmgmt.archive import ModelFolder
+from torchmgmt.archive import DownloadLimits, ModelFolder, ModelSources
 from torchmgmt.errors import InvalidArchive, InvalidArgument
+from torchmgmt.events import Listener
 from torchmgmt.records import (
     ModelKey,
     ModelSpec,
@@ -32,7 +34,7 @@ from torchmgmt.records import (
 )
 from torchmgmt.settings import Settings
 
-__all__ = ["Wishes", "key_of", "scale_of", "spec_of"]
+__all__ = ["Wishes", "key_of", "scale_of", "sources_of", "spec_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +100,28 @@ class Wishes:
     synchronous: bool = field(default=True, validator=truth("synchronous"))
     default_workers: int = field(default=1, validator=number("default_workers", 0))
     trusted: bool = field(default=True, validator=truth("trusted"))
+    may_fetch: bool = field(default=False, validator=truth("may_fetch"))
     loaded_at_startup: bool = field(default=False, validator=truth("loaded_at_startup"))
 
     def __attrs_post_init__(self) -> None:
         if self.initial_workers is not None and self.max_workers is not None:
             check_number("max_workers", self.max_workers, minimum=self.initial_workers)
+
+
+def sources_of(model_store: str | os.PathLike[str] | None, settings: Settings, listener: Listener) -> ModelSources:
+    """Return where models come from; raise InvalidArgument if ``model_store``, or that of the settings, is no path."""
+    return ModelSources(
+        settings.model_store if model_store is None else model_store,
+        cache_dir=settings.cache_dir,
+        max_cache_bytes=settings.max_cache_size,
+        download_limits=DownloadLimits(
+            max_bytes=settings.max_archive_size,
+            timeout_s=settings.download_timeout,
+            stall_s=settings.download_stall_timeout,
+        ),
+        allowed_urls=settings.allowed_urls,
+        listener=listener,
+    )
 
 
 def key_of(folder: ModelFolder, wishes: Wishes) -> ModelKey:

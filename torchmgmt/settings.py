@@ -267,6 +267,26 @@ class Settings:
         "Let environment variables TS_<NAME> set every setting, before the command line and the file.",
     )
     log_level: str = _setting(LOG_LEVEL_KIND, "INFO", "What the server writes to stderr.")
+    cache_dir: Path | None = _setting(
+        FOLDER_KIND,
+        None,
+        "A folder that keeps downloaded archives, and in which archives are unpacked; programs of one user may share it."
+        " If not set: a temporary folder, and nothing is kept.",
+        optional=True,
+    )
+    max_cache_size: int = _setting(
+        whole(0, "bytes"),
+        64 << 30,
+        "How large the archives kept in cache_dir may be together; those not used for longest are removed.",
+        unit="bytes",
+    )
+    max_archive_size: int = _setting(
+        whole(1, "bytes"), 64 << 30, "The largest archive that is downloaded.", unit="bytes"
+    )
+    download_timeout: float = _setting(amount(1e-3), 3600, "How long a download may take in all.", unit="s")
+    download_stall_timeout: float = _setting(
+        amount(1e-3), 60, "How long a download may be without a single byte.", unit="s"
+    )
     other_keys: Mapping[str, str] = field(factory=dict, hash=False)
     """What else a configuration file had: keys that are no settings, with their texts. Nothing looks at them."""
 

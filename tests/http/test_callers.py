@@ -123,6 +123,27 @@ def test_where_keys_are_required_being_local_is_not_enough(settings):
         assert client.simulate_get("/models", headers=sent).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "address, sent, expected",
+    [
+        ("http://127.0.0.1:8081", {}, True),
+        ("http://0.0.0.0:8081", {}, False),
+        ("http://0.0.0.0:8081", {"Authorization": "Bearer management-key"}, True),
+    ],
+    ids=["loopback", "network", "network with a key"],
+)
+def test_who_may_have_archives_fetched(address, sent, expected):
+    """Who calls a loopback address or sent a valid key; not everybody who reaches a network address without tokens."""
+    with keys_for(NETWORK, [], environ=ALL_FIXED) as keys:
+        settings = Settings(
+            enable_model_api=True, management_address=address, disable_token_authorization=None if sent else True
+        )
+        manager = FakeManager(settings=settings)
+        client = TestClient(create_app(manager, settings=settings, keys=keys))
+        client.simulate_post("/models?url=http://h/a.mar", headers={**LOCAL, **sent})
+        assert manager.calls[0][2]["may_fetch"] is expected
+
+
 def test_a_key_stands_for_any_host_and_any_proxy(serving):
     """Who has the key may come from anywhere, also to a loopback address that needs none."""
     manager = FakeManager(info_of("noop"))

@@ -75,6 +75,7 @@ def test_what_is_not_given_is_left_to_archive_and_settings(client, manager):
         "response_timeout": None,
         "startup_timeout": None,
         "trusted": False,
+        "may_fetch": True,
     }
 
 

@@ -84,6 +84,8 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "ts": IN_THE_WORKER,  # the names that compat provides
     "yaml": frozenset({"settings", "archive", "worker", "compat"}),
     "requests": frozenset({"launcher", "archive"}),
+    "urllib3": frozenset({"archive"}),
+    "fsspec": frozenset({"archive"}),
     "javaproperties": frozenset({"properties"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
     "falcon": frozenset({"http"}),

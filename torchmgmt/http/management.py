@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import falcon
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from torchmgmt import VersionState
 from torchmgmt.errors import ModelVersionNotFound
@@ -122,6 +122,10 @@ class ManagementAPI:
         return self.contract.operations()
 
     @property
+    def _is_loopback(self) -> bool:
+        return Address.parse("management_address", self.settings.management_address).is_loopback
+
+    @property
     def contract(self) -> Contract:
         """Which of TorchServe's documentation and server is followed where they disagree."""
         return contract_of(self.settings)
@@ -142,6 +146,7 @@ class ManagementAPI:
                 response_timeout=values["response_timeout"],
                 startup_timeout=values["startup_timeout"],
                 trusted=False,
+                may_fetch=values.has_key or self._is_loopback,
             )
         workers = model.describe().scale.min_workers
         code = self.contract.code_of_registration(synchronous=values["synchronous"], workers=workers)
@@ -257,7 +262,7 @@ class Route:
                 self._refuse(operation, req)
             if operation.needs_keys and not api.keys:
                 raise TokensOff
-            values = _read(adapted, req, api.settings.max_request_size)
+            values = evolve(_read(adapted, req, api.settings.max_request_size), has_key=req.context.has_key)
             render_reply(req, resp, endpoint(api, values, path))
 
         return respond
