@@ -42,7 +42,7 @@ def test_a_second_start_has_what_the_first_one_had(start: Start, tmp_path: Path)
     ]
     assert lines(first, "Restored") == []
     client = first.client()
-    assert client.post("/models?url=a&batch_size=3&model_name=mine").status_code == 200
+    assert client.post("/models?url=a&batch_size=3&model_name=mine&synchronous=true").status_code == 200
     assert client.put("/models/mine?min_worker=1&synchronous=true").status_code == 200
     first.process.kill()
     first.process.wait()

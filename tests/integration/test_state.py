@@ -192,7 +192,7 @@ def test_another_model_at_its_place_is_not_taken_for_it(tmp_path: Path, state_fi
     with ModelManager(tmp_path, state_file=state_file) as manager:
         (info,) = manager.versions("m")
         assert (info.version, info.state) == ("1", VersionState.FAILED)
-        assert "it holds m version 2 now, and m version 1 is to be restored from it" in info.last_error
+        assert "it holds m:2 now, and m:1 is to be restored from it" in info.last_error
 
 
 def test_a_changed_archive_is_restored_with_a_warning(
