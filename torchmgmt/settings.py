@@ -226,7 +226,11 @@ class Settings:
     cors_allowed_methods: tuple[str, ...] = _setting(
         LIST_KIND, (), "Methods that those pages may use. If not set: those of the path."
     )
-    cors_allowed_headers: tuple[str, ...] = _setting(LIST_KIND, (), "Request headers that those pages may send.")
+    cors_allowed_headers: tuple[str, ...] = _setting(
+        LIST_KIND,
+        (),
+        "Request headers that those pages may send. If not set: Authorization, Content-Type and X-Request-Id.",
+    )
     max_request_size: int = _setting(
         whole(1, "bytes"), 6553500, "The largest body that a request may have.", unit="bytes"
     )

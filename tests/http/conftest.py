@@ -15,7 +15,10 @@ import requests
 from attrs import define
 
 from tests.http.fakes import FakeManager, info_of
-from torchmgmt.http import serve
+from torchmgmt.http import create_inference_app, serve
+from torchmgmt.http.asgi_server import ASGIServer
+from torchmgmt.http.server import bind
+from torchmgmt.settings import Address
 
 # libuv opens a pipe for signals with the first loop of a process and keeps it: no leak of whichever test is first.
 with contextlib.suppress(ImportError):
@@ -88,3 +91,16 @@ def serving() -> Iterator[Callable[..., Client]]:
     """Serve managers of the test's own making."""
     with contextlib.ExitStack() as stack:
         yield lambda manager, **more: Client(stack.enter_context(serve(manager, **more)).url)
+
+
+@pytest.fixture
+def serving_inference() -> Iterator[Callable[..., Client]]:
+    """Serve the inference address as settings have it that need not say where it really is."""
+    with contextlib.ExitStack() as stack:
+
+        def start(manager: FakeManager, **more: Any) -> Client:
+            server = ASGIServer(create_inference_app(manager, **more), bind(Address("http", "127.0.0.1", 0)))
+            stack.callback(server.close)
+            return Client(server.url)
+
+        yield start

@@ -27,7 +27,7 @@ def before_call(context, case, kwargs) -> None:
     """Say each parameter in one place: in both with different values it is an error, and hides what the case is about."""
     if not isinstance(case.body, dict) or not case.query:
         return
-    if case.meta is not None and case.meta.is_negative_at(ParameterLocation.BODY):
+    if is_negative_at(case, ParameterLocation.BODY):
         case.query = {name: value for name, value in case.query.items() if name not in case.body}
     else:
         case.body = {name: value for name, value in case.body.items() if name not in case.query}
@@ -43,13 +43,19 @@ def filter_failure(context, failure, case, response) -> bool:
     return True
 
 
+def is_negative_at(case, place: ParameterLocation) -> bool:
+    """Whether what stands in this place was made to be wrong."""
+    part = case.meta.components.get(place) if case.meta is not None else None
+    return part is not None and part.mode.is_negative
+
+
 def reads_as_valid(case, request) -> bool:
     """Whether all that was sent is legal once it is read as the contract reads it.
 
     An empty value (and JSON's null) means not given; a truth value is true, false, 1 or 0 in any case; what a form sends as
     text, a JSON body may send as text, too; a parameter that is not known does not fail the call.
     """
-    if case.meta is not None and case.meta.is_negative_at(ParameterLocation.PATH):
+    if is_negative_at(case, ParameterLocation.PATH):
         return False
     declared, sent = declared_parameters(case), sent_parameters(request)
     return sent is not None and all(is_legal(declared[name], value) for name, value in sent if name in declared)

@@ -123,6 +123,27 @@ def test_where_keys_are_required_being_local_is_not_enough(settings):
         assert client.simulate_get("/models", headers=sent).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "address, sent, expected",
+    [
+        ("http://127.0.0.1:8081", {}, True),
+        ("http://0.0.0.0:8081", {}, False),
+        ("http://0.0.0.0:8081", {"Authorization": "Bearer management-key"}, True),
+    ],
+    ids=["loopback", "network", "network with a key"],
+)
+def test_who_may_have_archives_fetched(address, sent, expected):
+    """Who calls a loopback address or sent a valid key; not everybody who reaches a network address without tokens."""
+    with keys_for(NETWORK, [], environ=ALL_FIXED) as keys:
+        settings = Settings(
+            enable_model_api=True, management_address=address, disable_token_authorization=None if sent else True
+        )
+        manager = FakeManager(settings=settings)
+        client = TestClient(create_app(manager, settings=settings, keys=keys))
+        client.simulate_post("/models?url=http://h/a.mar", headers={**LOCAL, **sent})
+        assert manager.calls[0][2]["may_fetch"] is expected
+
+
 def test_a_key_stands_for_any_host_and_any_proxy(serving):
     """Who has the key may come from anywhere, also to a loopback address that needs none."""
     manager = FakeManager(info_of("noop"))
@@ -147,31 +168,30 @@ def test_an_app_that_needs_a_key_is_not_made_without_one(factory):
     "method, path",
     [("GET", "/ping"), ("GET", "/ping/"), ("GET", "/api-description"), ("OPTIONS", "/"), ("GET", "/live")],
 )
-def test_health_and_description_need_no_key_on_the_inference_address(method, path):
+def test_health_and_description_need_no_key_on_the_inference_address(serving_inference, method, path):
     """/ping, /live, /ready, metrics and the description: whoever watches the server has no key."""
-    app = create_inference_app(FakeManager(), settings=NETWORK, keys=fixed_keys(ALL_FIXED))
-    code = TestClient(app).simulate_request(method, path, headers={"Host": "models.example"}).status_code
-    assert code == (404 if path == "/live" else 200)  # not served here, but not refused either
+    client = serving_inference(FakeManager(), settings=NETWORK, keys=fixed_keys(ALL_FIXED))
+    code = client(method, path, headers={"Host": "models.example"}).status_code
+    assert code == 200
 
 
 @pytest.mark.parametrize("settings", [NETWORK, WITH_KEYS], ids=["network", "asked for"])
-def test_the_inference_address_wants_the_inference_key(settings):
+def test_the_inference_address_wants_the_inference_key(serving_inference, settings):
     """The management key opens the management address alone."""
-    client = TestClient(create_inference_app(FakeManager(), settings=settings, keys=fixed_keys(ALL_FIXED)))
+    client = serving_inference(FakeManager(), settings=settings, keys=fixed_keys(ALL_FIXED))
 
     def code(key: str) -> int:
-        headers = {**LOCAL, "Authorization": f"Bearer {key}"}
-        return client.simulate_post("/predictions/noop", headers=headers).status_code
+        return client.post("/predictions/noop", headers={"Authorization": f"Bearer {key}"}).status_code
 
     assert [code(key) for key in ("management-key", "the-api-key", "nothing")] == [401] * 3
     assert code("inference-key") == 404  # past the guard: this release serves no predictions
 
 
-def test_the_inference_address_has_the_same_rule_of_locality():
+def test_the_inference_address_has_the_same_rule_of_locality(serving_inference):
     """Loopback is open by default, and a rebound name is not loopback."""
-    client = TestClient(create_inference_app(FakeManager()))
-    assert client.simulate_get("/nope", host="localhost").status_code == 404
-    assert client.simulate_get("/nope", host="evil.example").status_code == 401
+    client = serving_inference(FakeManager())
+    assert client.get("/nope").status_code == 404
+    assert client.get("/nope", headers={"Host": "evil.example"}).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -194,7 +214,7 @@ def test_the_log_says_who_may_call(caplog, address, settings, says):
     assert {record.levelname for record in caplog.records} <= {"WARNING" if settings is OPEN else "INFO"}
 
 
-def test_a_named_origin_may_change_and_any_origin_may_not_manage(serving):
+def test_a_named_origin_may_change_and_any_origin_may_not_manage(serving, serving_inference):
     """cors_allowed_origin lets its pages change; * lets every page use the models, but none put code here."""
     manager = FakeManager(info_of("noop"))
     named = Settings(enable_model_api=True, cors_allowed_origin=("https://Good.example/",))
@@ -204,9 +224,8 @@ def test_a_named_origin_may_change_and_any_origin_may_not_manage(serving):
     anybody = Settings(enable_model_api=True, cors_allowed_origin=("*",))
     client = serving(manager, settings=anybody)
     assert client.put("/models/noop", headers={"Origin": "https://bad.example"}).status_code == 403
-    inference = TestClient(create_inference_app(manager, settings=anybody))
-    origin = {"Origin": "https://any.example"}
-    assert inference.simulate_post("/predictions/noop", host="localhost", headers=origin).status_code == 404
+    inference = serving_inference(manager, settings=anybody)
+    assert inference.post("/predictions/noop", headers={"Origin": "https://any.example"}).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,12 @@ class Meeting(FakeManager):
         self.inside = self.most = 0
         self.loaded: list[str] = []
 
+    def restore(self, model_snapshot: object) -> tuple[()]:
+        return ()
+
+    def items_to_load(self, items: list[str], *, over_state: bool) -> list[str]:
+        return items
+
     def register(self, url: str, **kwargs: Any) -> Any:
         assert kwargs["loaded_at_startup"] is True
         with self.lock:

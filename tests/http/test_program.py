@@ -231,10 +231,8 @@ def test_an_occupied_port_is_one_line_and_code_1(start):
         (("--nonsense",), "--nonsense"),
         (("--job-queue-size", "0"), "job_queue_size is 0, but must be a whole number"),
         (("--model-store", "/nowhere"), "model_store is '/nowhere', but must be a folder that exists"),
-        (("--management-address", "http://0.0.0.0:0"), "--disable-token-auth"),
-        (("--inference-address", "https://127.0.0.1:0"), "does not serve https yet"),
-        (("--disable-token-auth", "false"), "no token authorization yet"),
-        (("--management-address", "http://127.0.0.1:8080"), "does not serve both on one address yet"),
+        (("--inference-address", "https://127.0.0.1:0"), "certificate_file"),
+        (("--management-address", "https://127.0.0.1:8080"), "one port speaks either http or https"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(arguments, expected, tmp_path):

@@ -24,6 +24,8 @@ from torchmgmt.http import serve
 from torchmgmt.http.server import bind, start_inference
 from torchmgmt.settings import Address
 
+pytestmark = pytest.mark.timeout(120)  # it takes 15 s, alone
+
 HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
 CONFIG = ""  # not the one of whoever runs the tests
 
@@ -53,7 +55,7 @@ def look_at(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
             encoding="utf-8",
-            timeout=55,
+            timeout=110,
             check=False,
         )
         assert done.returncode == 0, done.stdout

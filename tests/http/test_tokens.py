@@ -11,7 +11,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-import requests
 
 from tests.http.conftest import Client
 from tests.http.fakes import FakeManager, info_of
@@ -33,7 +32,9 @@ MANAGEMENT, INFERENCE, API = KeyName.MANAGEMENT, KeyName.INFERENCE, KeyName.API
 def folder(tmp_path, monkeypatch) -> Path:
     """The working directory, and no keys in the environment."""
     monkeypatch.chdir(tmp_path)
-    forget_environment(os.environ)
+    for name in KeyName:
+        for prefix in ("TORCHMGMT", "TS"):
+            monkeypatch.delenv(f"{prefix}_{name.value.upper()}_KEY", raising=False)
     return tmp_path
 
 
@@ -51,6 +52,10 @@ def client() -> Iterator[Client]:
 
 def in_file(name: KeyName) -> str:
     return json.loads(Path(KEY_FILE).read_text())[name.value]["key"]
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -72,7 +77,7 @@ def test_the_key_file_has_torchserves_form(keys, folder):
     expires = datetime.fromisoformat(items["management"]["expiration time"].replace("Z", "+00:00"))
     assert timedelta(minutes=59) < expires - datetime.now(timezone.utc) <= timedelta(minutes=60)
     assert stat.S_IMODE((folder / KEY_FILE).stat().st_mode) == 0o600
-    assert [path.name for path in folder.iterdir()] == [KEY_FILE]
+    assert names_in(folder) == [KEY_FILE]
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
@@ -91,7 +96,7 @@ def test_the_key_file_goes_with_the_server(folder):
     with serve(FakeManager(settings=WITH_KEYS)):
         assert (folder / KEY_FILE).exists()
         os.chdir("/")
-    assert list(folder.iterdir()) == []
+    assert names_in(folder) == []
 
 
 def test_the_key_file_of_another_server_is_left_alone(keys, folder, caplog):
@@ -219,11 +224,24 @@ def test_the_environment_fixes_keys(folder):
         assert keys.renew(INFERENCE).text == in_file(INFERENCE)
 
 
+def test_the_api_key_of_the_environment_makes_keys_where_none_is_needed(serving, monkeypatch):
+    """They count as long as the settings say, and stand in the answer alone: no file was asked for."""
+    monkeypatch.setenv("TS_API_KEY", "the-api-key")
+    settings = Settings(token_expiration_min=5)
+    client = serving(FakeManager(), settings=settings)
+    made = client.get("/token?type=management", headers=bearer("the-api-key")).json()["management"]
+    expires = datetime.fromisoformat(made["expiration time"].replace("Z", "+00:00"))
+    assert expires - datetime.now(timezone.utc) <= timedelta(minutes=5)
+    elsewhere = {"Host": "models.example", **bearer(made["key"])}
+    assert client.get("/models", headers=elsewhere).status_code == 200
+    assert names_in(Path()) == []
+
+
 def test_with_all_keys_fixed_there_is_no_file(folder):
     """Secrets that the operator keeps elsewhere are not copied to the disk."""
     environ = {f"TORCHMGMT_{name.name}_KEY": f"the-{name.value}-key" for name in KeyName}
     with keys_for(WITH_KEYS, [LOOPBACK], environ=environ):
-        assert list(folder.iterdir()) == []
+        assert names_in(folder) == []
 
 
 @pytest.mark.parametrize("text", ["short", "with a blank in it", "with\ttab-in-it", "ümläüts-everywhere", "x" * 1025])
@@ -336,9 +354,9 @@ def test_no_key_is_ever_seen(caplog):
             answers.append(client.raw(f"GET /models HTTP/1.0\r\nAuthorization: {key}\r\n\r\n".encode()).decode())
         renewed = client.get("/token?type=management", headers=bearer(in_file(API))).json()["management"]["key"]
         answers.append(client.get("/models", headers=bearer(renewed)).text)
-    ours = [record for record in caplog.records if record.name.startswith("torchmgmt")]  # not the client's
+    ours = [record for record in caplog.records if not record.name.startswith("urllib3")]  # the client's own
     assert len(ours) >= 4 * 9  # the access log at least
-    everything = "".join(answers) + "".join(record.getMessage() + str(vars(record)) for record in ours)
+    everything = "".join(answers) + "".join(str(vars(record)) for record in ours)
     assert [key for key in [*keys, renewed] if key in everything] == []
 
 
@@ -370,4 +388,5 @@ def test_the_program_makes_the_keys_and_takes_them_away(folder, monkeypatch):
 
 def test_keys_hide_themselves(keys):
     """Whoever prints or logs the object shows no key."""
-    assert in_file(API) not in repr(keys) + str(vars(requests)) + repr(keys.renew(MANAGEMENT))
+    shown = repr(keys) + repr(keys.renew(INFERENCE))
+    assert [name for name in KeyName if in_file(name) in shown] == []

@@ -18,6 +18,7 @@ from torchmgmt.errors import (
     InvalidArchive,
     InvalidArgument,
     InvalidSetting,
+    InvalidStateFile,
     ManagerClosed,
     ModelNotFound,
     ModelVersionNotFound,
@@ -25,6 +26,7 @@ from torchmgmt.errors import (
     QueueFull,
     SourceNotAllowed,
     SourceNotFound,
+    StateFileInUse,
     TorchmgmtError,
     WorkerDied,
     WorkerStartFailed,
@@ -74,6 +76,21 @@ EXAMPLES = [
     (
         HandlerFailed("m", "1.0", "ValueError: no", "builtins.ValueError", 507, True, TRACEBACK, ["last"]),
         "Model m version 1.0 failed: ValueError: no",
+    ),
+    (
+        InvalidStateFile("/s/state.json", "its format is 2"),
+        (
+            "/s/state.json cannot be restored: its format is 2; it is left untouched: put it right, move it away to begin"
+            " without it, or name another state file"
+        ),
+    ),
+    (
+        StateFileInUse("/s/state.json", 77),
+        "The state file /s/state.json is in use by process 77; close that one, or name another state file",
+    ),
+    (
+        StateFileInUse("/s/state.json"),
+        "The state file /s/state.json is in use by another process; close that one, or name another state file",
     ),
     (
         WouldWaitForever("predict"),

@@ -94,7 +94,7 @@ class _Bounded(QueueHandler):
 
 
 class _Listener(QueueListener):
-    """Waits for room in its queue when it is told to end; the one of Python 3.13 fails then."""
+    """Waits for room in its queue when it is told to end, where the inherited one fails."""
 
     def enqueue_sentinel(self) -> None:
         cast("queue.Queue[None]", self.queue).put(None)

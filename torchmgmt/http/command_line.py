@@ -67,6 +67,8 @@ class CommandLine:
     warnings: Sequence[str]
     file: Path | None = None
     """The configuration file, None if there is none."""
+    names_models: bool = False
+    """Whether the models to load were named at this start, on the command line or in the environment."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,11 +93,14 @@ def parse_command_line(
         return CommandLine(action, Settings(), ())
     file = _find_file(namespace.ts_config, variables)
     try:
-        gathered = gather(given_settings(namespace), file=file, environment=variables)
+        given = given_settings(namespace)
+        gathered = gather(given, file=file, environment=variables)
     except InvalidArgument as error:
         parser.error(str(error))
     ignored = [f"{flag} has no effect: {why}" for flag, why in WITHOUT_EFFECT.items() if vars(namespace)[_dest(flag)]]
-    return CommandLine(action, gathered.settings, (*ignored, *gathered.warnings), file)
+    in_environment = gathered.settings.enable_envvars_config and bool(variables.get("TS_LOAD_MODELS", "").strip())
+    names_models = "load_models" in given or in_environment
+    return CommandLine(action, gathered.settings, (*ignored, *gathered.warnings), file, names_models)
 
 
 def _action(namespace: argparse.Namespace) -> Action:

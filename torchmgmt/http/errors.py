@@ -136,6 +136,8 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     errors.WrongNumberOfAnswers: (500, "InternalServerException"),
     errors.DeadlineExceeded: (500, "InternalServerException"),
     errors.WouldWaitForever: (500, "InternalServerException"),
+    errors.InvalidStateFile: (500, "InternalServerException"),
+    errors.StateFileInUse: (500, "InternalServerException"),
     errors.NoWorker: (503, "ServiceUnavailableException"),
     errors.QueueFull: (503, "ServiceUnavailableException"),
     errors.ManagerClosed: (503, "ServiceUnavailableException"),

@@ -43,12 +43,17 @@ def health_of(manager: ModelManager, *, is_loading: bool = False) -> Health:
 
     ``is_loading`` is whether there are models still to come, which nobody can see in ``manager`` yet.
     """
-    infos = [info for model in manager.models() for info in _versions(manager, model.name)]
-    wanting = [info for info in infos if info.scale.min_workers > 0]
-    served = [info for info in wanting if info.state is VersionState.READY]
-    if len(served) == len(wanting) and not is_loading:
+    wanting = _wanting(manager)
+    unready = [info for info in wanting if info.state is not VersionState.READY]
+    if not unready and not is_loading:
         return Health.HEALTHY
-    return Health.PARTIAL if served else Health.UNHEALTHY
+    return Health.PARTIAL if len(unready) < len(wanting) else Health.UNHEALTHY
+
+
+def _wanting(manager: ModelManager) -> list[ModelInfo]:
+    """Return every version that shall have workers."""
+    infos = [info for model in manager.models() for info in _versions(manager, model.name)]
+    return [info for info in infos if info.scale.min_workers > 0 or info.state is VersionState.FAILED]
 
 
 def create_inference_app(
@@ -63,10 +68,11 @@ def create_inference_app(
     """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager.
 
     ``settings`` and ``keys`` are as for :func:`torchmgmt.http.create_app`; the ``inference_address`` counts here.
-    While ``is_loading`` returns True, /ping does not answer that all is well. ``title`` and ``operations`` are those of the API description: an address may serve more than this application.
+    While ``is_loading`` returns True, /ping and /ready do not answer that all is well. ``title`` and ``operations`` are
+    those of the API description: an address may serve more than this application.
     """
     settings = settings or manager.settings
-    keys = fixed_keys() if keys is None else keys
+    keys = fixed_keys(settings=settings) if keys is None else keys
     address = Address.parse("inference_address", settings.inference_address)
     guard = Guard(settings, address, KeyName.INFERENCE, keys)
     middleware: list[Any] = [AccessLog(), RequestHeaders(), *cors_middleware(settings), CallerGuard(guard)]
@@ -76,6 +82,8 @@ def create_inference_app(
     app.add_error_handler(falcon.HTTPError, render_error_async)
     description = ApiDescription(title, operations, key_rule_of(settings, address))
     app.add_route(ops.PING.path, Ping(manager, is_loading))
+    app.add_route(ops.LIVE.path, Live())
+    app.add_route(ops.READY.path, Ready(manager, is_loading))
     app.add_route(ops.API_DESCRIPTION.path, description)
     app.add_route(ops.API_DESCRIPTION_AT_ROOT.path, description, suffix="root")
     return app
@@ -93,6 +101,33 @@ class Ping:
         health = health_of(self.manager, is_loading=self.is_loading())
         code = 500 if health is Health.UNHEALTHY else 200
         render_reply(req, resp, Reply(code, {"status": health.value}))
+
+
+class Live:
+    """GET /live."""
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Answer: who can do that lives."""
+        render_reply(req, resp, Reply(200, {"status": "Live"}))
+
+
+@frozen
+class Ready:
+    """GET /ready."""
+
+    manager: ModelManager
+    is_loading: Callable[[], bool]
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Answer 200 while all that shall be served is, else 503 with what is not."""
+        is_loading = self.is_loading()
+        unready = [
+            f"{info.name}:{info.version}" for info in _wanting(self.manager) if info.state is not VersionState.READY
+        ]
+        is_ready = not (unready or is_loading)
+        status = "Ready" if is_ready else "Not Ready"
+        item = {"status": status, "isLoading": is_loading, "notReady": unready}
+        render_reply(req, resp, Reply(200 if is_ready else 503, item))
 
 
 @frozen

@@ -6,14 +6,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from torchmgmt.errors import AlreadyRegistered, TorchmgmtError
+from torchmgmt.errors import AlreadyRegistered, InvalidArgument, ManagerClosed, TorchmgmtError
+from torchmgmt.records import ModelKey
 from torchmgmt.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class ModelToLoad:
     url: str
     name: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name}={self.url}" if self.name else self.url
+
     @classmethod
     def parse(cls, item: str) -> ModelToLoad:
         """Read ``a.mar`` or ``name=a.mar``; a URL may have its own ``=``."""
@@ -45,17 +49,29 @@ class ModelToLoad:
 
 
 class Loader(threading.Thread):
-    """Registers the models to load at start, as many at once as there are cores.
+    """Restores what the state file holds, then registers the models to load at start, as many at once as there are cores.
 
-    One that fails is logged, is shown by ``models()`` as FAILED with the reason, and stops no other. ``on_loaded`` is
+    Of these, models that were restored are left out, and, unless they were ``named_at_start``, also those that a call
+    unregistered before: what was said at this start counts before the state, that before the configuration file. One
+    that fails is logged, is shown by ``models()`` as FAILED with the reason, and stops no other. ``on_loaded`` is
     called on this thread when all were tried, unless :meth:`stop` was called before.
     """
 
-    def __init__(self, manager: ModelManager, settings: Settings, on_loaded: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        manager: ModelManager,
+        settings: Settings,
+        on_loaded: Callable[[], None],
+        *,
+        on_restored: Callable[[Sequence[ModelKey]], None] = lambda _restored: None,
+        named_at_start: bool = True,
+    ) -> None:
         super().__init__(name="torchmgmt-loader", daemon=True)
         self._manager = manager
         self._settings = settings
         self._on_loaded = on_loaded
+        self._on_restored = on_restored
+        self._named_at_start = named_at_start
         self._stopped = threading.Event()
         self._loaded = threading.Event()
 
@@ -66,7 +82,10 @@ class Loader(threading.Thread):
 
     def run(self) -> None:
         """Load all, then say so."""
-        models = models_to_load(self._settings)
+        try:
+            models = self._restore()
+        except ManagerClosed:
+            return
         with ThreadPoolExecutor(_cores(), "torchmgmt-loader") as executor:
             for model in models:
                 executor.submit(self._load, model)
@@ -77,6 +96,18 @@ class Loader(threading.Thread):
     def stop(self) -> None:
         """Begin no further model. Those being loaded end when the manager is closed."""
         self._stopped.set()
+
+    def _restore(self) -> list[ModelToLoad]:
+        """Restore what is stored; return what is left to load."""
+        if self._stopped.is_set():
+            return []
+        try:
+            self._on_restored(self._manager.restore(self._settings.model_snapshot))
+        except InvalidArgument as error:
+            logger.error("The snapshot is not restored: %s", error)
+        items = models_to_load(self._settings)
+        left = self._manager.items_to_load([str(item) for item in items], over_state=self._named_at_start)
+        return [item for item in items if str(item) in left]
 
     def _load(self, model: ModelToLoad) -> None:
         if self._stopped.is_set():

@@ -70,7 +70,7 @@ def create_app(
     Raises :class:`~torchmgmt.errors.InvalidArgument` if the settings require keys and there is none for it.
     """
     settings = settings or manager.settings
-    keys = fixed_keys() if keys is None else keys
+    keys = fixed_keys(settings=settings) if keys is None else keys
     address = Address.parse("management_address", settings.management_address)
     guard = Guard(settings, address, KeyName.MANAGEMENT, keys)
     middleware: list[Any] = [AccessLog(), RequestHeaders(), *cors_middleware(settings), CallerGuard(guard), PathGuard()]

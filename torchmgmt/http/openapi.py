@@ -190,7 +190,7 @@ def _answer(operation: Operation, code: int, is_error_too: bool) -> dict[str, An
     schema: dict[str, Any] = ref(operation.answers[code])
     if is_error_too:
         schema = {"anyOf": [schema, ref(error_name(code))]}
-    description = SUCCESS.get(code) or f"Nothing can be served; or: {ERRORS[code].meaning}"
+    description = SUCCESS.get(code) or f"Not what was asked about; or: {ERRORS[code].meaning}"
     answer = _response(code, description, schema)
     if code < 300 and operation.links:
         answer["links"] = {

@@ -344,6 +344,24 @@ PING = Operation(
     tag="Inference",
     answers={200: "Health", 500: "Health"},
 )
+LIVE = Operation(
+    "live",
+    "GET",
+    "/live",
+    "Whether the server runs; says nothing of models.",
+    key=None,
+    tag="Inference",
+    answers={200: "Liveness"},
+)
+READY = Operation(
+    "ready",
+    "GET",
+    "/ready",
+    "Whether all models of the start are loaded, and every model version that shall have workers has a ready one.",
+    key=None,
+    tag="Inference",
+    answers={200: "Readiness", 503: "Readiness"},
+)
 
 MANAGEMENT = (
     REGISTER,
@@ -360,4 +378,4 @@ MANAGEMENT = (
     API_DESCRIPTION_AT_ROOT,
     API_DESCRIPTION,
 )
-INFERENCE = (PING, API_DESCRIPTION_AT_ROOT, API_DESCRIPTION)
+INFERENCE = (PING, LIVE, READY, API_DESCRIPTION_AT_ROOT, API_DESCRIPTION)

@@ -20,7 +20,7 @@ import attrs
 from attrs import define, field
 
 from torchmgmt import ModelManager, VersionState
-from torchmgmt.errors import InvalidArgument
+from torchmgmt.errors import InvalidArgument, TorchmgmtError
 from torchmgmt.events import Event, VersionStateChanged
 from torchmgmt.http.access_log import written_in_background
 from torchmgmt.http.addresses import Addresses, Role
@@ -32,6 +32,7 @@ from torchmgmt.http.pid_file import PidFile
 from torchmgmt.http.server import Servers, start_servers
 from torchmgmt.http.systemd import notify_systemd
 from torchmgmt.http.tokens import Keys, forget_environment, keys_for
+from torchmgmt.records import ModelKey
 from torchmgmt.settings import Settings
 
 __all__ = ["main", "serve_here"]
@@ -44,6 +45,7 @@ DRAIN_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 8.0
 """Together below the 30 s that orchestrators wait between SIGTERM and SIGKILL."""
 LAST_RESORT_S = 5.0
+STATE_FILE = "state.json"
 GAVE_UP = 3
 """The exit code after giving up, and what stands for it among the numbers of signals: no signal 3 is handled here."""
 
@@ -90,6 +92,7 @@ class Program:
     console: Console
     addresses: Addresses
     keys: Keys
+    names_models: bool = False
     _signals: queue.SimpleQueue[int] = field(factory=queue.SimpleQueue)
 
     @classmethod
@@ -102,16 +105,26 @@ class Program:
             keys = keys_for(settings, addresses)
             undo.pop_all()
         forget_environment(os.environ)
-        return cls(attrs.evolve(settings, model_store=store), command.file, store, console, addresses, keys)
+        settings = attrs.evolve(settings, model_store=store)
+        return cls(settings, command.file, store, console, addresses, keys, command.names_models)
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        manager = ModelManager(self.store, settings=self.settings, listeners=[self._on_event])
+        try:
+            manager = self._make_manager()
+        except (TorchmgmtError, OSError) as error:
+            return self.console.fail(f"{error} (--state-dir names another folder, --ncs keeps no state)", 1)
         manager.warm()
-        loader = Loader(manager, self.settings, self._on_loaded)
+        loader = Loader(
+            manager,
+            self.settings,
+            self._on_loaded,
+            on_restored=self._on_restored,
+            named_at_start=self.names_models,
+        )
         servers = start_servers(manager, self.addresses, self.settings, self.keys, is_loading=lambda: loader.is_loading)
         self._print_start_lines()
         loader.start()
@@ -127,6 +140,24 @@ class Program:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # A SimpleQueue, because its put may interrupt itself; setting an Event here could wait for its own lock.
         self._signals.put(number)
+
+    @property
+    def _state_file(self) -> Path | None:
+        return None if self.settings.no_config_snapshots else self.settings.state_dir / STATE_FILE
+
+    def _make_manager(self) -> ModelManager:
+        return ModelManager(
+            self.store,
+            settings=self.settings,
+            state_file=self._state_file,
+            restore=False,  # the loader does, while /ping answers already
+            listeners=[self._on_event],
+        )
+
+    def _on_restored(self, restored: Sequence[ModelKey]) -> None:
+        if restored:
+            names = ", ".join(f"{key.name} version {key.version}" for key in restored)
+            self.console.say(f"Restored: {names}; start with --ncs to begin without what was there")
 
     def _on_loaded(self) -> None:
         self.console.say(STARTED)
@@ -155,6 +186,8 @@ class Program:
         on = "on" if self.settings.enable_model_api else "off (--enable-model-api turns it on)"
         self.console.say(f"Configuration file: {self.config_file.resolve() if self.config_file else 'none'}")
         self.console.say(f"Model store: {self.store.resolve() if self.store else 'none'}")
+        state = f"{self._state_file.resolve()} (--ncs turns it off)" if self._state_file else "none"
+        self.console.say(f"State file: {state}")
         self.console.say(f"Registering and unregistering over HTTP: {on}")
         self.console.say(f"Inference address: {self.addresses[Role.INFERENCE]}")
         self.console.say(f"Management address: {self.addresses[Role.MANAGEMENT]}")

@@ -120,7 +120,7 @@ def _object(properties: Mapping[str, Any], *optional: str, **more: Any) -> Schem
     required = [name for name in properties if name not in optional]
     return {
         "type": "object",
-        "required": required,
+        **({"required": required} if required else {}),  # OpenAPI 3.0 allows no empty list
         "properties": dict(properties),
         "additionalProperties": True,
         **more,
@@ -276,6 +276,15 @@ SCHEMAS: Mapping[str, Schema] = {
     ),
     "Key": _object(
         {"key": TEXT, "expiration time": {"type": "string", "format": "date-time", "description": "In UTC."}}
+    ),
+    "Liveness": _object({"status": _one_of(("Live",))}, example={"status": "Live"}),
+    "Readiness": _object(
+        {
+            "status": _one_of(("Ready", "Not Ready")),
+            "isLoading": {**TRUTH, "description": "Whether models are still to come that are loaded at the start."},
+            "notReady": _array({**TEXT, "description": "A model version that shall have workers and has none ready."}),
+        },
+        example={"status": "Not Ready", "isLoading": False, "notReady": ["noop:1.0"]},
     ),
     "ModelList": _object(
         {

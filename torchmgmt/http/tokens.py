@@ -201,22 +201,26 @@ def keys_for(
     closing the keys removes it. Raises :class:`InvalidArgument` for an unfit key in ``environ`` (the process's), and
     :class:`OSError` if the file cannot be written.
     """
-    if settings.disable_token_authorization:
-        return Keys()
-    if not any(needs_key(settings, address) for address in addresses):
-        return fixed_keys(environ)
-    lifetime = timedelta(minutes=settings.token_expiration_min)
-    keys = Keys(_fixed(environ), lifetime, (folder or Path()).absolute() / KEY_FILE)
-    keys.fill()
+    keys = fixed_keys(environ, settings=settings)
+    if any(needs_key(settings, address) for address in addresses):
+        keys.path = (folder or Path()).absolute() / KEY_FILE
+        keys.fill()
     return keys
 
 
-def fixed_keys(environ: Mapping[str, str] | None = None) -> Keys:
+def fixed_keys(environ: Mapping[str, str] | None = None, *, settings: Settings | None = None) -> Keys:
     """Return the keys that ``environ`` (the process's environment) fixes; none if it fixes none.
 
-    Raises :class:`InvalidArgument`, without the key, for one that is too short to be safe or unfit for a header.
+    ``settings`` say for how long those count that are made later on, and whether there are keys at all. Raises
+    :class:`InvalidArgument`, without the key, for one that is too short to be safe or unfit for a header.
     """
-    return Keys(_fixed(environ))
+    settings = settings or Settings()
+    if settings.disable_token_authorization:
+        return Keys()
+    environ = os.environ if environ is None else environ
+    found = {name: _fixed_key(name, environ) for name in KeyName}
+    fixed = {name: key for name, key in found.items() if key is not None}
+    return Keys(fixed, timedelta(minutes=settings.token_expiration_min))
 
 
 def forget_environment(environ: MutableMapping[str, str]) -> None:
@@ -224,12 +228,6 @@ def forget_environment(environ: MutableMapping[str, str]) -> None:
     for name in KeyName:
         for prefix in PREFIXES:
             environ.pop(_variable(prefix, name), None)
-
-
-def _fixed(environ: Mapping[str, str] | None) -> dict[KeyName, Key]:
-    environ = os.environ if environ is None else environ
-    found = {name: _fixed_key(name, environ) for name in KeyName}
-    return {name: key for name, key in found.items() if key is not None}
 
 
 def _fixed_key(name: KeyName, environ: Mapping[str, str]) -> Key | None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
+from urllib.parse import quote
 
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
@@ -20,6 +21,7 @@ from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import Error, InternalServerError, RequestEntityTooLarge, RequestHeaderFieldsTooLarge
 
+from torchmgmt.http.access_log import log_request
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
 from torchmgmt.http.limits import MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
 from torchmgmt.http.middleware import request_id_of, response_headers
@@ -73,6 +75,12 @@ class JSONErrorTask(ErrorTask):
         self.content_length = len(body)
         channel.linger()
         self.write(body)
+        self._log(request, answer.code, request_id)
+
+    def _log(self, request: Any, code: int, request_id: str) -> None:
+        client = ":".join(str(part) for part in cast("Any", self.channel).addr[:2])
+        method, path, query = (getattr(request, name, "") for name in ("command", "path", "query"))
+        log_request(client, method or "-", quote(path or "-"), query, code, time.time() - self.start_time, request_id)
 
 
 def _answer_for(error: Any, max_body_bytes: int, max_head_bytes: int) -> Answer:
