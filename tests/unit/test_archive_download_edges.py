@@ -273,3 +273,11 @@ def test_last_modified_is_trusted_once_it_has_settled(sources: ModelSources, ser
             pass
         asked = set(server.asked[-1][1])
         assert {name for name in ("If-Modified-Since", "If-None-Match") if name.lower() in asked} == expected
+
+
+def test_what_was_shown_of_a_url_is_no_url(sources: ModelSources, server: FileServer) -> None:
+    """A state that was saved, or a description, has no credentials; asking with asterisks would only confuse."""
+    for url in (server.url("/m.mar?token=x"), server.url("/m.mar").replace("//", "//me:hidden@")):
+        with sources.open(url) as folder, pytest.raises(DownloadFailed, match="give them anew"):
+            sources.open(folder.url)
+    assert len(server.asked) == 2

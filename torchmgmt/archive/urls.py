@@ -70,6 +70,11 @@ class Source:
         """Whether it must be fetched."""
         return self.scheme not in {"", "file"}
 
+    @property
+    def lacks_credentials(self) -> bool:
+        """Whether it is what was shown, or saved, of a URL that had credentials."""
+        return self.is_remote and any(f"{before}{HIDDEN}" in self.place for before in ("://", "="))
+
     def __str__(self) -> str:
         return self.shown
 
