@@ -24,7 +24,7 @@ from torchmgmt.archive.transfer import DownloadLimits
 from torchmgmt.archive.unpack import UnpackLimits
 from torchmgmt.archive.url_memory import OwnMemory, SharedMemory, UrlMemory
 from torchmgmt.archive.urls import Source
-from torchmgmt.errors import InvalidArchive, InvalidArgument
+from torchmgmt.errors import DownloadFailed, InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
 from torchmgmt.records import check_number
 
@@ -166,6 +166,10 @@ class ModelSources:
         self._unpacked.check_open()
         source = Source.parse(url)
         rules = None if trusted else self._rules[may_fetch]
+        if source.lacks_credentials:
+            raise DownloadFailed(
+                source.shown, "its credentials were taken out where it was shown or saved; give them anew"
+            )
         if source.is_remote:
             return _unpacked_model(source.shown, self._downloads.open(source, rules))
         path = resolve(source, model_store=self._model_store, rules=rules)

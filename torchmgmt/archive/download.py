@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
@@ -51,12 +52,10 @@ def fetch_http(
         InvalidArgument: it is no URL.
         OSError: the disk is full or fails.
     """
-    import requests
-
     if rules is not None:
         refuse_dots(transfer.source.place, transfer.source.shown)
     url = _prepared(transfer, transfer.source.place)
-    with requests.Session() as session:
+    with _session() as session:
         for _ in range(MAX_REDIRECTS + 1):
             with _answer(session, transfer, url, rules, known) as answer:
                 if answer.status_code == 304 and known:
@@ -65,6 +64,16 @@ def fetch_http(
                     return _receive(transfer, answer, into)
                 url = _next_url(session, transfer, answer, url)
     raise transfer.failed(f"it redirects more than {MAX_REDIRECTS} times")
+
+
+def _session() -> requests.Session:
+    import requests
+
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> None:
+            """Say that there is none: told not to follow one, requests still reads the whole of its body into memory."""
+
+    return Session()
 
 
 def _prepared(transfer: Transfer, url: str) -> str:
@@ -92,6 +101,8 @@ def _without_user(url: str) -> str:
 def _answer(
     session: requests.Session, transfer: Transfer, url: str, rules: Rules | None, known: Validators | None
 ) -> Iterator[requests.Response]:
+    import requests
+
     bare, shown = _without_user(url), redacted(url)
     if rules is not None:
         rules.check_url(bare, shown)
@@ -109,7 +120,13 @@ def _answer(
     stall_s = transfer.limits.stall_s
     timeout = (min(stall_s, MAX_CONNECT_S), stall_s)
     with contextlib.closing(adapter), _failures(transfer, url):
-        with session.get(url, headers=_headers(known), stream=True, allow_redirects=False, timeout=timeout) as answer:
+        try:
+            answer = session.get(url, headers=_headers(known), stream=True, allow_redirects=False, timeout=timeout)
+        except (requests.RequestException, UnicodeError):
+            raise
+        except (OSError, ValueError) as error:  # REQUESTS_CA_BUNDLE names no file, or the like
+            raise transfer.failed(str(error)) from None
+        with answer:
             yield answer
 
 
@@ -126,7 +143,12 @@ def _headers(known: Validators | None) -> Mapping[str, str]:
 def _next_url(session: requests.Session, transfer: Transfer, answer: requests.Response, url: str) -> str:
     from urllib.parse import urljoin
 
-    target = _prepared(transfer, urljoin(url, session.get_redirect_target(answer) or ""))
+    import requests
+
+    try:
+        target = _prepared(transfer, urljoin(url, requests.Session.get_redirect_target(session, answer) or ""))
+    except (ValueError, InvalidArgument):  # the server's mistake, and not the caller's
+        raise transfer.failed("it redirects to what is no URL") from None
     if not target.startswith(("http://", "https://")):
         raise transfer.failed(f"it redirects to {redacted(target)}, which is no http(s) URL")
     if url.startswith("https://") and not target.startswith("https://"):
@@ -158,7 +180,7 @@ def _length(answer: requests.Response) -> int | None:
     if answer.headers.get("Transfer-Encoding"):
         return None
     text = answer.headers.get("Content-Length", "").strip()
-    return int(text) if text.isdecimal() else None
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None  # else nothing that could be told from a lie
 
 
 def _validators(headers: Mapping[str, str]) -> Validators:

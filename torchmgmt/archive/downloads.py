@@ -161,8 +161,8 @@ class Downloads:
             self._unpacked.check_open()  # after it was added, so that end_all finds it or this does
             with transfer:
                 yield transfer
-        except DownloadFailed:
-            self._unpacked.check_open()  # then that is why
+        except (DownloadFailed, OSError):
+            self._unpacked.check_open()  # then that is why: closing cuts the connection and removes the file
             raise
         finally:
             with self._lock:

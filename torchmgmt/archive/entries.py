@@ -7,6 +7,8 @@ theirs. What an entry unpacks to is for the consumer to count as it comes.
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
@@ -132,7 +134,7 @@ def _refuse_zip_kind(info: zipfile.ZipInfo) -> None:
 
 
 class _BoundedReads:
-    """A file that refuses to read more than so much at once.
+    """A file that refuses to read more than so much at once, or anywhere but in a file.
 
     zipfile reads the whole directory of an archive in one read, and then makes an object of some
     500 bytes for each 46 bytes of it, before anybody could count them.
@@ -141,9 +143,16 @@ class _BoundedReads:
     def __init__(self, file: IO[bytes], most_bytes: int) -> None:
         self._file = file
         self._most_bytes = most_bytes
-        self.seek = file.seek
         self.tell = file.tell
         self.seekable = file.seekable
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(position, whence)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.EOVERFLOW}:  # the disk's
+                raise
+            raise Refused("it is damaged: it points to where no file reaches") from error
 
     def read(self, size: int = -1) -> bytes:
         most = self._most_bytes

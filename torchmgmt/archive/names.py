@@ -14,7 +14,11 @@ __all__ = ["Refused", "parts_inside", "quote", "refusing"]
 # folder that it is placed in).
 MAX_PART_BYTES = 255
 MAX_NAME_BYTES = 2048
+# Removing folders takes a Python frame for each level (shutil.rmtree before Python 3.13), and there are 1000 in all.
+MAX_DEPTH = 100
 
+# They would let a name write a line of its own into a log, or move the cursor of who lists the folder.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # In any part, not the first alone: on Windows, joining "C:x" to a folder forgets that folder.
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -57,6 +61,8 @@ def _why_unsafe(name: str) -> str:
     parts = name.split("/")
     if "\0" in name:
         return "holds a NUL character"
+    if _CONTROL.search(name):
+        return "holds a control character"
     if "\\" in name:
         return "holds a backslash; folders are separated by '/'"
     if name.startswith("/"):
@@ -75,4 +81,6 @@ def _why_unstorable(name: str, parts: list[str]) -> str:
         return "is not valid UTF-8"
     if too_long or any(len(part.encode()) > MAX_PART_BYTES for part in parts):
         return f"is too long; at most {MAX_PART_BYTES} bytes a part, {MAX_NAME_BYTES} in all"
+    if len(parts) > MAX_DEPTH:
+        return f"is too deep; at most {MAX_DEPTH} folders in each other are allowed"
     return ""

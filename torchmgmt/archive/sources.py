@@ -36,17 +36,16 @@ def resolve(source: Source, *, model_store: Path | None, rules: Rules | None = N
         SourceNotFound: nothing is there.
         InvalidArchive: neither a file nor a folder is there (a device, a pipe).
     """
-    text = source.place
     try:
         path = _locate(source, model_store, rules)
         mode = path.stat().st_mode
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise SourceNotFound(text) from None
+            raise SourceNotFound(source.shown) from None
         why = getattr(error, "strerror", None) or "a loop of symbolic links"
-        raise SourceNotFound(text, why) from error
+        raise SourceNotFound(source.shown, why) from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise InvalidArchive(text, "it is neither a file nor a folder")
+        raise InvalidArchive(source.shown, "it is neither a file nor a folder")
     return path
 
 
@@ -56,8 +55,8 @@ def _locate(source: Source, store: Path | None, rules: Rules | None) -> Path:
     if rules is None:
         return _locate_trusted(path, store)
     if source.scheme and rules.patterns is not None:
-        return _locate_by_pattern(url, path, rules)
-    return _locate_in_store(url, path, store)
+        return _locate_by_pattern(source, path, rules)
+    return _locate_in_store(source.shown, path, store)
 
 
 def _path_of(source: Source, *, is_trusted: bool) -> str:
@@ -78,13 +77,13 @@ def _path_of(source: Source, *, is_trusted: bool) -> str:
     return path[1:] if os.name == "nt" and re.match(r"/[A-Za-z]:", path) else path
 
 
-def _locate_by_pattern(url: str, path: str, rules: Rules) -> Path:
+def _locate_by_pattern(source: Source, path: str, rules: Rules) -> Path:
     """Return the path with all links followed, if patterns allow the URL, and that of where the links lead, too."""
     if ".." in _SEPARATORS.split(path):
-        raise SourceNotAllowed(url, f"Relative path is not allowed in url: {url}")
-    real = Path(path).resolve() if rules.matches(url) else None
+        raise SourceNotAllowed(source.shown, f"Relative path is not allowed in url: {source.shown}")
+    real = Path(path).resolve() if rules.matches(source.place) else None
     if real is None or not (str(real) == path or rules.matches(f"file://{real}")):
-        raise not_allowed(url, "no pattern of the setting allowed_urls matches the whole of it")
+        raise not_allowed(source.shown, "no pattern of the setting allowed_urls matches the whole of it")
     return real
 
 

@@ -22,6 +22,8 @@ __all__ = ["DownloadLimits", "Transfer", "Validators"]
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 5.0
+# The longest that sockets and timers of every system can wait for.
+MAX_WAIT_S = 1_000_000.0
 
 
 def _positive(_instance: object, attribute: Attribute[Any], value: object) -> None:
@@ -32,6 +34,10 @@ def _whole(_instance: object, attribute: Attribute[Any], value: object) -> None:
     check_number(attribute.name, value, minimum=1, unit="bytes")
 
 
+def _waitable(seconds: Any) -> Any:
+    return min(seconds, MAX_WAIT_S) if isinstance(seconds, (int, float)) else seconds
+
+
 @frozen(kw_only=True)
 class DownloadLimits:
     """How large an archive may be that is fetched, and how long that may take.
@@ -40,9 +46,9 @@ class DownloadLimits:
     """
 
     max_bytes: int = field(default=64 << 30, validator=_whole)
-    timeout_s: float = field(default=3600, validator=_positive)
-    """For all of it."""
-    stall_s: float = field(default=60, validator=_positive)
+    timeout_s: float = field(default=3600, validator=_positive, converter=_waitable)
+    """For all of it; a million at most."""
+    stall_s: float = field(default=60, validator=_positive, converter=_waitable)
     """Without a single byte, and for a connection to come about."""
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +24,7 @@ __all__ = ["OwnMemory", "Record", "SharedMemory", "UrlMemory"]
 _log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 1000
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @frozen
@@ -134,7 +137,9 @@ class SharedMemory:
         """See :class:`UrlMemory`. A record that makes no sense is none."""
         try:
             found = json.loads((self._urls / f"{key}.json").read_bytes())
-            return Record(str(found["digest"]), Validators(**found["validators"]), str(found["number"]))
+            if not _DIGEST.fullmatch(found["digest"]):
+                raise ValueError("its digest is none")
+            return Record(found["digest"], Validators(**found["validators"]), str(found["number"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -162,33 +167,34 @@ class SharedMemory:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         path.replace(self._archives / digest)
-        self._trim(digest)
+        self._trim()
 
     def kept(self, digest: str) -> Path | None:
         """See :class:`UrlMemory`. Makes it the last one to be removed."""
         path = self._archives / digest
         try:
-            os.utime(path)
+            # Not the time of its last change: who unpacks it takes a new one for a file that is being written to.
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         except OSError:
             return None
         return path
 
-    def _trim(self, newest: str) -> None:
-        found = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._archives.iterdir()]
+    def _trim(self) -> None:
+        """Remove what is too much, the one not used for longest first."""
+        found = sorted(_last_use(path) for path in self._archives.iterdir())
         total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        for _, size, path in found:
             if total <= self._max_bytes:
                 return
-            if path.name != newest:
-                path.unlink(missing_ok=True)  # who reads it has it open
-                total -= size
+            path.unlink(missing_ok=True)  # who reads it has it open
+            total -= size
 
     def _prepare(self) -> None:
         with self._lock:
+            for folder in (self._urls, self._archives):  # each time: somebody may have removed it
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._is_swept:
                 return
-            for folder in (self._urls, self._archives):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._is_swept = True
             for key in {path.name.partition(".")[0] for path in self._urls.iterdir()}:
                 self._sweep(key)
@@ -209,3 +215,11 @@ class SharedMemory:
 
     def _lock_of(self, key: str) -> FileLock:
         return FileLock(self._urls / f"{key}.lock")
+
+
+def _last_use(path: Path) -> tuple[int, int, Path]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:  # another program removed it in this moment
+        return 0, 0, path
+    return max(found.st_atime_ns, found.st_mtime_ns), found.st_size, path

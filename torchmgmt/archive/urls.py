@@ -16,7 +16,8 @@ ALLOWED = "the name of a file in the model store, a path, or a URL; #sha256= and
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
 _PIN = re.compile(r"#sha256=(?P<digest>[^#]*)\Z", re.IGNORECASE)
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]{2})[^/\\?#]*@")
+# A password that was not encoded may hold a "?" or "#": then it is no legal URL, and stands in the error that says so.
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]{2})[^/\\]*@")
 # A parameter of a query is secret if its name says so: signatures and keys of S3, Google and Azure, tokens of artifact
 # stores. Azure calls its signature "sig", Google its account "GoogleAccessId".
 _SECRET = re.compile(
@@ -55,7 +56,7 @@ class Source:
         text = _check(url)
         found = _SCHEME.match(text)
         scheme = found["scheme"].lower() if found else ""
-        shown = redacted(text) if scheme else text
+        shown = redacted(text) if "://" in text else text  # also where a blank before it makes it a path
         pin = _PIN.search(text)
         place, digest = (text[: pin.start()], pin["digest"]) if pin else (text, None)
         # In the name of a file a "#" is a letter like any other; the rest of a URL after one is never sent.
@@ -68,6 +69,11 @@ class Source:
     def is_remote(self) -> bool:
         """Whether it must be fetched."""
         return self.scheme not in {"", "file"}
+
+    @property
+    def lacks_credentials(self) -> bool:
+        """Whether it is what was shown, or saved, of a URL that had credentials."""
+        return self.is_remote and any(f"{before}{HIDDEN}" in self.place for before in ("://", "="))
 
     def __str__(self) -> str:
         return self.shown
