@@ -3,92 +3,125 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import Any
 
+import attrs
 import pytest
+from jsonschema.exceptions import ValidationError
+from openapi_schema_validator import OAS30ReadValidator, oas30_format_checker
+from openapi_spec_validator import OpenAPIV30SpecValidator
 
 import torchmgmt
-from tests.http.fakes import info_of
+from tests.http.fakes import KeepingManager, info_of
+from torchmgmt import ShareWeights, VersionState, errors
 from torchmgmt.http import operations as ops
-from torchmgmt.http.openapi import api_description
+from torchmgmt.http.errors import TABLE
+from torchmgmt.http.openapi import KeyRule, api_description, api_description_json, key_rule_of
+from torchmgmt.http.schemas import ERRORS
+from torchmgmt.lifecycle import WorkerState
+from torchmgmt.records import Sharing
+from torchmgmt.settings import Settings
 
-DESCRIPTIONS = [api_description("x", ops.MANAGEMENT), api_description("x", ops.INFERENCE)]
+ADDRESSES = {"management": ops.MANAGEMENT, "inference": ops.INFERENCE, "both": ops.MANAGEMENT + ops.INFERENCE}
+RULES = list(KeyRule)
+DOCUMENT = api_description("x", ops.MANAGEMENT, KeyRule.CALLERS_FROM_ELSEWHERE)
+every_address = pytest.mark.parametrize("operations", ADDRESSES.values(), ids=ADDRESSES)
+every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 
 
 def walk(item: Any):
     yield item
-    if isinstance(item, dict):
-        for value in item.values():
-            yield from walk(value)
-    elif isinstance(item, list):
-        for value in item:
-            yield from walk(value)
+    for inner in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
+        yield from walk(inner)
 
 
 def operations_of(described: dict) -> list[tuple[str, str, dict]]:
     return [(path, method, item) for path, methods in described["paths"].items() for method, item in methods.items()]
 
 
-def check(schema: dict, item: Any, schemas: dict) -> None:
-    """As much of JSON schema as our schemas use."""
-    if "$ref" in schema:
-        return check(schemas[schema["$ref"].rpartition("/")[2]], item, schemas)
-    kinds = {
-        "object": dict,
-        "array": list,
-        "string": str,
-        "integer": int,
-        "number": (int, float),
-        "boolean": bool,
+def closed(item: Any) -> Any:
+    """The same, but no object may have a key that is not described."""
+    if isinstance(item, dict):
+        inner = {name: closed(value) for name, value in item.items()}
+        return {**inner, "additionalProperties": False} if "properties" in item else inner
+    return [closed(value) for value in item] if isinstance(item, list) else item
+
+
+def check(schema: dict, item: Any, document: dict = DOCUMENT) -> None:
+    """Fail unless `item` is exactly as described, and has no key that is not described."""
+    root = {"allOf": [closed(schema)], "components": closed(document["components"])}
+    OAS30ReadValidator(root, format_checker=oas30_format_checker).validate(item)
+
+
+def check_schema(name: str, item: Any) -> None:
+    check({"$ref": f"#/components/schemas/{name}"}, item)
+
+
+def check_response(response, path: str, method: str, document: dict = DOCUMENT) -> None:
+    """Fail unless code, headers and body are among those described."""
+    described = document["paths"][path][method.lower()]["responses"][str(response.status_code)]
+    if "$ref" in described:
+        described = document["components"]["responses"][described["$ref"].rpartition("/")[2]]
+    assert response.headers["Content-Type"] == "application/json"
+    check(described["content"]["application/json"]["schema"], response.json(), document)
+    for name in described["headers"]:
+        header = document["components"]["headers"][name]
+        if name in response.headers or header["required"]:
+            value = response.headers[name]
+            check(header["schema"], int(value) if header["schema"]["type"] == "integer" else value, document)
+
+
+@every_rule
+@every_address
+def test_the_description_is_valid(operations, rule):
+    """It is an OpenAPI 3.0 document, references, defaults and path parameters included, and as it describes itself."""
+    document = api_description("x", operations, rule)
+    assert list(OpenAPIV30SpecValidator(document).iter_errors()) == []
+    assert (document["openapi"], document["info"]["version"]) == ("3.0.3", torchmgmt.__version__)
+    check({"$ref": "#/components/schemas/ApiDescription"}, document, document)
+
+
+@every_rule
+@every_address
+def test_no_component_is_idle(operations, rule):
+    """What is declared is referred to; that every reference leads somewhere is part of being valid."""
+    document = api_description("x", operations, rule)
+    references = {one["$ref"] for one in walk(document) if isinstance(one, dict) and "$ref" in one}
+    components = {
+        f"#/components/{section}/{name}"
+        for section, found in document["components"].items()
+        for name in found
+        if section != "securitySchemes"
     }
-    if "type" in schema:
-        assert isinstance(item, kinds[schema["type"]]), (schema, item)
-        assert isinstance(item, bool) == (schema["type"] == "boolean")
-    assert "enum" not in schema or item in schema["enum"]
-    for name in schema.get("required", ()):
-        assert name in item
-    for name, inner in schema.get("properties", {}).items():
-        if name in item:
-            check(inner, item[name], schemas)
-    for one in item if isinstance(item, list) else ():
-        check(schema["items"], one, schemas)
-    return None
+    assert components == references
+    used = {name for _, _, item in operations_of(document) for one in item.get("security", ()) for name in one}
+    assert used == set(document["components"].get("securitySchemes", ()))
 
 
-@pytest.mark.parametrize("described", DESCRIPTIONS, ids=["management", "inference"])
-def test_the_description_is_well_formed(described):
-    """What OpenAPI 3.0 demands of structure holds."""
-    assert re.fullmatch(r"3\.0\.\d", described["openapi"])
-    assert described["info"] == {"title": "x", "version": torchmgmt.__version__}
-    ids = [item["operationId"] for _, _, item in operations_of(described)]
-    assert len(ids) == len(set(ids))
-    for path, _, item in operations_of(described):
-        in_path = [one["name"] for one in item["parameters"] if one["in"] == "path"]
-        assert in_path == re.findall(r"{(\w+)}", path)
-        assert all(one["required"] for one in item["parameters"] if one["in"] == "path")
-        names = [(one["in"], one["name"]) for one in item["parameters"]]
-        assert len(names) == len(set(names))
-        assert item["responses"]
-        assert all(answer["description"] for answer in item["responses"].values())
-
-
-@pytest.mark.parametrize("described", DESCRIPTIONS, ids=["management", "inference"])
-def test_every_reference_leads_somewhere_and_no_schema_is_idle(described):
-    """References and schemas match."""
-    references = {one["$ref"].rpartition("/")[2] for one in walk(described) if isinstance(one, dict) and "$ref" in one}
-    assert references == set(described["components"]["schemas"])
+@every_address
+def test_each_operation_is_described_once(operations):
+    """An address that serves both APIs describes what they share once."""
+    found = [item["operationId"] for _, _, item in operations_of(api_description("x", operations, KeyRule.NOBODY))]
+    assert sorted(found) == sorted({operation.id for operation in operations})
 
 
 def test_both_places_give_the_description_of_this_address(client):
-    """OPTIONS / and GET /api-description say the same."""
+    """OPTIONS / and GET /api-description say the same, and an unknown parameter spoils no OpenAPI document."""
     described = client("OPTIONS", "/").json()
-    assert client.get("/api-description").json() == described
-    assert described["paths"] == DESCRIPTIONS[0]["paths"]
+    assert client.get("/api-description").json() == client.get("/api-description?nope=1").json() == described
+    assert described["paths"] == DOCUMENT["paths"]
+
+
+def test_the_description_is_made_once():
+    """It is the same for each request to an address."""
+    first = api_description_json("x", ops.MANAGEMENT, KeyRule.NOBODY)
+    assert api_description_json("x", ops.MANAGEMENT, KeyRule.NOBODY) is first
 
 
 def test_every_described_operation_is_served_and_no_other(client):
     """Each path answers the methods that are described, and 405 to the rest."""
-    for path, methods in DESCRIPTIONS[0]["paths"].items():
+    for path, methods in DOCUMENT["paths"].items():
         real = path.format(model_name="noop", model_version="1.0")
         for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
             served = client(method, real).status_code != 405
@@ -96,31 +129,189 @@ def test_every_described_operation_is_served_and_no_other(client):
 
 
 @pytest.mark.parametrize(
-    "method, path, described_path",
+    "code, method, path, described_path",
     [
-        ("GET", "/models", "/models"),
-        ("GET", "/models/noop", "/models/{model_name}"),
-        ("GET", "/models/noop/all", "/models/{model_name}/all"),
-        ("GET", "/models/nope", "/models/{model_name}"),
-        ("POST", "/models", "/models"),
-        ("POST", "/models?url=a&synchronous=1&nope=1", "/models"),
-        ("PUT", "/models/noop", "/models/{model_name}"),
-        ("PUT", "/models/noop/1.0/set-default", "/models/{model_name}/{model_version}/set-default"),
-        ("DELETE", "/models/noop", "/models/{model_name}"),
+        (200, "GET", "/models", "/models"),
+        (200, "GET", "/models?limit=1", "/models"),
+        (200, "GET", "/models?nope=1", "/models"),
+        (400, "GET", "/models?limit=0", "/models"),
+        (200, "GET", "/models/noop", "/models/{model_name}"),
+        (200, "GET", "/models/noop?customized=1", "/models/{model_name}"),
+        (200, "GET", "/models/noop/1.0", "/models/{model_name}/{model_version}"),
+        (404, "GET", "/models/noop/7", "/models/{model_name}/{model_version}"),
+        (200, "GET", "/models/noop/all", "/models/{model_name}/all"),
+        (404, "GET", "/models/nope", "/models/{model_name}"),
+        (400, "POST", "/models?uri=a", "/models"),
+        (409, "POST", "/models?url=noop.mar&model_name=noop", "/models"),
+        (200, "POST", "/models?url=a&model_name=b&synchronous=1&nope=1", "/models"),
+        (202, "POST", "/models?url=a&model_name=b", "/models"),
+        (200, "PUT", "/models/noop?synchronous=true", "/models/{model_name}"),
+        (202, "PUT", "/models/noop", "/models/{model_name}"),
+        (200, "PUT", "/models/noop/1.0/set-default", "/models/{model_name}/{model_version}/set-default"),
+        (200, "DELETE", "/models/noop", "/models/{model_name}"),
+        (200, "OPTIONS", "/", "/"),
+        (200, "GET", "/api-description", "/api-description"),
     ],
 )
-def test_answers_are_as_described(client, method, path, described_path):
-    """Code and body of an answer are among those described."""
-    response = client(method, path)
-    described = DESCRIPTIONS[0]["paths"][described_path][method.lower()]["responses"][str(response.status_code)]
-    schema = described["content"]["application/json"]["schema"]
-    check(schema, response.json(), DESCRIPTIONS[0]["components"]["schemas"])
+def test_answers_are_exactly_as_described(serving, code, method, path, described_path):
+    """Code, headers and body of an answer are among those described, and no key goes out that is not."""
+    manager = KeepingManager(info_of("noop", workers=1), info_of("other"))
+    response = serving(manager)(method, path)
+    assert response.status_code == code
+    check_response(response, described_path, method)
 
 
-def test_a_failed_version_is_as_described():
-    """The optional parts of a description are described, too."""
-    import attrs
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        (400, errors.InvalidArchive("a.mar", "it is broken")),
+        (400, errors.DownloadFailed("http://x", "it is gone")),
+        (403, errors.DefaultVersionInUse("a", "1")),
+        (404, errors.SourceNotAllowed("x", "y")),
+        (500, RuntimeError("a defect")),
+        (500, errors.WorkerStartFailed("a", "1", "why", "Traceback", ["last"])),
+        (503, errors.NoWorker("a", "1", "scaled to 0")),
+        (503, errors.QueueFull("a", 100, 1.2)),
+        (507, errors.HandlerFailed("a", "1", "boom", out_of_memory=True)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_are_exactly_as_described(client, manager, code, error):
+    """Each error's code, type, headers and body are described where it may occur."""
+    manager.error = error
+    response = client.post("/models?url=a.mar&synchronous=1&nope=1")
+    assert response.status_code == code
+    check_response(response, "/models", "POST")
 
-    info = attrs.evolve(info_of("a", workers=2), last_error="x", customized_metadata={"a": 1})
-    schemas = DESCRIPTIONS[0]["components"]["schemas"]
-    check(schemas["ModelDescription"], info.to_dict(), schemas)
+
+@pytest.mark.parametrize(
+    "code, method, path, more",
+    [
+        (401, "GET", "/models", {"headers": {"Host": "evil.example"}}),
+        (403, "POST", "/models", {"headers": {"Origin": "http://evil.example"}}),
+        (405, "POST", "/models", {}),
+        (413, "PUT", "/models/{model_name}", {"data": b"x" * 101}),
+        (413, "GET", "/models", {"data": b"x" * 100_000}),
+        (431, "GET", "/models", {"headers": {"x": "y" * 300_000}}),
+        (501, "GET", "/models", {"headers": {"Transfer-Encoding": "x"}}),
+    ],
+)
+def test_refusals_are_exactly_as_described(serving, manager, code, method, path, more):
+    """So are those of the guard, and those of the server that sees no parameter yet."""
+    client = serving(manager, settings=Settings(max_request_size=100))
+    response = client(method, path.format(model_name="noop"), **more)
+    assert response.status_code == code
+    check_response(response, path, method)
+
+
+def test_every_code_of_the_table_is_described():
+    """No error has a code or a type that the description leaves out, and each example is one."""
+    for code, type_name in TABLE.values():
+        schema = DOCUMENT["components"]["schemas"][f"Error{code}"]
+        assert type_name in schema["properties"]["type"]["enum"]
+    assert set(DOCUMENT["components"]["responses"]) == {f"Error{code}" for code in ERRORS}
+
+
+def test_every_example_is_as_described():
+    """An example is what a client may copy."""
+    schemas = [one for one in walk(DOCUMENT) if isinstance(one, dict) and "example" in one]
+    assert len(schemas) > 40
+    for schema in schemas:
+        check({name: value for name, value in schema.items() if name != "example"}, schema["example"])
+
+
+MINIMAL = info_of("a")
+FULL = attrs.evolve(
+    info_of("a", workers=2, state=VersionState.FAILED),
+    last_error="x",
+    customized_metadata={"a": 1},
+    sharing=Sharing(True, "it may"),
+)
+
+
+def test_a_description_has_just_the_keys_that_are_described():
+    """ModelInfo.to_dict and the schema cannot drift apart: the same keys, and required are those that never lack."""
+    schemas = DOCUMENT["components"]["schemas"]
+    assert list(schemas["ModelDescription"]["properties"]) == list(FULL.to_dict())
+    assert schemas["ModelDescription"]["required"] == list(MINIMAL.to_dict())
+    worker = FULL.to_dict()["workers"][0]
+    assert schemas["Worker"]["required"] == list(schemas["Worker"]["properties"]) == list(worker)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        MINIMAL,
+        FULL,
+        *(info_of("a", workers=1, state=state) for state in VersionState),
+        *(attrs.evolve(MINIMAL, spec=attrs.evolve(MINIMAL.spec, share_weights=way)) for way in ShareWeights),
+        attrs.evolve(MINIMAL, spec=attrs.evolve(MINIMAL.spec, response_timeout_s=0.5)),
+        *(attrs.evolve(FULL, workers=[attrs.evolve(FULL.workers[0], state=state, pid=None)]) for state in WorkerState),
+    ],
+)
+def test_every_description_is_as_described(info):
+    """Whatever state a version and its workers are in."""
+    check_schema("ModelDescription", info.to_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extra": 1},
+        {"modelName": 1},
+        {"minWorkers": "1"},
+        {"minWorkers": -1},
+        {"state": "ODD"},
+        {"workers": [{"id": 1}]},
+        {"weightsShared": "yes"},
+        {"jobQueueStatus": {}},
+    ],
+)
+def test_a_wrong_description_is_not_as_described(change):
+    """What the tests above find right is not just anything."""
+    with pytest.raises(ValidationError):
+        check_schema("ModelDescription", {**FULL.to_dict(), **change})
+
+
+def test_every_link_leads_to_an_operation_and_its_parameters():
+    """A link names an operation of the same address and all parameters in its path."""
+    described = {item["operationId"]: (path, item) for path, _, item in operations_of(DOCUMENT)}
+    links = [
+        link
+        for _, item in described.values()
+        for answer in item["responses"].values()
+        for link in answer.get("links", {}).values()
+    ]
+    assert len(links) > 20
+    for link in links:
+        path, _ = described[link["operationId"]]
+        assert set(link["parameters"]) == set(re.findall(r"{(\w+)}", path))
+
+
+def test_what_may_stand_in_two_places_has_no_default_in_its_schema():
+    """A client sends the defaults of a schema along: in the query, beside another value in the body, that is an error."""
+    for _, _, item in operations_of(DOCUMENT):
+        if "requestBody" in item:
+            body = item["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            properties = DOCUMENT["components"]["schemas"][body]["properties"]
+            in_query = {one["name"]: one["schema"] for one in item["parameters"] if one.get("in") == "query"}
+            assert set(in_query) == set(properties)
+            assert not any("default" in schema for schema in chain(in_query.values(), properties.values()))
+
+
+@pytest.mark.parametrize(
+    "setting, rule, security",
+    [
+        (True, KeyRule.NOBODY, None),
+        (None, KeyRule.CALLERS_FROM_ELSEWHERE, [{}, {"managementKey": []}]),
+        (False, KeyRule.EVERYBODY, [{"managementKey": []}]),
+    ],
+)
+def test_who_needs_a_key_is_described(setting, rule, security):
+    """As the setting says; the description itself needs none."""
+    assert key_rule_of(Settings(disable_token_authorization=setting)) is rule
+    paths = api_description("x", ops.MANAGEMENT, rule)["paths"]
+    assert paths["/models"]["get"].get("security") == security
+    assert ("401" in paths["/models"]["get"]["responses"]) == (rule is not KeyRule.NOBODY)
+    assert not paths["/api-description"]["get"].get("security")
+    assert "401" not in paths["/api-description"]["get"]["responses"]

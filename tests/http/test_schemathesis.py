@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -31,10 +32,13 @@ fail-on = true
 """
 
 
+pytestmark = pytest.mark.timeout(180)  # it takes a tenth of that, on a machine that does nothing else
+
+
 @pytest.fixture
 def manager() -> KeepingManager:
-    second = attrs.evolve(info_of("noop", "2.0"), is_default=False)
-    return KeepingManager(info_of("noop", workers=1), second, info_of("other"))
+    second = attrs.evolve(info_of("other", "2.0"), is_default=False)
+    return KeepingManager(info_of("noop", workers=1), info_of("other"), second)
 
 
 @pytest.fixture
@@ -44,17 +48,17 @@ def look_at(tmp_path):
     config.write_text(CONFIG)
 
     def look(url: str, examples: int) -> str:
+        url_of_description = f"{url}/api-description"
+        options = ["--checks=all", "--continue-on-failure", "--generation-deterministic", f"--max-examples={examples}"]
         done = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", f"--config-file={config}", "run", f"{url}/api-description"]
-            + ["--checks=all", "--continue-on-failure", f"--max-examples={examples}"]
-            + ["--generation-deterministic", "--no-color", "--request-timeout=20"],
+            [sys.executable, "-m", "schemathesis.cli", f"--config-file={config}", "run", *options, url_of_description],
             env={**os.environ, "SCHEMATHESIS_HOOKS": str(HOOKS), "PYTHONIOENCODING": "utf-8"},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             encoding="utf-8",
-            timeout=55,
+            timeout=170,
             check=False,
         )
         assert done.returncode == 0, done.stdout
@@ -63,11 +67,17 @@ def look_at(tmp_path):
     return look
 
 
+def assert_tested(printed: str, operations: Sequence[ops.Operation]) -> None:
+    # schemathesis calls OPTIONS a matter of the web framework; test_openapi.py looks at the one that we describe.
+    count = sum(operation.method != "OPTIONS" for operation in operations)
+    assert re.search(rf"Tested: {count}\b", printed), printed
+
+
 def test_the_management_api_is_as_described(manager, look_at):
     """Whatever is sent, each operation answers as the description says; and each does what it is for, many times."""
     with serve(manager) as server:
-        printed = look_at(server.url, examples=30)
-    assert re.search(rf"Tested: {len(ops.MANAGEMENT)}\b", printed), printed
+        printed = look_at(server.url, examples=15)
+    assert_tested(printed, ops.MANAGEMENT)
     assert re.search(r"API Links: +[1-9]", printed), printed
     calls = Counter(name for name, _, _ in manager.calls)
     assert all(calls[name] >= 5 for name in ("register", "models", "describe", "scale", "set_default", "unregister"))
@@ -77,7 +87,7 @@ def test_the_inference_address_is_as_described(manager, look_at):
     """The same holds there."""
     server = start_inference(manager, bind(Address("http", "127.0.0.1", 0)))
     try:
-        printed = look_at(server.url, examples=30)
+        printed = look_at(server.url, examples=15)
     finally:
         server.close()
-    assert re.search(rf"Tested: {len(ops.INFERENCE)}\b", printed), printed
+    assert_tested(printed, ops.INFERENCE)
