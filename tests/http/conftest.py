@@ -15,6 +15,8 @@ from attrs import define
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http import serve
 
+collect_ignore = ["schemathesis_hooks.py"]  # is for schemathesis' own process: to import it registers its hooks
+
 # libuv opens a pipe for signals with the first loop of a process and keeps it: no leak of whichever test is first.
 with contextlib.suppress(ImportError):
     import uvloop
