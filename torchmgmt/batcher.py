@@ -6,6 +6,7 @@ that a WorkerPool takes batches from: it says ``on_ready`` when there may be one
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import heapq
@@ -21,6 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from attrs import define, field, frozen
 
+from torchmgmt.arrivals import Arrivals
 from torchmgmt.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -38,6 +40,9 @@ R = TypeVar("R")
 
 Clock = Callable[[], float]
 
+_PRIORITY_IS_WORTH_S = 1.0
+"""For so many seconds of waiting stands one step of priority. So priorities age without anybody looking at the queue."""
+_HIGHEST_PRIORITY = 10
 _MANY_DEADLINES = 256
 """Above this number, deadlines of requests that have ended are swept out before more are noted."""
 
@@ -49,7 +54,10 @@ class _Waiting(Generic[T, R]):
     item: T
     future: Future[R]
     since: float
-    deadline: float | None = None
+    rank: float
+    """Its place in the queue, the least first: when it came, or would have come with the priority that others have."""
+    start_by: float | None = None
+    """When it is too late to start it."""
 
 
 @frozen(order=True)
@@ -60,10 +68,11 @@ class _Deadline:
     number: int
     future: weakref.ref[Future[Any]] = field(order=False)
     timeout_s: float = field(order=False)
+    ends_waiting_only: bool = field(order=False)
 
     def is_moot(self) -> bool:
         future = self.future()
-        return future is None or future.done()
+        return future is None or future.done() or (self.ends_waiting_only and future.running())
 
 
 @frozen(eq=False)
@@ -71,6 +80,7 @@ class Batch(Generic[T, R]):
     """Items that are run together. Exactly one of :meth:`finish` and :meth:`fail` is to be called, once, on any thread."""
 
     _entries: Sequence[_Waiting[T, R]]
+    _on_end: Callable[[int], object]
 
     @property
     def items(self) -> list[T]:
@@ -89,11 +99,13 @@ class Batch(Generic[T, R]):
         if len(outcomes) != len(self._entries):
             self.fail(WrongNumberOfAnswers(len(self._entries), len(outcomes)))
             return
+        self._on_end(len(self._entries))  # first: who is answered may ask again before the next one is answered
         for entry, outcome in zip(self._entries, outcomes, strict=True):
             _settle(entry.future, outcome)
 
     def fail(self, error: BaseException) -> None:
         """Answer every item with ``error``."""
+        self._on_end(len(self._entries))
         for entry in self._entries:
             _settle(entry.future, error)
 
@@ -106,13 +118,16 @@ class Batcher(Generic[T, R]):
     ...     [answer.result(timeout=10) for answer in answers]
     [2, 4, 6]
 
-    Items leave in the order in which they came. Thread-safe throughout; no method blocks but :meth:`close`.
+    Items of one priority leave in the order in which they came. Thread-safe throughout; no method blocks but
+    :meth:`close`.
 
     Args:
         function: takes a list of items and returns as many answers, in order; an answer that is an exception fails its
             item alone. It runs on one daemon thread, started by the first item. None: somebody else takes the batches.
         batch_size: the most items in a batch, at least 1.
         max_batch_delay: the longest that an item waits for others to join its batch, in ms, at least 0.
+        cuts_early: whether a batch does not wait for that long where nobody is likely to join it in time, to judge by
+            what came lately (:mod:`torchmgmt.arrivals`).
         capacity: the most items that may wait, at least 1; one more is refused with QueueFull.
         name: what errors call this queue.
         clock: a monotonic clock in seconds.
@@ -129,6 +144,7 @@ class Batcher(Generic[T, R]):
         *,
         batch_size: int = 1,
         max_batch_delay: int = 100,
+        cuts_early: bool = True,
         capacity: int = 100,
         name: str = "this Batcher",
         clock: Clock = time.monotonic,
@@ -153,10 +169,14 @@ class Batcher(Generic[T, R]):
         self.name = name
         self.clock = clock
         self._delay_s = max_batch_delay / 1000
+        waits = batch_size > 1 and self._delay_s > 0
+        self._arrivals = Arrivals(self._delay_s) if cuts_early and waits else None  # guarded by _lock
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         # guarded by _lock
-        self._queue: deque[_Waiting[T, R]] = deque()
+        self._queue: deque[_Waiting[T, R]] = deque()  # by rank
+        self._is_by_age = True  # whether the first one is the oldest: nobody has asked for a priority that still waits
+        self._running = 0
         self._deadlines: list[_Deadline] = []
         self._compact_at = _MANY_DEADLINES
         # The times at which somebody is going to look, the latest first: another is only added if it is earlier.
@@ -178,30 +198,43 @@ class Batcher(Generic[T, R]):
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def submit(self, item: T, *, timeout: float | None = None, future: Future[R] | None = None) -> Future[R]:
+    def submit(
+        self,
+        item: T,
+        *,
+        timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+        future: Future[R] | None = None,
+    ) -> Future[R]:
         """Queue ``item`` and return the future of its answer. Does not block; any thread.
 
         Args:
             item: what the function gets in its list.
             timeout: seconds, at least 0. An item without an answer by then fails with DeadlineExceeded and, if it was
                 not started, never runs. None: no limit.
+            wait_timeout: the same for an item that has not been started by then. None: no limit but ``timeout``.
+            priority: from -10 to 10. An item goes before those that have waited for fewer seconds more than it has less
+                priority than they: 3 more are worth 3 seconds of waiting, so what has little priority waits longer, but not
+                for ever.
             future: a pending future to use instead of a new one. ``Future.cancel`` takes a waiting item back.
 
         Raises:
             QueueFull: ``capacity`` items wait already.
             ManagerClosed: it was closed.
-            InvalidArgument: ``timeout`` is not a number of seconds.
+            InvalidArgument: a timeout is not a number of seconds, or ``priority`` is out of its range.
         """
-        if timeout is not None:
-            check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+        if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
+            _check_wishes(timeout, wait_timeout, priority)
         now = self.clock()
-        entry = _Waiting(item, Future() if future is None else future, now)
+        entry = _Waiting(item, Future() if future is None else future, now, now - priority * _PRIORITY_IS_WORTH_S)
         with self._lock:
             self._check_room_locked()
-            self._queue.append(entry)
-            if timeout is not None:
-                entry.deadline = now + timeout
-                self._note_deadline_locked(entry.deadline, timeout, entry.future)
+            self._queue_locked(entry)
+            if self._arrivals is not None:
+                self._arrivals.came(now, len(self._queue) + self._running)
+            if timeout is not None or wait_timeout is not None:
+                self._note_deadlines_locked(entry, now, timeout, wait_timeout)
             ready = self._is_ready_locked(now)
             wake_at = None if ready and not self._deadlines else self._wake_time_locked(now)
         if wake_at is not None:
@@ -217,7 +250,7 @@ class Batcher(Generic[T, R]):
     def waited_s(self) -> float:
         """For how many seconds the oldest item has waited; 0 if none does."""
         with self._lock:
-            return max(0.0, self.clock() - self._queue[0].since) if self._queue else 0.0
+            return max(0.0, self.clock() - self._oldest_locked()) if self._queue else 0.0
 
     def take(self, *, full: bool = False) -> Batch[T, R] | None:
         """Cut the next batch if one is due: full, or its oldest item has waited long enough, or the queue drains.
@@ -231,14 +264,17 @@ class Batcher(Generic[T, R]):
         entries: list[_Waiting[T, R]] = []
         with self._lock:
             if len(self._queue) >= self.batch_size or (not full and self._is_ready_locked(now)):
+                if self._arrivals is not None:
+                    self._arrivals.cut(now, len(self._queue) + self._running)
                 while self._queue and len(entries) < self.batch_size:
                     entry = self._queue.popleft()
                     if _claim(entry, now):
                         entries.append(entry)
+                self._running += len(entries)
             wake_at = self._wake_time_locked(now) if self._queue or self._deadlines else None
         if wake_at is not None:
             self._arm(wake_at)
-        return Batch(entries) if entries else None
+        return Batch(entries, self._ended) if entries else None
 
     def drain(self, error: TorchmgmtError | None = None) -> None:
         """Refuse new items with ``error`` from now on, and make what waits due at once. Does not block; idempotent."""
@@ -293,17 +329,43 @@ class Batcher(Generic[T, R]):
         if len(self._queue) >= self.capacity:
             raise QueueFull(self.name, self.capacity, max(1.0, self._delay_s))
 
+    def _queue_locked(self, entry: _Waiting[T, R]) -> None:
+        if not self._queue:
+            self._is_by_age = True
+        self._is_by_age = self._is_by_age and entry.rank == entry.since
+        if self._is_by_age:
+            self._queue.append(entry)
+        else:
+            bisect.insort_right(self._queue, entry, key=_rank)
+
+    def _oldest_locked(self) -> float:
+        """Return since when the item has waited that has waited longest; there is one."""
+        return self._queue[0].since if self._is_by_age else min(entry.since for entry in self._queue)
+
+    def _ended(self, count: int) -> None:
+        if self._arrivals is not None:
+            now = self.clock()
+            with self._lock:
+                self._running -= count
+                self._arrivals.answered(now)
+
     def _is_ready_locked(self, now: float) -> bool:
-        queue = self._queue
-        if not queue:
+        if not self._queue:
             return False
-        return self._draining or len(queue) >= self.batch_size or now >= queue[0].since + self._delay_s
+        return self._draining or len(self._queue) >= self.batch_size or now >= self._cut_at_locked()
+
+    def _cut_at_locked(self) -> float:
+        """Return when what waits is to be cut, even if nobody joins it."""
+        since = self._oldest_locked()
+        if self._arrivals is None:
+            return since + self._delay_s
+        return self._arrivals.wait_until(since, len(self._queue) + self._running)
 
     def _next_due_locked(self, *, unless_by: float = -math.inf) -> float | None:
         """Return the next deadline or the time to cut, the latter only if it comes after ``unless_by``."""
         times = [self._deadlines[0].when] if self._deadlines else []
         if self._queue:
-            cut = self._queue[0].since + self._delay_s
+            cut = self._cut_at_locked()
             if cut > unless_by and len(self._queue) < self.batch_size:
                 times.append(cut)
         return min(times, default=None)
@@ -319,12 +381,18 @@ class Batcher(Generic[T, R]):
         self._armed.append(due)
         return due
 
-    def _note_deadline_locked(self, when: float, timeout_s: float, future: Future[R]) -> None:
+    def _note_deadlines_locked(
+        self, entry: _Waiting[T, R], now: float, timeout: float | None, wait_timeout: float | None
+    ) -> None:
+        limits = [(limit, is_wait) for limit, is_wait in ((timeout, False), (wait_timeout, True)) if limit is not None]
+        entry.start_by = now + min(limit for limit, _ in limits)
         if len(self._deadlines) >= self._compact_at:
             self._deadlines = [deadline for deadline in self._deadlines if not deadline.is_moot()]
             heapq.heapify(self._deadlines)
             self._compact_at = max(_MANY_DEADLINES, 2 * len(self._deadlines))
-        heapq.heappush(self._deadlines, _Deadline(when, next(self._numbers), weakref.ref(future), timeout_s))
+        for limit, is_wait in limits:
+            deadline = _Deadline(now + limit, next(self._numbers), weakref.ref(entry.future), limit, is_wait)
+            heapq.heappush(self._deadlines, deadline)
 
     def _claim_expired_locked(self, now: float) -> list[tuple[Future[R], float]]:
         """Take the requests whose time is over out of everybody's reach; the caller fails them without the lock."""
@@ -332,7 +400,9 @@ class Batcher(Generic[T, R]):
         while self._deadlines and (self._deadlines[0].when <= now or self._deadlines[0].is_moot()):
             deadline = heapq.heappop(self._deadlines)
             future = deadline.future()
-            if future is not None and not future.done() and (future.running() or future.set_running_or_notify_cancel()):
+            if future is None or deadline.is_moot():
+                continue
+            if future.running() or future.set_running_or_notify_cancel():
                 expired.append((future, deadline.timeout_s))
         return expired
 
@@ -422,11 +492,23 @@ class _Runner(Generic[T, R]):
             batch.fail(error)
 
 
+def _check_wishes(timeout: float | None, wait_timeout: float | None, priority: object) -> None:
+    for name, seconds in (("timeout", timeout), ("wait_timeout", wait_timeout)):
+        if seconds is not None:
+            check_number(name, seconds, minimum=0, unit="seconds", whole=False)
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > _HIGHEST_PRIORITY:
+        raise InvalidArgument("priority", priority, f"a whole number from {-_HIGHEST_PRIORITY} to {_HIGHEST_PRIORITY}")
+
+
+def _rank(entry: _Waiting[Any, Any]) -> float:
+    return entry.rank
+
+
 def _claim(entry: _Waiting[Any, Any], now: float) -> bool:
     """Mark the entry as running; False if it was cancelled, or its deadline has passed."""
     future = entry.future
-    if entry.deadline is not None:
-        is_over = entry.deadline <= now or future.running() or future.done()
+    if entry.start_by is not None:
+        is_over = entry.start_by <= now or future.running() or future.done()
         if is_over and not future.cancelled():
             return False
     try:

@@ -19,6 +19,8 @@ __all__ = [
     "HandlerFailed",
     "InvalidArchive",
     "InvalidArgument",
+    "InvalidSetting",
+    "InvalidStateFile",
     "ManagerClosed",
     "ModelNotFound",
     "ModelVersionNotFound",
@@ -26,6 +28,7 @@ __all__ = [
     "QueueFull",
     "SourceNotAllowed",
     "SourceNotFound",
+    "StateFileInUse",
     "TorchmgmtError",
     "WorkerDied",
     "WorkerStartFailed",
@@ -50,6 +53,16 @@ class InvalidArgument(TorchmgmtError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.argument} is {_shorten(repr(self.given))}, but must be {self.allowed}"
+
+
+@define(slots=False, eq=False, repr=False)
+class InvalidSetting(InvalidArgument):
+    """A setting in a file or in the environment is wrong; ``source`` says where it stands."""
+
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {super().__str__()}"
 
 
 @define(slots=False, eq=False, repr=False)
@@ -262,6 +275,32 @@ class ManagerClosed(TorchmgmtError):
 
     def __str__(self) -> str:
         return f"{self.what} {self.why}"
+
+
+@define(slots=False, eq=False, repr=False)
+class InvalidStateFile(TorchmgmtError):
+    """What a state file holds cannot be understood; it is left as it is, and nothing is restored from it."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} cannot be restored: {self.reason}; it is left untouched: put it right, move it away to begin"
+            " without it, or name another state file"
+        )
+
+
+@define(slots=False, eq=False, repr=False)
+class StateFileInUse(TorchmgmtError):
+    """Another manager keeps its state in this file. ``pid`` is its process, 0 if that could not be read."""
+
+    path: str
+    pid: int = 0
+
+    def __str__(self) -> str:
+        holder = f"process {self.pid}" if self.pid else "another process"
+        return f"The state file {self.path} is in use by {holder}; close that one, or name another state file"
 
 
 @define(slots=False, eq=False, repr=False)

@@ -18,6 +18,7 @@ from torchmgmt.records import ModelKey, WorkerExit
 
 __all__ = [
     "DefaultVersionSet",
+    "DownloadProgress",
     "Event",
     "Listener",
     "ModelRegistered",
@@ -59,6 +60,20 @@ class VersionStateChanged:
 
 
 @frozen
+class DownloadProgress:
+    """So much of an archive has been downloaded: every few seconds, and once all is there.
+
+    ``url`` is without credentials. ``total_bytes`` is None while the server does not say how much there is; all is there
+    when it is ``received_bytes``. ``seconds`` is how long it took so far.
+    """
+
+    url: str
+    received_bytes: int
+    total_bytes: int | None
+    seconds: float
+
+
+@frozen
 class WorkerReady:
     """A worker loaded the model and may be handed batches; ``seconds`` is how long that took since it was spawned."""
 
@@ -79,6 +94,12 @@ class WorkerStopped:
 
 
 Event: TypeAlias = (
-    ModelRegistered | ModelUnregistered | DefaultVersionSet | VersionStateChanged | WorkerReady | WorkerStopped
+    ModelRegistered
+    | ModelUnregistered
+    | DefaultVersionSet
+    | VersionStateChanged
+    | DownloadProgress
+    | WorkerReady
+    | WorkerStopped
 )
 Listener: TypeAlias = Callable[[Event], None]

@@ -13,9 +13,9 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from torchmgmt import forks
 from torchmgmt.archive import ModelFolder, ModelSources
@@ -23,7 +23,9 @@ from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.batcher import Batcher
 from torchmgmt.channel import AnswerFuture, encode
+from torchmgmt.desired import Desired
 from torchmgmt.errors import (
+    AlreadyRegistered,
     DeadlineExceeded,
     InvalidArgument,
     ManagerClosed,
@@ -33,6 +35,7 @@ from torchmgmt.errors import (
     WouldWaitForever,
 )
 from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
+from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
 from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
 from torchmgmt.records import (
@@ -47,9 +50,14 @@ from torchmgmt.records import (
     check_number,
     check_truth,
 )
-from torchmgmt.registration import Wishes, scale_of, spec_of
+from torchmgmt.registration import Wishes, is_default_version, scale_of, sources_of, spec_of
 from torchmgmt.registry import Registry
+from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore, in_parallel, stored_of, wishes_of
 from torchmgmt.settings import Settings
+from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
+
+if TYPE_CHECKING:
+    from torchmgmt.state_file import StateKeeper
 
 __all__ = ["ModelManager"]
 
@@ -110,14 +118,24 @@ class ModelManager:
     does dropping the last reference to the manager, its models and their futures. The library prints nothing, sets no
     signal handler, and needs no ``if __name__ == "__main__"``. A copy in a forked process raises ManagerClosed.
 
+    With ``state_file`` it remembers which versions it shall have, across restarts of the program: see :meth:`restore`.
+    When ``register``, ``scale``, ``set_default`` or ``unregister`` returns, its change is on the disk (where that fails,
+    it is logged once, and the next change tries again); so these calls wait for the disk. Closing changes nothing of it.
+    Without ``state_file`` nothing is written.
+
     Args:
         model_store: the folder in which :meth:`register` looks names up first. None: that of ``settings``.
         settings: the defaults for what neither a call nor an archive says. None: as documented there.
+        state_file: the file that holds the desired state; it and its folder are made if need be. None: none.
+        restore: whether to call :meth:`restore` at once, which takes as long as the models take to load.
         backend: how workers are run; to be shared between managers, and not closed with any. None: one of its own.
         listeners: called with each event; see :mod:`torchmgmt.events`.
 
     Raises:
         InvalidArgument: an argument has the wrong type.
+        StateFileInUse: another manager, here or in another process, uses ``state_file``.
+        InvalidStateFile: it holds no state that this release can read; it is not touched.
+        OSError: ``state_file`` cannot be read, or locked.
     """
 
     def __init__(
@@ -125,17 +143,20 @@ class ModelManager:
         model_store: str | os.PathLike[str] | None = None,
         *,
         settings: Settings | None = None,
+        state_file: str | os.PathLike[str] | None = None,
+        restore: bool = True,
         backend: Backend | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
+        check_truth("restore", restore)
         if settings is not None and not isinstance(settings, Settings):
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
-        self._sources = ModelSources(self.settings.model_store if model_store is None else model_store)
+        self._announcer = _Announcer(_check_listeners(listeners))
+        self._sources = sources_of(model_store, self.settings, self._announcer.tell)
         self._backend: Backend = ProcessBackend() if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
-        self._announcer = _Announcer(_check_listeners(listeners))
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
         self._depth = forks.depth()
         # 32 hexadecimal digits that no other request of this or another manager has: its own, and a number.
@@ -144,15 +165,21 @@ class ModelManager:
         self._lock = threading.Lock()
         # guarded by _lock
         self._registry: Registry[_Version] = Registry()
+        self._failed_loads = FailedLoads()
         self._leaving: set[_Version] = set()  # no longer registered, but not finished yet
         self._closed = False
         self._report: CloseReport | None = None
         self._close_lock = threading.Lock()
+        self._desired = Desired()  # guarded by _lock
+        self._has_stored = False  # whether there was a state file
+        self._keeper = None if state_file is None else self._open_state(state_file)
         _open_managers.add(self)
         self._finalizer = weakref.finalize(
-            self, _abandon, self._registry, self._sources, self._owned_backends, self._depth
+            self, _abandon, self._registry, self._sources, self._owned_backends, self._keeper, self._depth
         )
         self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
+        if restore and self._has_stored:
+            self._restore_or_close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._registry)} model versions"
@@ -234,6 +261,7 @@ class ModelManager:
         template_idle_timeout: float | None = None,
         default_workers: int = 1,
         trusted: bool = True,
+        may_fetch: bool = False,
         loaded_at_startup: bool = False,
     ) -> Model:
         """Register a model version and start its workers; return it.
@@ -243,8 +271,9 @@ class ModelManager:
         registered and nothing is left over.
 
         Args:
-            url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path,
-                or a ``file://`` URL.
+            url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path, or
+                a URL, ``file://`` or ``http(s)://``, or with the extra ``remote`` ``s3://`` and the like. ``#sha256=``
+                and its digest after it: no other archive will do.
             model_name: the name, without ``/``; default: the manifest's.
             version: the version, without ``/``; default: the manifest's, else "1.0".
             handler: ``module``, ``module.py``, ``module:function``, or a shipped handler; default: the manifest's.
@@ -274,8 +303,11 @@ class ModelManager:
             template_idle_timeout: for how long, in s, there may be no worker before the process that has loaded the model
                 for the next one is given up, at least 0; default 600.
             default_workers: ``initial_workers`` where neither the call nor the archive nor the settings say it.
-            trusted: False if ``url`` came from outside the program: then only the model store is looked into.
-            loaded_at_startup: what ``describe`` says of it.
+            trusted: False if ``url`` came from outside the program: then only the model store is looked into, and what
+                the setting ``allowed_urls`` allows.
+            may_fetch: whether such a caller, on this machine or with a key, may name any host if that is not set.
+            loaded_at_startup: what ``describe`` says of it. If it fails, :meth:`models` and :meth:`describe` show the
+                version as FAILED with the reason, until it is registered again or unregistered.
 
         Raises:
             InvalidArgument: an argument has the wrong type or range.
@@ -307,33 +339,91 @@ class ModelManager:
             template_idle_timeout=template_idle_timeout,
             default_workers=default_workers,
             trusted=trusted,
+            may_fetch=may_fetch,
             loaded_at_startup=loaded_at_startup,
         )
         if synchronous:
             self._check_may_wait("register")
-        self._warm_for(wishes)
-        with contextlib.ExitStack() as undo:
-            folder = undo.enter_context(self._sources.open(url, trusted=trusted))
-            spec = spec_of(folder, wishes, self.settings)
-            self._add(spec, folder, scale_of(folder, wishes, self.settings))
-            undo.pop_all()  # from here on the version owns the folder
-        if synchronous:
-            self._wait_or_withdraw(spec.key)
-        return Model(self, spec.key)
+        key = self._register(url, wishes)
+        if is_default_version(key, self.settings):
+            self.set_default(key.name, key.version)
+        return Model(self, key)
+
+    def restore(self, model_snapshot: Mapping[str, Any] | None = None) -> tuple[ModelKey, ...]:
+        """Register what the state file holds and is not registered; return what that is. Blocks until all is ready.
+
+        A few at once, default versions first. What cannot be restored stops no other: it is logged, stays stored, and
+        :meth:`models` and :meth:`describe` show it as FAILED with the reason until it is registered again or
+        unregistered. Until its turn comes, a version is not found. The archives are opened anew where they came from; one
+        that holds another model or version now is not restored, one with another content is, with a warning.
+
+        Args:
+            model_snapshot: what a snapshot of TorchServe says; restored if there was no state file.
+
+        Raises:
+            InvalidArgument: ``model_snapshot`` is none that TorchServe wrote.
+            ManagerClosed: the manager was closed.
+        """
+        self._check_usable()
+        self._check_may_wait("restore")
+        if model_snapshot is not None and not self._has_stored:
+            self._desire(from_torchserve(model_snapshot))
+        with self._lock:
+            state = self._desired.state()
+            missing = [
+                each for each in state.versions() if not self._is_registered_locked(each.key.name, each.key.version)
+            ]
+            defaults = {(model.name, model.default) for model in state.models}
+        # A request that names no version must not meet another one for the only reason that it was ready earlier.
+        for is_default in (True, False):
+            turn = [each for each in missing if ((each.key.name, each.key.version) in defaults) is is_default]
+            in_parallel(self._bring_back, turn, limit=RESTORED_AT_ONCE)
+        with self._lock:
+            for model in state.models:
+                self._registry.arrange(model.name, self._desired.versions(model.name))
+            restored = tuple(
+                each.key for each in missing if self._is_registered_locked(each.key.name, each.key.version)
+            )
+        self._record()
+        return restored
+
+    def items_to_load(self, items: Iterable[str], *, over_state: bool) -> list[str]:
+        """Return which items of ``load_models`` (``a.mar`` or ``name=a.mar``) are left to load after :meth:`restore`.
+
+        Those are not that have brought a version that is registered, or, unless ``over_state``, one that was unregistered
+        by a call: the file keeps which ones were loaded before. Does not block.
+        """
+        self._check_usable()
+        with self._lock:
+            return [item for item in items if self._is_to_load_locked(item, over_state=over_state)]
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """Return the default version of every model, sorted by name. Does not block."""
+        """Return the default version of every model, sorted by name. Does not block.
+
+        A model of which nothing is registered because it could not be loaded at the start is there, too.
+        """
         self._check_usable()
         with self._lock:
             versions = [self._registry.get(name) for name in self._registry.names()]
-        return tuple(_info(version, is_default=True) for version in versions)
+            failed = [self._failed_loads.versions(name)[0] for name in self._failed_loads.names()]
+            failed = [info for info in failed if info.name not in self._registry]
+        infos = [*(_info(version, is_default=True) for version in versions), *failed]
+        return tuple(sorted(infos, key=lambda info: info.name))
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
-        """Return all versions of a model, oldest first; raise ModelNotFound. Does not block."""
+        """Return all versions of a model, oldest first; raise ModelNotFound. Does not block.
+
+        Those that could not be loaded at the start come last.
+        """
         self._check_usable(name)
         with self._lock:
+            failed = self._failed_loads.versions(name)
+            if failed and name not in self._registry:
+                return tuple(failed)
             default, versions = self._registry.default(name), self._registry.versions(name)
-        return tuple(_info(each, is_default=each.spec.key.version == default) for each in versions)
+        registered = {each.spec.key for each in versions}
+        failed = [info for info in failed if info.spec.key not in registered]  # a further attempt may be under way
+        return (*(_info(each, is_default=each.spec.key.version == default) for each in versions), *failed)
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         """Return what is known of a version (the default one unless given). Does not block, unless ``customized``.
@@ -344,6 +434,9 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound: it is not registered.
             NoWorker, HandlerFailed, WorkerDied, DeadlineExceeded: ``customized``, and the handler could not be asked.
         """
+        failed = self._failed_load(name, version)
+        if failed is not None and not customized:
+            return failed
         served = self._get(name, version)
         if customized:
             self._check_may_wait("describe(customized=True)")
@@ -387,6 +480,7 @@ class ModelManager:
         wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
         with self._gone_is_not_found(served):
             served.pool.scale(wanted, timeout=timeout)
+            self._keep_scale(served)
             if synchronous:
                 served.pool.wait_ready()
         return self.describe(name, served.spec.key.version)
@@ -408,14 +502,16 @@ class ModelManager:
             served.pool.wait_ready(timeout)
 
     def set_default(self, name: str, version: str) -> None:
-        """Have requests that name no version go to this one from now on. Does not block.
+        """Have requests that name no version go to this one from now on. Does not block, but for the state file.
 
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
-        self._check_usable(name, version)
+        self._get(name, version)
         with self._lock:
             self._registry.set_default(name, version)
+            self._desired.set_default(ModelKey(name, version))
+        self._record()
         self._announcer.tell(DefaultVersionSet(ModelKey(name, version)))
 
     def unregister(self, name: str, version: str | None = None, *, timeout: float | None = None) -> CloseReport:
@@ -434,11 +530,23 @@ class ModelManager:
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
         with self._lock:
+            failed = [] if self._is_registered_locked(name, version) else self._forget_failed_locked(name, version)
+        if failed:
+            self._record()
+        for key in failed:
+            self._announcer.tell(ModelUnregistered(key))
+        if failed:
+            return CloseReport(0.0)
+        with self._lock:
             served = self._registry.remove(name, version)
+            if version is None:
+                self._forget_failed_locked(name, None)
             key = served.spec.key
+            self._desired.remove(key)
             self._registry.reserve(key)  # its name is free when this is over, not before
             self._leaving.add(served)
         try:
+            self._record()
             self._announcer.tell(ModelUnregistered(key))
             return served.close(limit)
         finally:
@@ -550,7 +658,165 @@ class ModelManager:
     def _get(self, name: str, version: str | None = None) -> _Version:
         self._check_usable(name, version)
         with self._lock:
-            return self._registry.get(name, version)
+            try:
+                return self._registry.get(name, version)
+            except LookupError:
+                self._failed_loads.check(name, version)
+                raise
+
+    def _failed_load(self, name: str, version: str | None) -> ModelInfo | None:
+        """Return what is known of a version that is not registered because it could not be loaded at the start."""
+        self._check_usable(name, version)
+        with self._lock:
+            return None if self._is_registered_locked(name, version) else self._failed_loads.find(name, version)
+
+    def _is_registered_locked(self, name: str, version: str | None) -> bool:
+        try:
+            self._registry.get(name, version)
+        except LookupError:
+            return False
+        return True
+
+    def _register(self, url: str | os.PathLike[str], wishes: Wishes, stored: StoredVersion | None = None) -> ModelKey:
+        """Register a version, as ``stored`` if it was before; remember what failed if it was to be there from the start."""
+        self._warm_for(wishes)
+        spec: ModelSpec | None = None
+        try:
+            with contextlib.ExitStack() as undo:
+                folder = undo.enter_context(self._sources.open(url, trusted=wishes.trusted, may_fetch=wishes.may_fetch))
+                if stored is None:
+                    stored = stored_of(folder, wishes, scale_of(folder, wishes, self.settings), self.model_store)
+                else:
+                    folder = evolve(folder, url=stored.url)
+                    check_is_same(folder, wishes, stored)
+                spec = spec_of(folder, wishes, self.settings)
+                served = self._add(spec, folder, stored.scale)
+                undo.pop_all()  # from here on the version owns the folder
+            if wishes.synchronous:
+                self._wait_or_withdraw(spec.key)
+        except (AlreadyRegistered, ManagerClosed):
+            raise
+        except Exception as error:
+            if wishes.loaded_at_startup:
+                self._remember(str(url), error, spec, wishes)
+            raise
+        with self._lock:
+            self._failed_loads.settle(spec.key, str(url))
+            is_default_again = self._keep_locked(served, evolve(stored, digest=folder.digest))
+        self._record()
+        if is_default_again:
+            self._announcer.tell(DefaultVersionSet(spec.key))
+        return spec.key
+
+    def _remember(self, url: str, error: Exception, spec: ModelSpec | None, wishes: Wishes) -> None:
+        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
+        name, version = wishes.model_name, wishes.version
+        info = failed_load(url, error, spec=spec, name=name, version=version, workers=workers)
+        certainty = Certainty.KEY if spec else Certainty.NAME if name else Certainty.NOTHING
+        with self._lock:
+            if not self._desired.from_item(f"{name}={url}" if name else url):  # that is shown as what it was
+                self._failed_loads.add(info, certainty)
+
+    def _restore_or_close(self) -> None:
+        try:
+            self.restore()
+        except BaseException:
+            self.close(0)
+            raise
+
+    def _bring_back(self, stored: StoredVersion) -> None:
+        """Restore a version and wait for its workers; what goes wrong is remembered and logged, and stops no other."""
+        try:
+            self._register(stored.place or stored.url, wishes_of(stored), stored)
+        except AlreadyRegistered:
+            log.info("%s is not restored: it has been registered meanwhile", stored.key)
+        except ManagerClosed:
+            raise
+        except Exception as error:
+            log.error("%s could not be restored: %s", stored.key, str(error).partition("\n")[0])
+            with self._lock:
+                self._failed_loads.add(failed_restore(stored, error), Certainty.KEY)
+
+    def _open_state(self, path: str | os.PathLike[str]) -> StateKeeper:
+        """Take hold of the state file, and want what it holds."""
+        from torchmgmt.state_file import StateFile, StateKeeper  # most programs keep no state
+
+        keeper = StateKeeper(StateFile(path))
+        try:
+            state = keeper.load()
+        except BaseException:
+            keeper.close()
+            raise
+        self._has_stored = state is not None
+        self._desire(state or DesiredState())
+        return keeper
+
+    def _desire(self, state: DesiredState) -> None:
+        with self._lock:
+            self._desired.load(state)
+
+    def _record(self) -> None:
+        """Return when what is wanted now is on the disk, if there is a state file."""
+        if self._keeper is not None:
+            self._keeper.record(self._desired_state)
+
+    def _desired_state(self) -> DesiredState:
+        with self._lock:
+            return self._desired.state()
+
+    def _keep_locked(self, served: _Version, stored: StoredVersion) -> bool:
+        """Want a version that is registered from now on; return whether it has become its model's default again."""
+        key = stored.key
+        if not self._is_current_locked(served):
+            return False  # somebody has unregistered it already
+        was_wanted = self._desired.find(key) is not None
+        self._desired.put(evolve(stored, scale=served.pool.wanted))
+        for outdated in self._outdated_locked(stored):
+            self._desired.remove(outdated)
+            self._failed_loads.remove(outdated.name, outdated.version)
+        wanted, default = self._desired.default(key.name), self._registry.default(key.name)
+        if wanted == key.version != default and was_wanted:
+            self._registry.set_default(key.name, key.version)
+            return True
+        if self._is_registered_locked(key.name, wanted):
+            self._desired.set_default(ModelKey(key.name, default))
+        return False
+
+    def _outdated_locked(self, stored: StoredVersion) -> list[ModelKey]:
+        """Return what could not be restored since another version, this one, is at the place now where it came from."""
+        if not stored.loaded_at_startup:
+            return []
+        same = [
+            each
+            for each in self._desired.from_item(stored.item)
+            if each.parameters.get("version") == stored.parameters.get("version")
+        ]
+        return [each.key for each in same if not self._is_registered_locked(each.key.name, each.key.version)]
+
+    def _is_to_load_locked(self, item: str, *, over_state: bool) -> bool:
+        wanted = self._desired.from_item(item)
+        if any(self._is_registered_locked(each.key.name, each.key.version) for each in wanted):
+            return False
+        return over_state or bool(wanted) or not self._desired.has_seen(item)
+
+    def _forget_failed_locked(self, name: str, version: str | None) -> list[ModelKey]:
+        removed = self._failed_loads.remove(name, version)
+        for key in removed:
+            self._desired.remove(key)
+        return removed
+
+    def _keep_scale(self, served: _Version) -> None:
+        with self._lock:
+            if self._is_current_locked(served):
+                self._desired.set_scale(served.spec.key, served.pool.wanted)
+        self._record()
+
+    def _is_current_locked(self, served: _Version) -> bool:
+        """Whether it is still what is registered by its name and version."""
+        try:
+            return self._registry.get(served.spec.key.name, served.spec.key.version) is served
+        except LookupError:
+            return False
 
     def _warm_for(self, wishes: Wishes) -> None:
         """Have torch imported while the source is unpacked, if there are going to be worker processes."""
@@ -559,7 +825,7 @@ class ModelManager:
             with contextlib.suppress(OSError):  # the start of the first worker meets it again, and tells of it
                 self._backend.warm()
 
-    def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> None:
+    def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> _Version:
         key = spec.key
         backend = self._backend_of(spec)
         pool = WorkerPool(
@@ -581,12 +847,14 @@ class ModelManager:
             if self._closed:
                 raise ManagerClosed
             self._registry.reserve(key)
-            is_default = self._registry.add(key, _Version(spec, folder, batcher, pool))
+            served = _Version(spec, folder, batcher, pool)
+            is_default = self._registry.add(key, served)
         self._announcer.tell(ModelRegistered(key))
         if is_default:
             self._announcer.tell(DefaultVersionSet(key))
         if scale.max_workers:
             pool.scale(scale)
+        return served
 
     def _backend_of(self, spec: ModelSpec) -> Backend:
         with self._lock:
@@ -650,6 +918,8 @@ class ModelManager:
         for backend in self._owned_backends:
             backend.close()
         self._sources.close()
+        if self._keeper is not None:
+            self._keeper.close()
         self._finalizer.detach()
         return _total(time.monotonic() - started, reports)
 
@@ -740,7 +1010,13 @@ def _close_open_managers() -> None:
         manager.close()
 
 
-def _abandon(registry: Registry[_Version], sources: ModelSources, backends: Sequence[Backend], depth: int) -> None:
+def _abandon(
+    registry: Registry[_Version],
+    sources: ModelSources,
+    backends: Sequence[Backend],
+    keeper: StateKeeper | None,
+    depth: int,
+) -> None:
     """End what a manager ran that nobody can reach any more."""
     if forks.depth() != depth:
         return
@@ -751,6 +1027,8 @@ def _abandon(registry: Registry[_Version], sources: ModelSources, backends: Sequ
         for backend in backends:
             backend.close()
         sources.close()
+        if keeper is not None:
+            keeper.close()
 
     # Not here: a garbage collection may run anywhere, also while this thread holds one of the locks that this needs.
     threading.Thread(target=end, name="torchmgmt-abandoned", daemon=True).start()

@@ -1,12 +1,15 @@
 """What a registration asks for: the call's own arguments, then the archive's, then the settings', checked and joined.
 
-Pure: it opens nothing and starts nothing. What is wrong in a call is an InvalidArgument that names the argument; what is
-wrong in an archive is an InvalidArchive that names the key of its ``model-config.yaml``.
+It opens nothing and starts nothing. What is wrong in a call is an InvalidArgument that names the argument; what is wrong
+in an archive is an InvalidArchive that names the key of its ``model-config.yaml``; what is wrong in the settings' models
+is an InvalidArgument that names the place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +17,9 @@ from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
-from torchmgmt.archive import ModelFolder
+from torchmgmt.archive import DownloadLimits, ModelFolder, ModelSources
 from torchmgmt.errors import InvalidArchive, InvalidArgument
+from torchmgmt.events import Listener
 from torchmgmt.records import (
     ModelKey,
     ModelSpec,
@@ -30,7 +34,9 @@ from torchmgmt.records import (
 )
 from torchmgmt.settings import Settings
 
-__all__ = ["Wishes", "key_of", "scale_of", "spec_of"]
+__all__ = ["Wishes", "key_of", "scale_of", "sources_of", "spec_of"]
+
+logger = logging.getLogger(__name__)
 
 RUNTIMES = ("python", "python3", "lsp")
 DEFAULT_VERSION = "1.0"
@@ -94,11 +100,28 @@ class Wishes:
     synchronous: bool = field(default=True, validator=truth("synchronous"))
     default_workers: int = field(default=1, validator=number("default_workers", 0))
     trusted: bool = field(default=True, validator=truth("trusted"))
+    may_fetch: bool = field(default=False, validator=truth("may_fetch"))
     loaded_at_startup: bool = field(default=False, validator=truth("loaded_at_startup"))
 
     def __attrs_post_init__(self) -> None:
         if self.initial_workers is not None and self.max_workers is not None:
             check_number("max_workers", self.max_workers, minimum=self.initial_workers)
+
+
+def sources_of(model_store: str | os.PathLike[str] | None, settings: Settings, listener: Listener) -> ModelSources:
+    """Return where models come from; raise InvalidArgument if ``model_store``, or that of the settings, is no path."""
+    return ModelSources(
+        settings.model_store if model_store is None else model_store,
+        cache_dir=settings.cache_dir,
+        max_cache_bytes=settings.max_cache_size,
+        download_limits=DownloadLimits(
+            max_bytes=settings.max_archive_size,
+            timeout_s=settings.download_timeout,
+            stall_s=settings.download_stall_timeout,
+        ),
+        allowed_urls=settings.allowed_urls,
+        listener=listener,
+    )
 
 
 def key_of(folder: ModelFolder, wishes: Wishes) -> ModelKey:
@@ -116,7 +139,9 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
     Raises:
         InvalidArchive: a value in the archive is wrong, or nobody names the model or the handler.
     """
-    key, manifest, config = key_of(folder, wishes), folder.manifest, folder.config
+    key, manifest = key_of(folder, wishes), folder.manifest
+    _warn_of_unknown(key, settings)
+    config = {**_parameters(key, settings), **folder.config}
     handler = wishes.handler or (manifest.handler if manifest else None)
     if handler is None:
         raise InvalidArchive(folder.url, "it names no handler; give handler=...")
@@ -125,14 +150,14 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
         wish = getattr(wishes, argument, None)
         return config.get(CONFIG_KEYS[argument], default) if wish is None else wish
 
-    with _blaming_the_archive(folder):
+    with _blaming_the_source(folder, key, settings):
         return ModelSpec(
             key=key,
             model_dir=str(folder.path),
             handler=handler,
             url=folder.url,
             manifest=manifest.raw if manifest else _made_up_manifest(key, handler),
-            config=config,
+            config=folder.config,
             runtime=(wishes.runtime or (manifest.runtime if manifest else "python")).lower(),
             batch_size=value("batch_size", 1),
             max_batch_delay_ms=value("max_batch_delay", 100),
@@ -164,8 +189,9 @@ def scale_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> Scale:
         return Scale(wishes.initial_workers, most)
     per_model = settings.default_workers_per_model
     default = wishes.default_workers if per_model is None else per_model
-    with _blaming_the_archive(folder):
-        stated_least, stated_most = _stated(folder, "minWorkers"), _stated(folder, "maxWorkers")
+    key = key_of(folder, wishes)
+    with _blaming_the_source(folder, key, settings):
+        stated_least, stated_most = _stated_workers(folder, _parameters(key, settings))
         if stated_least is not None and stated_most is not None and wishes.max_workers is None:
             return Scale(stated_least, stated_most)
     begin_with = default if stated_least is None else stated_least
@@ -173,21 +199,50 @@ def scale_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> Scale:
     return Scale(begin_with, begin_with) if limit is None else Scale(min(begin_with, limit), limit)
 
 
-def _stated(folder: ModelFolder, key: str) -> int | None:
-    """Return a number of workers that the archive states, checked; None if it does not."""
-    if key not in folder.config:
+def is_default_version(key: ModelKey, settings: Settings) -> bool:
+    """Whether the settings say of this version that it is to be its model's default."""
+    return _parameters(key, settings).get("defaultVersion") is True
+
+
+def _parameters(key: ModelKey, settings: Settings) -> Mapping[str, Any]:
+    """Return what the settings have for this one version, by the keys of a model-config.yaml."""
+    return settings.models.get(key.name, {}).get(key.version, {})
+
+
+def _warn_of_unknown(key: ModelKey, settings: Settings) -> None:
+    """Say which of the settings' parameters for this version nothing looks at."""
+    known = {*CONFIG_KEYS.values(), "defaultVersion", "marName"}
+    unknown = [name for name in _parameters(key, settings) if name not in known]
+    if unknown:
+        place = f"models.{key.name}.{key.version}"
+        logger.warning("%s in the settings: %s have no effect, only %s", place, unknown, sorted(known))
+
+
+def _stated_workers(folder: ModelFolder, parameters: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return the least and the most workers that the archive states, or, if it states neither, the parameters."""
+    is_in_archive = "minWorkers" in folder.config or "maxWorkers" in folder.config
+    source = folder.config if is_in_archive else parameters
+    return _stated(source, "minWorkers"), _stated(source, "maxWorkers")
+
+
+def _stated(source: Mapping[str, Any], key: str) -> int | None:
+    """Return a stated number of workers, checked; None if there is none."""
+    if key not in source:
         return None
-    check_number(key, folder.config[key], minimum=0)
-    return int(folder.config[key])
+    check_number(key, source[key], minimum=0)
+    return int(source[key])
 
 
 @contextlib.contextmanager
-def _blaming_the_archive(folder: ModelFolder) -> Iterator[None]:
-    """The call's own arguments were checked before, so what is wrong now came with the archive."""
+def _blaming_the_source(folder: ModelFolder, model: ModelKey, settings: Settings) -> Iterator[None]:
+    """The call's own arguments were checked before, so what is wrong now came with the archive or the settings."""
     try:
         yield
     except InvalidArgument as error:
         key = CONFIG_KEYS.get(error.argument, error.argument)
+        if key not in folder.config and key in _parameters(model, settings):
+            place = f"models.{model.name}.{model.version}.{key} in the settings"
+            raise InvalidArgument(place, error.given, error.allowed) from error
         raise InvalidArchive(
             folder.url, f"{key} in its configuration is {error.given!r}, but must be {error.allowed}"
         ) from error

@@ -6,7 +6,7 @@ other versions exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 from attrs import define, field
@@ -99,6 +99,14 @@ class Registry(Generic[V]):
         """Make ``version`` the default; raise as :meth:`get` does."""
         self.get(name, version)
         self._entry(name).default = version
+
+    def arrange(self, name: str, order: Sequence[str]) -> None:
+        """Have the versions of a model in this order, which is their age, and those not in it last."""
+        entry = self._entries.get(name)
+        if entry is not None:
+            places = {version: place for place, version in enumerate(order)}
+            found = sorted(entry.versions.items(), key=lambda item: places.get(item[0], len(places)))
+            entry.versions = dict(found)
 
     def remove(self, name: str, version: str | None = None) -> V:
         """Remove a version (the default one unless given) and return it.

@@ -85,7 +85,13 @@ def test_a_fatal_request_takes_only_its_own_batch_with_it(deploy_both: Deployer,
     gate.open()
     assert [future.result(20) for future in blocker] == [None] * 3
     outcomes = [future.exception(20) or future.result() for future in futures]
-    assert [outcome for outcome in outcomes if not isinstance(outcome, WorkerDied)] == [1, 2, 3, 7, 8, 9]
+    lost = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, WorkerDied)]
+    assert 4 in lost
+    assert lost == list(range(lost[0], lost[-1] + 1))
+    assert len(lost) <= 3  # a batch, which is cut early where nobody else is likely to join it
+    assert [outcome for index, outcome in enumerate(outcomes) if index not in lost] == [
+        each for index, each in enumerate([1, 2, 3, 4, None, 6, 7, 8, 9]) if index not in lost
+    ]
 
 
 def test_no_request_is_run_twice(deploy_both: Deployer, tmp_path: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import falcon
 import pytest
 import requests
 from attrs import define
 
 from tests.http.fakes import FakeManager, info_of
-from torchmgmt.http import serve
+from torchmgmt.http import create_inference_app, serve
+from torchmgmt.http.asgi_server import ASGIServer
+from torchmgmt.http.server import bind
+from torchmgmt.settings import Address
 
 collect_ignore = ["schemathesis_hooks.py"]  # is for schemathesis' own process: to import it registers its hooks
 
@@ -22,6 +27,9 @@ with contextlib.suppress(ImportError):
     import uvloop
 
     uvloop.new_event_loop().close()
+
+# Falcon's client for tests keeps the first loop that it makes, too.
+falcon.async_to_sync(asyncio.sleep, 0)
 
 
 @define
@@ -85,3 +93,16 @@ def serving() -> Iterator[Callable[..., Client]]:
     """Serve managers of the test's own making."""
     with contextlib.ExitStack() as stack:
         yield lambda manager, **more: Client(stack.enter_context(serve(manager, **more)).url)
+
+
+@pytest.fixture
+def serving_inference() -> Iterator[Callable[..., Client]]:
+    """Serve the inference address as settings have it that need not say where it really is."""
+    with contextlib.ExitStack() as stack:
+
+        def start(manager: FakeManager, **more: Any) -> Client:
+            server = ASGIServer(create_inference_app(manager, **more), bind(Address("http", "127.0.0.1", 0)))
+            stack.callback(server.close)
+            return Client(server.url)
+
+        yield start

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from falcon.testing import TestClient
 
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.errors import InvalidArgument
-from torchmgmt.http import serve
-from torchmgmt.http.middleware import host_name
-from torchmgmt.settings import Settings
+from torchmgmt.http import create_app, create_inference_app
+from torchmgmt.http.callers import host_name, log_who_may_call
+from torchmgmt.http.tokens import fixed_keys, keys_for
+from torchmgmt.settings import Address, Settings
 
+ALL_FIXED = {
+    "TORCHMGMT_MANAGEMENT_KEY": "management-key",
+    "TORCHMGMT_INFERENCE_KEY": "inference-key",
+    "TORCHMGMT_API_KEY": "the-api-key",
+}
 OPEN = Settings(enable_model_api=True, disable_token_authorization=True)
 
 
@@ -100,22 +107,125 @@ def test_reading_is_not_changing(client):
     assert client.get("/models", headers={"Origin": "http://evil.example"}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_a_network_address_is_refused_without_token_authorization_disabled(host):
-    """No network address is open by accident."""
-    with pytest.raises(InvalidArgument) as caught, serve(FakeManager(), host=host):
-        pass
-    assert "--disable-token-auth" in str(caught.value)
+NETWORK = Settings(management_address="http://0.0.0.0:8081", inference_address="http://192.0.2.1:8080")
+WITH_KEYS = Settings(disable_token_authorization=False)
+AS_SERVED = Settings(contract="torchserve-0.12")
+LOCAL = {"Host": "localhost"}
 
 
-def test_asking_for_tokens_is_refused_until_there_are_some():
-    """disable_token_authorization=False asks for what this release has not: refused, not ignored."""
-    settings = Settings(disable_token_authorization=False)
-    with (
-        pytest.raises(InvalidArgument, match="disable_token_authorization"),
-        serve(FakeManager(), settings=settings),
-    ):
-        pass
+@pytest.mark.parametrize("settings", [NETWORK, WITH_KEYS, AS_SERVED], ids=["network", "asked for", "contract"])
+def test_where_keys_are_required_being_local_is_not_enough(settings):
+    """Any other address than loopback, --enable-token-auth, and TorchServe's contract: each wants a key of everybody."""
+    with keys_for(settings, [], environ=ALL_FIXED) as keys:
+        client = TestClient(create_app(FakeManager(info_of("noop")), settings=settings, keys=keys))
+        assert client.simulate_get("/models", headers=LOCAL).status_code in {400, 401}
+        sent = {**LOCAL, "Authorization": "Bearer management-key"}
+        assert client.simulate_get("/models", headers=sent).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "address, sent, expected",
+    [
+        ("http://127.0.0.1:8081", {}, True),
+        ("http://0.0.0.0:8081", {}, False),
+        ("http://0.0.0.0:8081", {"Authorization": "Bearer management-key"}, True),
+    ],
+    ids=["loopback", "network", "network with a key"],
+)
+def test_who_may_have_archives_fetched(address, sent, expected):
+    """Who calls a loopback address or sent a valid key; not everybody who reaches a network address without tokens."""
+    with keys_for(NETWORK, [], environ=ALL_FIXED) as keys:
+        settings = Settings(
+            enable_model_api=True, management_address=address, disable_token_authorization=None if sent else True
+        )
+        manager = FakeManager(settings=settings)
+        client = TestClient(create_app(manager, settings=settings, keys=keys))
+        client.simulate_post("/models?url=http://h/a.mar", headers={**LOCAL, **sent})
+        assert manager.calls[0][2]["may_fetch"] is expected
+
+
+def test_a_key_stands_for_any_host_and_any_proxy(serving):
+    """Who has the key may come from anywhere, also to a loopback address that needs none."""
+    manager = FakeManager(info_of("noop"))
+    keys = fixed_keys(ALL_FIXED)
+    client = TestClient(create_app(manager, settings=Settings(), keys=keys))
+    headers = {"Host": "models.example", "X-Forwarded-For": "1.2.3.4"}
+    assert client.simulate_get("/models", headers=headers).status_code == 401
+    headers["Authorization"] = "Bearer management-key"
+    assert client.simulate_get("/models", headers=headers).status_code == 200
+    assert client.simulate_get("/models", headers={**LOCAL, "Authorization": "Bearer stale"}).status_code == 200
+
+
+@pytest.mark.parametrize("factory", [create_app, create_inference_app])
+def test_an_app_that_needs_a_key_is_not_made_without_one(factory):
+    """No network address is open by accident; the error says where a key comes from."""
+    with pytest.raises(InvalidArgument, match=r"torchmgmt\.http\.tokens\.keys_for") as caught:
+        factory(FakeManager(), settings=NETWORK)
+    assert "_KEY in the environment" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [("GET", "/ping"), ("GET", "/ping/"), ("GET", "/api-description"), ("OPTIONS", "/"), ("GET", "/live")],
+)
+def test_health_and_description_need_no_key_on_the_inference_address(serving_inference, method, path):
+    """/ping, /live, /ready, metrics and the description: whoever watches the server has no key."""
+    client = serving_inference(FakeManager(), settings=NETWORK, keys=fixed_keys(ALL_FIXED))
+    code = client(method, path, headers={"Host": "models.example"}).status_code
+    assert code == 200
+
+
+@pytest.mark.parametrize("settings", [NETWORK, WITH_KEYS], ids=["network", "asked for"])
+def test_the_inference_address_wants_the_inference_key(serving_inference, settings):
+    """The management key opens the management address alone."""
+    client = serving_inference(FakeManager(), settings=settings, keys=fixed_keys(ALL_FIXED))
+
+    def code(key: str) -> int:
+        return client.post("/predictions/noop", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert [code(key) for key in ("management-key", "the-api-key", "nothing")] == [401] * 3
+    assert code("inference-key") == 404  # past the guard: this release serves no predictions
+
+
+def test_the_inference_address_has_the_same_rule_of_locality(serving_inference):
+    """Loopback is open by default, and a rebound name is not loopback."""
+    client = serving_inference(FakeManager())
+    assert client.get("/nope").status_code == 404
+    assert client.get("/nope", headers={"Host": "evil.example"}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "address, settings, says",
+    [
+        ("http://0.0.0.0:8081", Settings(), "needs a key (other machines reach it); without https"),
+        ("https://0.0.0.0:8081", Settings(), "needs a key (other machines reach it)"),
+        ("http://0.0.0.0:8081", OPEN, "open to everybody who reaches it"),
+        ("http://127.0.0.1:8081", WITH_KEYS, "needs a key (callers on this machine, too)"),
+        ("http://127.0.0.1:8081", Settings(), ""),
+    ],
+)
+def test_the_log_says_who_may_call(caplog, address, settings, says):
+    """Nobody has to find out by trying; a server that is open to all is a warning."""
+    caplog.set_level("INFO")
+    log_who_may_call("management", Address.parse("x", address), settings)
+    assert says in caplog.text
+    assert ("unencrypted" in caplog.text) is ("without https" in says)
+    assert bool(caplog.records) is bool(says)
+    assert {record.levelname for record in caplog.records} <= {"WARNING" if settings is OPEN else "INFO"}
+
+
+def test_a_named_origin_may_change_and_any_origin_may_not_manage(serving, serving_inference):
+    """cors_allowed_origin lets its pages change; * lets every page use the models, but none put code here."""
+    manager = FakeManager(info_of("noop"))
+    named = Settings(enable_model_api=True, cors_allowed_origin=("https://Good.example/",))
+    client = serving(manager, settings=named)
+    assert client.put("/models/noop", headers={"Origin": "https://good.example"}).status_code == 202
+    assert client.put("/models/noop", headers={"Origin": "https://bad.example"}).status_code == 403
+    anybody = Settings(enable_model_api=True, cors_allowed_origin=("*",))
+    client = serving(manager, settings=anybody)
+    assert client.put("/models/noop", headers={"Origin": "https://bad.example"}).status_code == 403
+    inference = serving_inference(manager, settings=anybody)
+    assert inference.post("/predictions/noop", headers={"Origin": "https://any.example"}).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_a_wrong_method_is_405_with_allow(client, method, path, allowed):
         ),
         (
             b"GET /models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n",
-            401,
+            400,
         ),
     ],
     ids=lambda x: str(x[:60]) if isinstance(x, bytes) else "",

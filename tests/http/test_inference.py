@@ -7,8 +7,9 @@ import requests
 
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http.server import bind, start_inference
+from torchmgmt.http.tokens import Keys
 from torchmgmt.lifecycle import VersionState
-from torchmgmt.settings import Address
+from torchmgmt.settings import Address, Settings
 
 LOADING, FAILED = VersionState.LOADING, VersionState.FAILED
 
@@ -19,7 +20,7 @@ def ping():
     servers = []
 
     def ask(manager: FakeManager, method: str = "GET", path: str = "/ping", **more) -> requests.Response:
-        server = start_inference(manager, bind(Address("http", "127.0.0.1", 0)))
+        server = start_inference(manager, bind(Address("http", "127.0.0.1", 0)), Settings(), Keys())
         servers.append(server)
         return requests.request(method, server.url + path, timeout=30, **more)
 
@@ -48,6 +49,29 @@ def test_ping_says_whether_what_shall_be_served_is(ping, infos, code, status):
     """Every version that shall have workers counts, and only those; all, some or none of them are ready."""
     response = ping(FakeManager(*infos))
     assert (response.status_code, response.json()) == (code, {"status": status})
+
+
+@pytest.mark.parametrize(
+    "infos, code, not_ready",
+    [
+        ([], 200, []),
+        ([info_of("a", workers=1), info_of("b")], 200, []),
+        ([info_of("a", workers=1), info_of("b", "2", workers=1, state=LOADING)], 503, ["b:2"]),
+        ([info_of("a", workers=1, state=FAILED)], 503, ["a:1.0"]),
+    ],
+)
+def test_ready_means_all_that_shall_be_served(ping, infos, code, not_ready):
+    """One version without a ready worker is enough to say so, and it is named."""
+    response = ping(FakeManager(*infos), path="/ready")
+    status = "Not Ready" if not_ready else "Ready"
+    assert response.status_code == code
+    assert response.json() == {"status": status, "isLoading": False, "notReady": not_ready}
+
+
+def test_live_says_nothing_of_models(ping):
+    """A model that failed is no reason to end the server."""
+    response = ping(FakeManager(info_of("a", workers=1, state=FAILED)), path="/live")
+    assert (response.status_code, response.json()) == (200, {"status": "Live"})
 
 
 def test_ping_is_open_to_all(ping):
@@ -86,5 +110,5 @@ def test_a_defect_is_a_500_without_its_text(ping, caplog):
 def test_it_describes_itself(ping):
     """The API description of this address has what this address serves."""
     described = ping(FakeManager(), "OPTIONS", "/").json()
-    assert set(described["paths"]) == {"/", "/api-description", "/ping"}
+    assert set(described["paths"]) == {"/", "/api-description", "/ping", "/live", "/ready"}
     assert ping(FakeManager(), "GET", "/api-description").json() == described

@@ -7,7 +7,6 @@ import uuid
 
 import pytest
 
-from tests.http.conftest import Client
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http import management
 from torchmgmt.http import operations as ops
@@ -76,6 +75,7 @@ def test_what_is_not_given_is_left_to_archive_and_settings(client, manager):
         "response_timeout": None,
         "startup_timeout": None,
         "trusted": False,
+        "may_fetch": True,
     }
 
 
@@ -465,10 +465,3 @@ def test_the_app_can_be_mounted_in_another_server(manager):
     assert client.simulate_get("/models").status_code == 200
     response = client.simulate_post("/models", json={"url": "a.mar", "synchronous": True})
     assert response.status_code == 200
-
-
-def test_names_of_helpers_and_paths_cannot_collide(client: Client):
-    """/token is not served by this release: an honest 404."""
-    response = client.get("/token", params={"type": "management"})
-    assert response.status_code == 404
-    assert response.json()["type"] == "ResourceNotFoundException"

@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 import pytest
+import requests
 from jsonschema.exceptions import ValidationError
 from openapi_schema_validator import OAS30ReadValidator, oas30_format_checker
 from openapi_spec_validator import OpenAPIV30SpecValidator
@@ -19,9 +20,10 @@ from torchmgmt.http import operations as ops
 from torchmgmt.http.errors import TABLE
 from torchmgmt.http.openapi import KeyRule, api_description, api_description_json, key_rule_of
 from torchmgmt.http.schemas import ERRORS
+from torchmgmt.http.server import bind, start_inference
 from torchmgmt.lifecycle import WorkerState
 from torchmgmt.records import Sharing
-from torchmgmt.settings import Settings
+from torchmgmt.settings import Address, Settings
 
 ADDRESSES = {"management": ops.MANAGEMENT, "inference": ops.INFERENCE, "both": ops.MANAGEMENT + ops.INFERENCE}
 RULES = list(KeyRule)
@@ -38,6 +40,10 @@ def walk(item: Any):
 
 def operations_of(described: dict) -> list[tuple[str, str, dict]]:
     return [(path, method, item) for path, methods in described["paths"].items() for method, item in methods.items()]
+
+
+def loopback():
+    return bind(Address("http", "127.0.0.1", 0))
 
 
 def closed(item: Any) -> Any:
@@ -159,6 +165,40 @@ def test_answers_are_exactly_as_described(serving, code, method, path, described
     response = serving(manager)(method, path)
     assert response.status_code == code
     check_response(response, described_path, method)
+
+
+@pytest.mark.parametrize(
+    "code, path, workers, state",
+    [
+        (200, "/ping", 1, None),
+        (500, "/ping", 1, VersionState.FAILED),
+        (200, "/live", 1, VersionState.FAILED),
+        (200, "/ready", 1, None),
+        (503, "/ready", 1, VersionState.FAILED),
+        (200, "/api-description", 0, None),
+    ],
+)
+def test_health_is_exactly_as_described(code, path, workers, state):
+    """Also where nothing can be served, and the body is no error."""
+    server = start_inference(KeepingManager(info_of("a", workers=workers, state=state)), loopback())
+    try:
+        response = requests.get(server.url + path, timeout=30)
+    finally:
+        server.close()
+    assert response.status_code == code
+    check_response(response, path, "GET", api_description("x", ops.INFERENCE, KeyRule.CALLERS_FROM_ELSEWHERE))
+
+
+@pytest.mark.parametrize("name", ["management", "inference"])
+def test_a_new_key_is_exactly_as_described(serving, tmp_path, monkeypatch, name):
+    """Which of the two it is follows from what was asked for."""
+    monkeypatch.chdir(tmp_path)  # for the key file
+    monkeypatch.setenv("TORCHMGMT_API_KEY", "k" * 40)
+    settings = Settings(disable_token_authorization=False)
+    client = serving(KeepingManager(info_of("a")), settings=settings)
+    response = client.get("/token", params={"type": name}, headers={"Authorization": "Bearer " + "k" * 40})
+    assert list(response.json()) == [name]
+    check_response(response, "/token", "GET")
 
 
 @pytest.mark.parametrize(
@@ -300,16 +340,17 @@ def test_what_may_stand_in_two_places_has_no_default_in_its_schema():
 
 
 @pytest.mark.parametrize(
-    "setting, rule, security",
+    "setting, host, rule, security",
     [
-        (True, KeyRule.NOBODY, None),
-        (None, KeyRule.CALLERS_FROM_ELSEWHERE, [{}, {"managementKey": []}]),
-        (False, KeyRule.EVERYBODY, [{"managementKey": []}]),
+        (True, "0.0.0.0", KeyRule.NOBODY, None),
+        (None, "127.0.0.1", KeyRule.CALLERS_FROM_ELSEWHERE, [{}, {"managementKey": []}]),
+        (None, "0.0.0.0", KeyRule.EVERYBODY, [{"managementKey": []}]),
+        (False, "127.0.0.1", KeyRule.EVERYBODY, [{"managementKey": []}]),
     ],
 )
-def test_who_needs_a_key_is_described(setting, rule, security):
-    """As the setting says; the description itself needs none."""
-    assert key_rule_of(Settings(disable_token_authorization=setting)) is rule
+def test_who_needs_a_key_is_described(setting, host, rule, security):
+    """As the setting and the address say; the description itself needs none."""
+    assert key_rule_of(Settings(disable_token_authorization=setting), Address("http", host, 8081)) is rule
     paths = api_description("x", ops.MANAGEMENT, rule)["paths"]
     assert paths["/models"]["get"].get("security") == security
     assert ("401" in paths["/models"]["get"]["responses"]) == (rule is not KeyRule.NOBODY)

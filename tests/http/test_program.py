@@ -19,7 +19,7 @@ import torchmgmt
 from tests.http.archives import BROKEN, SLOW_TO_LOAD, write_model
 from tests.http.conftest import Client
 from torchmgmt.http.command_line import parse_command_line
-from torchmgmt.http.program import ModelToLoad
+from torchmgmt.http.loader import ModelToLoad
 
 STARTED = "Model server started"
 PORTS = ("--management-address", "http://127.0.0.1:0", "--inference-address", "http://127.0.0.1:0")
@@ -116,7 +116,6 @@ def test_the_start_lines_say_what_serves_where(start, tmp_path):
     ports = [int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", " ".join(program.lines))]
     assert len(ports) == 2
     assert 0 not in ports
-    assert "--no-config-snapshots has no effect" in program.log.read_text()
     assert program.end() == 0
 
 
@@ -135,8 +134,18 @@ def test_models_are_loaded_at_start_and_one_that_fails_stops_no_other(start, tmp
         write_model(tmp_path / "model_store", name, *([code] if code else []))
     (tmp_path / "model_store" / "notes.txt").write_text("no model")
     program = start("--models", "all,mine=good", "nope.mar", "--default-workers-per-model", "1")
-    names = [model["modelName"] for model in program.client().get("/models").json()["models"]]
-    assert names == ["good", "mine"]
+    client = program.client()
+    listed = {model["modelName"]: model for model in client.get("/models").json()["models"]}
+    assert list(listed) == ["broken", "good", "mine", "nope"]
+    assert listed["good"] == {"modelName": "good", "modelUrl": "good"}
+    for name, reason in (("broken", "broken on purpose"), ("nope", "Model not found at: nope.mar")):
+        assert (listed[name]["state"], reason in listed[name]["lastError"]) == ("FAILED", True)
+        (item,) = client.get(f"/models/{name}").json()
+        assert item["state"] == "FAILED"
+        assert reason in item["lastError"]
+        assert item["workers"] == []
+    assert client.get("/models/good").json()[0]["state"] == "READY"
+    assert program.client("Inference").get("/ping").json() == {"status": "Partial Healthy"}
     log = program.log.read_text()
     assert "broken on purpose" in log
     assert "Model not found at: nope.mar" in log
@@ -216,18 +225,14 @@ def test_an_occupied_port_is_one_line_and_code_1(start):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (("--start",), "--start is not supported in this release"),
-        (("--stop",), "--stop is not supported in this release"),
-        (("--ts-config", "x"), "--ts-config is not supported in this release"),
-        (("--enable-token-auth",), "--enable-token-auth is not supported in this release"),
-        (("--contract", "torchserve-0.12"), "--contract is not supported in this release"),
+        (("--start", "--stop"), "not allowed with argument"),
+        (("--ts-config", "x"), "the configuration file is 'x', but must be a file that can be read (No such file"),
+        (("--contract", "torchserve-0.11"), "contract is 'torchserve-0.11', but must be documented or"),
         (("--nonsense",), "--nonsense"),
         (("--job-queue-size", "0"), "job_queue_size is 0, but must be a whole number"),
         (("--model-store", "/nowhere"), "model_store is '/nowhere', but must be a folder that exists"),
-        (("--management-address", "http://0.0.0.0:0"), "--disable-token-auth"),
-        (("--inference-address", "https://127.0.0.1:0"), "does not serve https yet"),
-        (("--disable-token-auth", "false"), "no token authorization yet"),
-        (("--management-address", "http://127.0.0.1:8080"), "does not serve both on one address yet"),
+        (("--inference-address", "https://127.0.0.1:0"), "certificate_file"),
+        (("--management-address", "https://127.0.0.1:8080"), "one port speaks either http or https"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(arguments, expected, tmp_path):
@@ -247,13 +252,14 @@ def test_version_and_help():
     assert shown.returncode == 0
     assert "--default-workers-per-model" in shown.stdout
     assert "--ts-config" in shown.stdout
+    assert "exit codes:\n  0   it was told to end" in shown.stdout
 
 
 @pytest.mark.parametrize("flag", ["--log-config", "--workflow-store", "--plugins-path", "--ppath", "--cpp-log-config"])
 def test_flags_of_torchserve_that_mean_nothing_are_accepted_with_a_warning(flag):
     """Scripts that start TorchServe go on working."""
-    command = parse_command_line([flag, "x", "--ncs"])
-    assert len(command.warnings) == 2
+    (warning,) = parse_command_line([flag, "x", "--ncs"], {}).warnings
+    assert "has no effect" in warning
 
 
 @pytest.mark.parametrize(

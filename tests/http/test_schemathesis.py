@@ -22,7 +22,7 @@ from tests.http.fakes import KeepingManager, info_of
 from torchmgmt.http import operations as ops
 from torchmgmt.http import serve
 from torchmgmt.http.server import bind, start_inference
-from torchmgmt.settings import Address
+from torchmgmt.settings import Address, Settings
 
 HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
 # Those that are about the description; the others guess from the codes of one phase, where 404 and 409 are right.
@@ -47,11 +47,20 @@ def look_at(tmp_path):
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
 
-    def look(url: str, examples: int) -> str:
+    def look(url: str, *more: str, examples: int) -> str:
         url_of_description = f"{url}/api-description"
         options = ["--checks=all", "--continue-on-failure", "--generation-deterministic", f"--max-examples={examples}"]
         done = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", f"--config-file={config}", "run", *options, url_of_description],
+            [
+                sys.executable,
+                "-m",
+                "schemathesis.cli",
+                f"--config-file={config}",
+                "run",
+                *options,
+                *more,
+                url_of_description,
+            ],
             env={**os.environ, "SCHEMATHESIS_HOOKS": str(HOOKS), "PYTHONIOENCODING": "utf-8"},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -90,3 +99,15 @@ def test_the_inference_address_is_as_described(manager, look_at):
     finally:
         server.close()
     assert_tested(printed, ops.INFERENCE)
+
+
+def test_keys_are_needed_where_the_description_says_so(manager, look_at, tmp_path, monkeypatch):
+    """With the key all is as above; without it, or with a wrong one, each operation that asks for it refuses."""
+    monkeypatch.chdir(tmp_path)  # for the key file
+    key = "k" * 40
+    monkeypatch.setenv("TORCHMGMT_MANAGEMENT_KEY", key)
+    settings = Settings(enable_model_api=True, disable_token_authorization=False)
+    with serve(manager, settings=settings) as server:
+        printed = look_at(server.url, f"--header=Authorization: Bearer {key}", "--phases=examples,fuzzing", examples=3)
+    assert_tested(printed, ops.MANAGEMENT)
+    assert manager.done["describe"]

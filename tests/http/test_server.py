@@ -14,6 +14,7 @@ from tests.http.fakes import FakeManager, info_of
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.http import serve
 from torchmgmt.http.server import bind, start_inference, start_management
+from torchmgmt.http.tokens import Keys
 from torchmgmt.settings import Address, Settings
 
 
@@ -189,8 +190,8 @@ def test_management_and_inference_run_side_by_side():
     """Each has its own socket and threads; closing one leaves the other."""
     manager = FakeManager(info_of("noop", workers=1))
     loopback = Address("http", "127.0.0.1", 0)
-    management = start_management(manager, bind(loopback), Settings())
-    inference = start_inference(manager, bind(loopback))
+    management = start_management(manager, bind(loopback), Settings(), Keys())
+    inference = start_inference(manager, bind(loopback), Settings(), Keys())
     try:
         assert requests.get(inference.url + "/ping", timeout=30).json() == {"status": "Healthy"}
         assert inference.close() is True

@@ -44,10 +44,13 @@ def test_a_module_is_as_if_it_was_loaded_plainly(reports: Reports, name: str, wa
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FAILING)
 def test_an_error_is_the_one_that_plain_loading_raises(reports: Reports, name: str, way: str) -> None:
-    """What cannot be loaded says so by the same error with the same text."""
-    error = reports[name][way]["error"]
-    assert error == reports[name][way]["plain_error"]
-    assert error[0] == FAILING[name].fails
+    """What cannot be loaded says so by the same error, with the same text, unless weights_only refuses it: in ours then."""
+    error, plain = reports[name][way]["error"], reports[name][way]["plain_error"]
+    assert error[0] == plain[0] == FAILING[name].fails
+    if "Unsupported global" in plain[1]:
+        assert error[1].startswith("state.pt holds an object of ")
+    else:
+        assert error[1] == plain[1]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -332,16 +332,19 @@ def test_a_workers_threads_are_its_own(stage: Stage, threads_wanted: int) -> Non
     """The intra-op number is the worker thread's: this thread keeps its own, and a later one gets the program's."""
     import torch
 
-    before = torch.get_num_threads()
+    def of_a_new_thread() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    before, default = torch.get_num_threads(), of_a_new_thread()
     worker, listener = stage.worker("import torch\n" + EVAL, threads=threads_wanted)
     worker.run(1, batch("torch.get_num_threads()"))
     assert listener.answers(1) == [threads_wanted]
     assert torch.get_num_threads() == before
-    later: list[int] = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert later == [before]
+    assert of_a_new_thread() == default
 
 
 def test_memory_is_the_processes(stage: Stage) -> None:

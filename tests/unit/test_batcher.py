@@ -37,7 +37,7 @@ def double(items: list[int]) -> list[int]:
 class Bench:
     """A Batcher on a fake clock. What it cuts is taken at once if ``eager``, else when the test says so."""
 
-    def __init__(self, *, eager: bool = True, **options: Any) -> None:
+    def __init__(self, *, eager: bool = True, cuts_early: bool = False, **options: Any) -> None:
         self.clock = FakeClock()
         self.timers = FakeTimers(self.clock)
         self.eager = eager
@@ -45,7 +45,11 @@ class Bench:
         self.batches: list[Batch[Any, Any]] = []
         self.on_batch: Callable[[Batch[Any, Any]], None] = self.batches.append
         self.batcher: Batcher[Any, Any] = Batcher(
-            clock=self.clock, call_at=self.timers.call_at, on_ready=self._on_ready, **options
+            clock=self.clock,
+            call_at=self.timers.call_at,
+            on_ready=self._on_ready,
+            cuts_early=cuts_early,
+            **options,
         )
 
     def _on_ready(self) -> None:
@@ -232,6 +236,58 @@ def test_a_limit_of_zero_is_over_at_once():
     assert bench.taken() == []
 
 
+def test_a_limit_for_waiting_ends_only_what_waits():
+    """wait_timeout fails an item that was not started by then, names itself as the limit, and does not hurry the rest."""
+    bench = Bench(batch_size=1, eager=False)
+    started, waiting = bench.submit(1, wait_timeout=1, timeout=5), bench.submit(2, wait_timeout=1)
+    bench.batches.append(bench.batcher.take())
+    bench.timers.advance(1)
+    assert waiting.exception(0).limit_s == 1
+    assert not started.done()
+    bench.take_all()
+    assert bench.taken() == [[1]]
+    bench.timers.advance(4)
+    assert started.exception(0).limit_s == 5
+
+
+def test_more_priority_goes_first():
+    """Of what waits, the highest priority leaves first, and what has the same in the order in which it came."""
+    bench = Bench(batch_size=10, eager=False)
+    for item, priority in [("a", 0), ("b", 5), ("c", -1), ("d", 5), ("e", 0)]:
+        bench.submit(item, priority=priority)
+    bench.timers.advance(1)
+    bench.take_all()
+    assert bench.taken() == [["b", "d", "a", "e", "c"]]
+
+
+def test_priority_ages():
+    """What has little priority is passed for as many seconds as it has less of it, and then no more."""
+    bench = Bench(batch_size=1, eager=False)
+    bench.submit("low", priority=-2)
+    for second in range(4):
+        bench.submit(f"normal {second}")
+        bench.timers.advance(1)
+    bench.take_all()
+    assert [items[0] for items in bench.taken()] == ["normal 0", "normal 1", "low", "normal 2", "normal 3"]
+
+
+def test_the_oldest_is_timed_wherever_it_stands():
+    """An item that others have passed is still cut when it has waited max_batch_delay."""
+    bench = Bench(batch_size=3, max_batch_delay=100)
+    bench.submit("first")
+    bench.timers.advance(0.09)
+    bench.submit("urgent", priority=10)
+    bench.timers.advance(0.01)
+    assert bench.taken() == [["urgent", "first"]]
+
+
+@pytest.mark.parametrize("priority", [11, -11, True, 1.5, "1", None])
+def test_a_priority_out_of_its_range_is_refused(priority: Any):
+    """A wrong priority is an error that says what is allowed."""
+    with pytest.raises(InvalidArgument, match="from -10 to 10"):
+        Bench().submit(1, priority=priority)
+
+
 @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "1", True, 10**400])
 def test_a_limit_that_is_no_number_of_seconds_is_refused(timeout: Any):
     """A wrong timeout is an error that names it, and the item is not accepted."""
@@ -416,7 +472,9 @@ class Request:
 
     number: int
     since: float
+    priority: int
     deadline: float | None
+    start_by: float | None
     future: Future[Any]
     started: bool = False
     ends: list[str] = field(factory=list)
@@ -424,6 +482,11 @@ class Request:
     @property
     def waits(self) -> bool:
         return not self.started and not self.future.done()
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """A step of priority is worth a second of waiting."""
+        return self.since - self.priority, self.number
 
 
 class BatcherRules(RuleBasedStateMachine):
@@ -434,15 +497,18 @@ class BatcherRules(RuleBasedStateMachine):
     """
 
     @initialize(
-        eager=st.booleans(), batch_size=st.integers(1, 4), delay_ms=st.integers(0, 50), capacity=st.integers(1, 8)
+        eager=st.booleans(),
+        cuts_early=st.booleans(),
+        batch_size=st.integers(1, 4),
+        delay_ms=st.integers(0, 50),
+        capacity=st.integers(1, 8),
     )
-    def begin(self, eager: bool, batch_size: int, delay_ms: int, capacity: int) -> None:
-        self.bench = Bench(eager=eager, batch_size=batch_size, max_batch_delay=delay_ms, capacity=capacity)
+    def begin(self, batch_size: int, delay_ms: int, **options: Any) -> None:
+        self.bench = Bench(batch_size=batch_size, max_batch_delay=delay_ms, **options)
         self.bench.on_batch = self.started
         self.delay_s = delay_ms / 1000
         self.requests: list[Request] = []
         self.running: list[Batch[Any, Any]] = []
-        self.last_started = -1
         self.drained = False
 
     @property
@@ -455,30 +521,39 @@ class BatcherRules(RuleBasedStateMachine):
             assert not request.started, "an item was cut twice"
             assert not request.future.done(), "an item runs although it has ended"
             assert request.deadline is None or self.bench.clock.now < request.deadline, "an expired item runs"
-            assert request.number > self.last_started, "items were reordered"
-            self.last_started = request.number
+            assert request.start_by is None or self.bench.clock.now < request.start_by, "one that waited too long runs"
             request.started = True
+        ranks = [request.rank for request in batch.items]
+        assert ranks == sorted(ranks), "items were reordered"
+        assert all(request.rank > ranks[-1] for request in self.waiting), "an item was passed over"
         self.running.append(batch)
 
-    @rule(timeout_ms=st.none() | st.integers(0, 80))
-    def submit(self, timeout_ms: int | None) -> None:
+    @rule(
+        timeout_ms=st.none() | st.integers(0, 80),
+        wait_ms=st.none() | st.integers(0, 80),
+        priority=st.just(0) | st.integers(-10, 10),
+    )
+    def submit(self, timeout_ms: int | None, wait_ms: int | None, priority: int) -> None:
         now = self.bench.clock.now
         timeout = None if timeout_ms is None else timeout_ms / 1000
+        wait_timeout = None if wait_ms is None else wait_ms / 1000
         future: Future[Any] = Future()
         deadline = None if timeout is None else now + timeout
-        request = Request(len(self.requests), now, deadline, future)
+        start_by = None if wait_timeout is None else now + wait_timeout
+        request = Request(len(self.requests), now, priority, deadline, start_by, future)
+        options = {"timeout": timeout, "wait_timeout": wait_timeout, "priority": priority, "future": future}
         waiting = len(self.waiting)
         if self.drained:
             with pytest.raises(ModelNotFound):
-                self.bench.submit(request, timeout=timeout, future=future)
+                self.bench.submit(request, **options)
             return
         if waiting == self.bench.batcher.capacity:
             with pytest.raises(QueueFull):
-                self.bench.submit(request, timeout=timeout, future=future)
+                self.bench.submit(request, **options)
             return
         future.add_done_callback(lambda done: request.ends.append("cancelled" if done.cancelled() else "answered"))
         self.requests.append(request)
-        self.bench.submit(request, timeout=timeout, future=future)
+        self.bench.submit(request, **options)
         self.bench.timers.advance(0)
 
     @precondition(lambda self: self.requests)
@@ -555,6 +630,7 @@ class BatcherRules(RuleBasedStateMachine):
         now = self.bench.clock.now
         for request in self.requests:
             assert request.deadline is None or now < request.deadline or request.future.done()
+            assert not request.waits or request.start_by is None or now < request.start_by
         if self.bench.eager:
             waiting = self.waiting
             assert len(waiting) < self.bench.batcher.batch_size
@@ -735,7 +811,7 @@ def test_not_even_an_exit_ends_the_thread(error: BaseException):
 @pytest.mark.parametrize("got", [0, 1, 3])
 def test_a_function_with_a_wrong_number_of_answers_is_told_so(got: int):
     """Both numbers are in the error that every item of the batch gets."""
-    with Batcher(lambda items: [0] * got, batch_size=2) as batcher:
+    with Batcher(lambda items: [0] * got, batch_size=2, cuts_early=False) as batcher:
         futures = [batcher.submit(n) for n in range(2)]
         for future in futures:
             with pytest.raises(WrongNumberOfAnswers, match=f"batch of 2 was answered with {got} answers"):
@@ -769,7 +845,7 @@ def test_no_thread_before_the_first_item_and_none_after_close():
 
 def test_closing_runs_what_waits_and_refuses_what_comes(gate: Gate):
     """What was accepted before close is answered, however long its batch would have waited."""
-    batcher = Batcher(gate, batch_size=4, max_batch_delay=1_000_000, capacity=100)
+    batcher = Batcher(gate, batch_size=4, max_batch_delay=1_000_000, capacity=100, cuts_early=False)
     futures = [batcher.submit(n) for n in range(10)]
     assert gate.entered.acquire(timeout=WAIT_S)
     with ThreadPoolExecutor(1) as pool:
@@ -786,7 +862,7 @@ def test_closing_runs_what_waits_and_refuses_what_comes(gate: Gate):
 def test_closing_at_any_moment_loses_nothing():
     """However soon after the last item a Batcher is closed, that item runs."""
     for _ in range(300):
-        batcher = Batcher(double, batch_size=2, max_batch_delay=1_000_000)
+        batcher = Batcher(double, batch_size=2, max_batch_delay=1_000_000, cuts_early=False)
         future = batcher.submit(21)
         assert batcher.close() == 0
         assert future.result(0) == 42
@@ -841,13 +917,13 @@ def test_a_full_queue_of_a_busy_function_refuses(gate: Gate):
 
 def test_time_limits_hold_while_the_function_idles():
     """A waiting item fails at its limit by itself, with nobody else calling."""
-    with Batcher(double, batch_size=2, max_batch_delay=1_000_000) as batcher:
+    with Batcher(double, batch_size=2, max_batch_delay=1_000_000, cuts_early=False) as batcher:
         assert isinstance(batcher.submit(1, timeout=0.01).exception(WAIT_S), DeadlineExceeded)
 
 
 def test_an_earlier_end_wakes_the_waiting_thread():
     """An item with a nearer limit than all others is not late because the thread sleeps for them."""
-    with Batcher(double, batch_size=3, max_batch_delay=1_000_000) as batcher:
+    with Batcher(double, batch_size=3, max_batch_delay=1_000_000, cuts_early=False) as batcher:
         far = batcher.submit(1, timeout=3600)
         near = batcher.submit(2, timeout=0.01)
         assert isinstance(near.exception(WAIT_S), DeadlineExceeded)
@@ -863,7 +939,7 @@ def test_items_that_come_one_by_one_each_leave_in_time():
 
 def test_delays_of_centuries_are_fine():
     """Waiting longer than the system can count does not end the thread."""
-    with Batcher(double, batch_size=2, max_batch_delay=10**14) as batcher:
+    with Batcher(double, batch_size=2, max_batch_delay=10**14, cuts_early=False) as batcher:
         futures = [batcher.submit(1, timeout=1e15)]
         for thread in threading.enumerate():
             if thread.name == "torchmgmt-batcher":

@@ -17,6 +17,8 @@ from torchmgmt.errors import (
     HandlerFailed,
     InvalidArchive,
     InvalidArgument,
+    InvalidSetting,
+    InvalidStateFile,
     ManagerClosed,
     ModelNotFound,
     ModelVersionNotFound,
@@ -24,6 +26,7 @@ from torchmgmt.errors import (
     QueueFull,
     SourceNotAllowed,
     SourceNotFound,
+    StateFileInUse,
     TorchmgmtError,
     WorkerDied,
     WorkerStartFailed,
@@ -39,6 +42,10 @@ EXAMPLES = [
     (
         InvalidArgument("batch_size", 0, "a whole number, at least 1"),
         "batch_size is 0, but must be a whole number, at least 1",
+    ),
+    (
+        InvalidSetting("job_queue_size", "many", "a whole number", source="config.properties, line 3"),
+        "config.properties, line 3: job_queue_size is 'many', but must be a whole number",
     ),
     (ModelNotFound("nope"), "Model not found: nope"),
     (ModelVersionNotFound("noop", "9.9"), "Model version: 9.9 does not exist for model: noop"),
@@ -69,6 +76,21 @@ EXAMPLES = [
     (
         HandlerFailed("m", "1.0", "ValueError: no", "builtins.ValueError", 507, True, TRACEBACK, ["last"]),
         "Model m version 1.0 failed: ValueError: no",
+    ),
+    (
+        InvalidStateFile("/s/state.json", "its format is 2"),
+        (
+            "/s/state.json cannot be restored: its format is 2; it is left untouched: put it right, move it away to begin"
+            " without it, or name another state file"
+        ),
+    ),
+    (
+        StateFileInUse("/s/state.json", 77),
+        "The state file /s/state.json is in use by process 77; close that one, or name another state file",
+    ),
+    (
+        StateFileInUse("/s/state.json"),
+        "The state file /s/state.json is in use by another process; close that one, or name another state file",
     ),
     (
         WouldWaitForever("predict"),
@@ -153,6 +175,7 @@ def test_no_error_has_a_base_that_it_should_not_have():
     }
     assert {name: bases for name, bases in builtin_bases.items() if bases} == {
         "InvalidArgument": {ValueError},
+        "InvalidSetting": {ValueError},
         "ModelNotFound": {LookupError},
         "ModelVersionNotFound": {LookupError},
         "SourceNotFound": {LookupError},

@@ -16,10 +16,26 @@ PACKAGE = "torchmgmt"
 LAYERS: dict[int, frozenset[str]] = {
     1: frozenset({"errors", "lifecycle", "records", "events", "forks"}),
     2: frozenset(
-        {"settings", "archive", "registry", "scaling", "state", "channel", "encoding", "segments", "dispatcher"}
+        {
+            "settings",
+            "setting_kinds",
+            "setting_sources",
+            "properties",
+            "archive",
+            "arrivals",
+            "registry",
+            "scaling",
+            "state",
+            "state_file",
+            "desired",
+            "channel",
+            "encoding",
+            "segments",
+            "dispatcher",
+        }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
-    4: frozenset({"manager", "model", "registration"}),
+    4: frozenset({"manager", "model", "registration", "failed_loads", "restoring"}),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
 }
@@ -34,11 +50,16 @@ NEIGHBOURS = {
     "lifecycle": {"errors"},
     "records": {"errors", "lifecycle"},
     "events": {"errors", "lifecycle", "records"},
+    "settings": {"setting_kinds", "setting_sources"},
+    "setting_sources": {"setting_kinds", "properties"},
+    "state_file": {"state"},
+    "desired": {"state"},
     "channel": {"encoding", "segments"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration"},
+    "manager": {"model", "registration", "failed_loads", "restoring"},
+    "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
 }
@@ -63,6 +84,9 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "ts": IN_THE_WORKER,  # the names that compat provides
     "yaml": frozenset({"settings", "archive", "worker", "compat"}),
     "requests": frozenset({"launcher", "archive"}),
+    "urllib3": frozenset({"archive"}),
+    "fsspec": frozenset({"archive"}),
+    "javaproperties": frozenset({"properties"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
     "falcon": frozenset({"http"}),
     "waitress": frozenset({"http"}),

@@ -1,26 +1,46 @@
 """Where models come from: names and paths are resolved, archives checked, unpacked and shared.
 
-:class:`ModelSources` is the wing's face. It imports neither torch nor, until an archive is opened,
-the modules that read archives.
+:class:`ModelSources` is the wing's face. It imports neither torch nor, until an archive is opened
+or fetched, the modules that do that.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
+from torchmgmt.archive.allowed import Rules
 from torchmgmt.archive.cache import Lease, UnpackedArchives
+from torchmgmt.archive.downloads import Downloads
 from torchmgmt.archive.manifest import Manifest, read_config, read_manifest
+from torchmgmt.archive.shelves import PrivateShelf, SharedShelf
 from torchmgmt.archive.sources import resolve
+from torchmgmt.archive.transfer import DownloadLimits
 from torchmgmt.archive.unpack import UnpackLimits
-from torchmgmt.errors import InvalidArgument
+from torchmgmt.archive.url_memory import OwnMemory, SharedMemory, UrlMemory
+from torchmgmt.archive.urls import Source
+from torchmgmt.errors import InvalidArchive, InvalidArgument
+from torchmgmt.events import Listener
+from torchmgmt.records import check_number
 
-__all__ = ["Manifest", "ModelFolder", "ModelSources", "UnpackLimits"]
+if TYPE_CHECKING:
+    from torchmgmt.archive.packing import inspect, pack, verify
+
+__all__ = ["DownloadLimits", "Manifest", "ModelFolder", "ModelSources", "UnpackLimits", "inspect", "pack", "verify"]
+
+
+def __getattr__(name: str) -> object:
+    # With what reads and writes archives, for those who ask for it.
+    if name in {"inspect", "pack", "verify"}:
+        from torchmgmt.archive import packing
+
+        return getattr(packing, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @frozen(eq=False)
@@ -33,7 +53,7 @@ class ModelFolder:
     path: Path
     """Absolute; what a worker has as its working directory."""
     url: str
-    """Where it came from, as the caller gave it."""
+    """Where it came from, as the caller gave it, less the credentials in a URL."""
     manifest: Manifest | None
     """None if the folder has none: then the caller must say name and handler."""
     config: Mapping[str, Any]
@@ -67,77 +87,117 @@ class ModelFolder:
 
 
 class ModelSources:
-    """Opens models by name, path or ``file://`` URL. Thread-safe.
+    """Opens models by name, path or URL. Thread-safe.
 
-    Archives of the same content share one unpacked copy, in a temporary folder
-    ``torchmgmt-*`` that exists only while it is needed. In a process that was forked from the one
+    Archives of the same content share one unpacked copy, which exists only while it is needed: in a temporary folder
+    ``torchmgmt-*``, or in ``cache_dir``, which any number of programs may share. In a process that was forked from the one
     that made it, it is closed and removes nothing.
 
     Args:
-        model_store: the folder in which bare names are looked up, or None for none. It need not
-            exist yet.
+        model_store: the folder in which bare names are looked up, or None for none. It need not exist yet.
         limits: what an archive may unpack to at most.
+        cache_dir: a folder of this user's, made if it is not there, that keeps downloaded archives and is where archives
+            are unpacked; on a file system that has locks. None: nothing outlives its use.
+        max_cache_bytes: how large the kept archives may be together, at least 0; those not used for longest go first.
+        download_limits: how large a downloaded archive may be, and how long it may take.
+        allowed_urls: regular expressions; the whole URL that a caller over HTTP gives must match one. None: ``file://``
+            in the model store, and ``http(s)://`` to all but link-local hosts, from callers who ``may_fetch``.
+        listener: is told of the progress of downloads.
 
     Raises:
-        InvalidArgument: ``model_store`` is neither a path nor None.
+        InvalidArgument: an argument has the wrong type or range.
     """
 
-    def __init__(self, model_store: str | os.PathLike[str] | None, *, limits: UnpackLimits | None = None) -> None:
-        self._model_store = _check_store(model_store)
-        self._unpacked = UnpackedArchives(limits)
+    def __init__(
+        self,
+        model_store: str | os.PathLike[str] | None,
+        *,
+        limits: UnpackLimits | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        max_cache_bytes: int = 64 << 30,
+        download_limits: DownloadLimits | None = None,
+        allowed_urls: Sequence[str] | None = None,
+        listener: Listener = lambda _event: None,
+    ) -> None:
+        check_number("max_cache_bytes", max_cache_bytes, minimum=0, unit="bytes")
+        self._model_store = _check_folder("model_store", model_store)
+        folder = _check_folder("cache_dir", cache_dir)
+        # By who may fetch: for one object, the patterns are compiled and checked once.
+        self._rules = {may_fetch: Rules(allowed_urls, may_fetch) for may_fetch in (True, False)}
+        memory: UrlMemory
+        if folder is None:
+            shelf = PrivateShelf()
+            self._unpacked = UnpackedArchives(limits, shelf=shelf)
+            memory = OwnMemory(shelf)
+        else:
+            self._unpacked = UnpackedArchives(limits, shelf=SharedShelf(folder / "unpacked"))
+            memory = SharedMemory(folder, max_cache_bytes, self._unpacked.check_open)
+        self._downloads = Downloads(self._unpacked, memory, download_limits or DownloadLimits(), listener)
 
     @property
     def model_store(self) -> Path | None:
         """The folder in which bare names are looked up, absolute."""
         return self._model_store
 
-    def open(self, url: str | os.PathLike[str], *, trusted: bool = True) -> ModelFolder:
+    def open(self, url: str | os.PathLike[str], *, trusted: bool = True, may_fetch: bool = False) -> ModelFolder:
         """Return the model's folder, unpacked if it is an archive; the caller releases it.
 
-        Blocks while an archive is hashed and unpacked, or while another thread unpacks the same
-        one. Any thread. After an error nothing is left on the disk.
+        Blocks while an archive is fetched, hashed and unpacked, or while another thread or program does that. Any thread.
+        After an error nothing is left on the disk.
 
         Args:
-            url: the name of an archive or folder in the model store, a path, or a ``file://`` URL.
-            trusted: False for a caller over HTTP, who may register from the model store only.
+            url: the name of an archive or folder in the model store, a path, or a URL: ``file://``, ``http(s)://``, or
+                one of another scheme that fsspec knows. ``#sha256=`` and 64 hexadecimal digits after it: an archive of
+                another digest is refused. User and password in a URL are used, but never shown.
+            trusted: False for a caller over HTTP, who may register from the model store and ``allowed_urls`` only.
+            may_fetch: whether a caller who is not trusted may name remote hosts where ``allowed_urls`` is None: one on
+                this machine, or with a valid key.
 
         Raises:
-            InvalidArgument: ``url`` is no text, is empty, or holds a NUL.
-            SourceNotAllowed: not trusted, and not in the model store.
+            InvalidArgument: ``url`` is no text, is empty, holds a NUL, or is no legal URL.
+            SourceNotAllowed: not trusted, and neither in the model store nor allowed.
             SourceNotFound: nothing is there.
-            DownloadFailed: a URL that would have to be fetched; this release fetches nothing.
+            DownloadFailed: it cannot be fetched, is too large, takes too long, or has another digest.
             InvalidArchive: damaged, hostile or too large, or its manifest or configuration is
                 wrong. The reason names the entry or key, what was found and what is allowed.
             ManagerClosed: after close, or in a forked process.
             OSError: the disk is full or fails.
         """
         self._unpacked.check_open()
-        path = resolve(url, model_store=self._model_store, trusted=trusted)
-        source = os.fspath(url)
-        if path.is_dir():
-            return _model_folder(path, source, None)
-        lease = self._unpacked.acquire(path, source)
-        try:
-            return _model_folder(_top_of(lease.folder), source, lease)
-        except BaseException:
-            lease.release()
-            raise
+        source = Source.parse(url)
+        rules = None if trusted else self._rules[may_fetch]
+        if source.is_remote:
+            return _unpacked_model(source.shown, self._downloads.open(source, rules))
+        path = resolve(source, model_store=self._model_store, rules=rules)
+        if not path.is_dir():
+            return _unpacked_model(source.shown, self._unpacked.acquire(path, source.shown, wanted=source.sha256))
+        if source.sha256 is not None:
+            raise InvalidArchive(source.shown, "it is a folder, which has no SHA-256; leave #sha256= out")
+        return _model_folder(path, source.shown, None)
 
     def close(self) -> None:
-        """Remove everything that was unpacked, whoever uses it, and end the unpacking under way.
+        """Remove everything that was unpacked here, whoever uses it, and end downloads and unpacking under way.
 
-        Idempotent; any thread; blocks while files are removed.
+        What other programs share in ``cache_dir`` stays. Idempotent; any thread; blocks while files are removed.
         """
-        self._unpacked.close()
+        self._unpacked.close(then=self._downloads.end_all)
 
 
-def _check_store(store: object) -> Path | None:
-    if store is None:
+def _check_folder(argument: str, folder: object) -> Path | None:
+    if folder is None:
         return None
-    text = os.fspath(store) if isinstance(store, os.PathLike) else store
+    text = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
     if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise InvalidArgument("model_store", store, "the path of a folder, or None")
+        raise InvalidArgument(argument, folder, "the path of a folder, or None")
     return Path(text).absolute()  # the working directory may change
+
+
+def _unpacked_model(source: str, lease: Lease) -> ModelFolder:
+    try:
+        return _model_folder(_top_of(lease.folder), source, lease)
+    except BaseException:
+        lease.release()
+        raise
 
 
 def _model_folder(path: Path, source: str, lease: Lease | None) -> ModelFolder:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 import os
 import stat
 import threading
@@ -15,12 +13,11 @@ from typing import IO
 from attrs import define, field
 
 from torchmgmt.archive.names import Refused, refusing
+from torchmgmt.archive.shelves import Place, PrivateShelf, Shelf
 from torchmgmt.archive.unpack import UnpackLimits, unpack
 from torchmgmt.errors import InvalidArchive, ManagerClosed, SourceNotFound
 
 __all__ = ["Lease", "UnpackedArchives"]
-
-_log = logging.getLogger(__name__)
 
 HASH_BYTES = 1 << 20
 MAX_REMEMBERED = 256
@@ -36,14 +33,14 @@ _Stamp = tuple[tuple[int, int, int, int], int]
 
 @define(eq=False)
 class _Copy:
-    """One content. ``users`` is guarded by the owner's lock, ``folder`` by ``building``."""
+    """One content. ``users`` is guarded by the owner's lock, ``place`` by ``building``."""
 
     digest: str
     users: int = 0
     # Held while the copy is made or removed: whoever comes second waits here, and finds it made,
     # or, after a failure, tries for itself.
     building: threading.Lock = field(factory=threading.Lock)
-    folder: Path | None = None
+    place: Place | None = None
 
 
 class Lease:
@@ -66,56 +63,95 @@ class Lease:
 class UnpackedArchives:
     """Unpacks each content once and shares it. Thread-safe; a forked copy of it is closed.
 
-    The copies lie in one temporary folder, which exists only while there is a copy in it.
+    Args:
+        limits: what an archive may unpack to.
+        shelf: where the copies lie, closed with this; None: in a temporary folder.
+        now_ns: the time of the file system's clock, in ns.
     """
 
-    def __init__(self, limits: UnpackLimits | None = None, *, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        limits: UnpackLimits | None = None,
+        *,
+        shelf: Shelf | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._limits = limits or UnpackLimits()
+        self._shelf: Shelf = PrivateShelf() if shelf is None else shelf
         self._now_ns = now_ns
         self._pid = os.getpid()
-        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         # guarded by _lock
         self._closed = False
-        self._base: Path | None = None
         self._copies: dict[str, _Copy] = {}
         self._digests: dict[_Stamp, str] = {}
 
-    def acquire(self, path: Path, source: str) -> Lease:
+    def acquire(self, path: Path, source: str, *, digest: str | None = None, wanted: str | None = None) -> Lease:
         """Return a lease on the unpacked content of the archive at ``path``.
 
-        Blocks while it hashes and unpacks, or while another thread unpacks the same content. What
-        is unpacked is what was hashed, even if the file is replaced meanwhile. Raises what
-        :func:`torchmgmt.archive.unpack.unpack` does, SourceNotFound, and ManagerClosed; after an
-        error nothing is left on the disk.
+        Blocks while it hashes and unpacks, or while another thread or program unpacks the same content. What is unpacked
+        is what was hashed, even if the file is replaced meanwhile. Raises what :func:`torchmgmt.archive.unpack.unpack`
+        does, SourceNotFound, and ManagerClosed; after an error nothing is left on the disk.
+
+        Args:
+            path: the archive.
+            source: how messages call it.
+            digest: its SHA-256, if the caller computed it from this very file.
+            wanted: the only SHA-256 that is accepted; None: any.
         """
         self.check_open()
         with refusing(source), _open_archive(path, source) as file:
-            copy = self._join(self._digest_of(file))
-            try:
-                with copy.building:
-                    if copy.folder is None:
-                        copy.folder = self._build(file, copy.digest, source)
-                    folder = copy.folder
-            except BaseException:
-                self._leave(copy)
-                raise
-        return Lease(folder, copy.digest, lambda: self._leave(copy))
+            found = digest or self._digest_of(file)
+            if wanted not in {None, found}:
+                raise Refused(f"its SHA-256 is {found}, but #sha256={wanted} was asked for")
 
-    def close(self) -> None:
-        """Remove all copies, leased or not, and end the unpacking under way. Idempotent."""
+            def build(partial: Path) -> None:
+                stamp = _stamp(file)
+                unpack(file, partial, self._limits, source=source, keep_on=self.check_open)
+                _refuse_change(file, stamp)
+
+            lease = self._lease(found, lambda: self._shelf.take(found, build, self.check_open))
+        assert lease is not None, "take returns a copy or raises"
+        return lease
+
+    def acquire_known(self, digest: str) -> Lease | None:
+        """Return a lease on the unpacked content of this SHA-256, if somebody uses a copy now; else None.
+
+        Blocks while another thread or program unpacks or removes it. Raises ManagerClosed.
+        """
+        self.check_open()
+        return self._lease(digest, lambda: self._shelf.find(digest, self.check_open))
+
+    def _lease(self, digest: str, take: Callable[[], Place | None]) -> Lease | None:
+        copy = self._join(digest)
+        try:
+            with copy.building:
+                if copy.place is None:
+                    copy.place = take()
+                place = copy.place
+        except BaseException:
+            self._leave(copy)
+            raise
+        if place is None:
+            self._leave(copy)
+            return None
+        return Lease(place.folder, digest, lambda: self._leave(copy))
+
+    def close(self, then: Callable[[], None] = lambda: None) -> None:
+        """Remove all copies, leased or not, and end the unpacking under way. Idempotent.
+
+        ``then`` is called once nothing more can be acquired, before anything is waited for.
+        """
         if self._is_forked():
             return
         with self._lock:
             self._closed = True
             copies = list(self._copies.values())
             self._copies.clear()
+        then()
         for copy in copies:
             _clear(copy)  # waits for who unpacks, who ends at the next chunk: check_open raises
-        with self._lock:
-            base, self._base = self._base, None
-        if base is not None:
-            _remove(base)  # and what models may have written beside their folders
+        self._shelf.close()
 
     def check_open(self) -> None:
         """Raise :class:`ManagerClosed` if this was closed, or belongs to another process."""
@@ -145,44 +181,7 @@ class UnpackedArchives:
                 return
             if self._copies.get(copy.digest) is copy:
                 del self._copies[copy.digest]
-        # Nobody can join it any more: who wants this content now makes a copy of a new name.
-        _clear(copy)
-        self._drop_base()
-
-    def _build(self, file: IO[bytes], digest: str, source: str) -> Path:
-        partial = self._base_folder() / f"{digest[:16]}-{next(self._numbers)}.partial"
-        stamp = _stamp(file)
-        try:
-            unpack(file, partial, self._limits, source=source, keep_on=self.check_open)
-            _refuse_change(file, stamp)
-            folder = partial.with_suffix("")
-            partial.rename(folder)
-        except BaseException:
-            _remove(partial)
-            raise
-        return folder
-
-    def _base_folder(self) -> Path:
-        import tempfile  # brings shutil and random: 10 ms
-
-        with self._lock:  # two quick system calls, so that there is one folder and not two
-            self.check_open()
-            if self._base is None or not self._base.is_dir():  # somebody may have cleaned /tmp
-                self._base = Path(tempfile.mkdtemp(prefix="torchmgmt-"))
-            return self._base
-
-    def _drop_base(self) -> None:
-        with self._lock:
-            if self._copies or self._base is None:
-                return
-            base, self._base = self._base, None
-            try:
-                base.rmdir()  # one quick system call
-            except FileNotFoundError:
-                pass
-            except OSError:
-                # Another thread is still removing its copy, and will come here after that.
-                self._base = base
+        _clear(copy)  # nobody can join it any more: who wants this content now takes it anew
 
     def _digest_of(self, file: IO[bytes]) -> str:
         stamp = _stamp(file)
@@ -242,23 +241,6 @@ def _sha256(file: IO[bytes]) -> str:
 
 def _clear(copy: _Copy) -> None:
     with copy.building:
-        folder, copy.folder = copy.folder, None
-        if folder is not None:
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder with all that is in it, as far as possible; what is left is logged."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-        return
-    # A model may have taken the write permission from folders of its own.
-    for root, names, _files in os.walk(folder):
-        for path in (Path(root), *(Path(root, name) for name in names)):
-            if not path.is_symlink():
-                path.chmod(0o700)
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        _log.warning("The unpacked archive %s could not be removed", folder)
+        place, copy.place = copy.place, None
+        if place is not None:
+            place.give_back()

@@ -7,6 +7,14 @@ from collections.abc import Mapping
 __all__ = ["SHIPPED"]
 
 SHIPPED: Mapping[str, str] = {
-    "base_handler": "torchmgmt.handlers.base_handler",
+    name: f"torchmgmt.handlers.{name}"
+    for name in (
+        "base_handler",
+        "image_classifier",
+        "image_segmenter",
+        "object_detector",
+        "tensor_handler",
+        "text_classifier",
+    )
 }
 """From the name in a manifest to the module that is loaded for it."""

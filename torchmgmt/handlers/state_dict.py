@@ -16,9 +16,12 @@ import itertools
 import logging
 import mmap
 import os
+import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +69,10 @@ _ANSWERS: Mapping[Any, object] = {
 }
 
 
+# How torch names what it refuses; since 2.4, the oldest that we go with.
+_REFUSED = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
+
+
 class _NotEquivalent(Exception):
     """Loading in this way might give another result than the plain way."""
 
@@ -73,7 +80,7 @@ class _NotEquivalent(Exception):
 def read_state_dict(path: str, *, map_location: Any, weights_only: bool, is_sealed: bool) -> Any:
     """Return what ``torch.load`` does; its tensors are views of the file if that is safe.
 
-    They may be written to: that changes no file. Raises whatever ``torch.load`` raises.
+    They may be written to: that changes no file.
 
     Args:
         path: a file that ``torch.save`` wrote, in either of its formats.
@@ -81,7 +88,26 @@ def read_state_dict(path: str, *, map_location: Any, weights_only: bool, is_seal
         weights_only: as for ``torch.load``.
         is_sealed: nobody rewrites the file while it is used; it may be removed. A mapped file that is written to changes
             the tensors, and one that is cut off kills the process.
+
+    Raises:
+        pickle.UnpicklingError: the file is none, or ``weights_only`` refuses what is in it.
+        Exception: whatever else ``torch.load`` raises.
     """
+    try:
+        return _load(path, map_location, weights_only, is_sealed)
+    except pickle.UnpicklingError as error:
+        refused = _REFUSED.search(str(error)) if weights_only else None
+        if refused is None:
+            raise
+        raise pickle.UnpicklingError(
+            f"{Path(path).name} holds an object of {refused[1]}, and weights are loaded with weights_only=True: nothing but"
+            " tensors and plain values, since making other objects can run any code. Save the weights alone, with"
+            " torch.save(model.state_dict(), ...); or, if you trust the file, let a handler of your own allow the class"
+            f" with torch.serialization.add_safe_globals([{refused[1]}]) before it loads"
+        ) from None
+
+
+def _load(path: str, map_location: Any, weights_only: bool, is_sealed: bool) -> Any:
     if is_sealed and str(map_location) == "cpu" and _can_be_mapped(path):
         try:
             return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)

@@ -11,6 +11,7 @@ import falcon
 from attrs import frozen
 
 from torchmgmt import errors
+from torchmgmt.http.masking import masked_text
 
 __all__ = [
     "TABLE",
@@ -19,8 +20,10 @@ __all__ = [
     "BodyTooLarge",
     "Forbidden",
     "KeyRequired",
+    "KeyRequiredAsBadRequest",
     "MethodOff",
     "RequestRefused",
+    "TokensOff",
     "TooManyWaiting",
     "VersionToSetNotFound",
     "answer_for",
@@ -31,6 +34,7 @@ __all__ = [
 
 METHOD_NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 RESOURCE_NOT_FOUND = "Requested resource is not found, please refer to API document."
+KEY_REFUSED_BY_TORCHSERVE = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
 INTERNAL = "The server failed to answer this request; its log says why, under this request's x-request-id."
 
 
@@ -54,9 +58,30 @@ class BodyTooLarge(RequestRefused):
 
 
 class KeyRequired(RequestRefused):
-    """The request counts as coming from elsewhere, and carries no key."""
+    """The request needs a key, and carries none, a wrong one or one that has expired."""
 
-    headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="torchmgmt"'}
+    def __init__(self, message: str, *, carries_one: bool = False) -> None:
+        super().__init__(message)
+        # As RFC 6750, section 3 has it: the error is named only if there was something to judge.
+        problem = ', error="invalid_token"' if carries_one else ""
+        self.headers = {"WWW-Authenticate": f'Bearer realm="torchmgmt"{problem}'}
+
+
+class KeyRequiredAsBadRequest(KeyRequired):
+    """The same as TorchServe 0.12 answers it, whatever is wrong with the key."""
+
+    def __init__(self, message: str, *, carries_one: bool = False) -> None:
+        super().__init__(KEY_REFUSED_BY_TORCHSERVE, carries_one=carries_one)
+        self.headers = {}
+
+
+class TokensOff(RequestRefused):
+    """There are no keys, so none can be made anew."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server has no keys; --enable-token-auth (disable_token_authorization=false) turns them on"
+        )
 
 
 class Forbidden(RequestRefused):
@@ -94,12 +119,14 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     errors.InvalidArchive: (400, "InvalidModelException"),
     errors.DownloadFailed: (400, "DownloadArchiveException"),
     KeyRequired: (401, "InvalidKeyException"),
+    KeyRequiredAsBadRequest: (400, "InvalidKeyException"),
     Forbidden: (403, "ForbiddenException"),
     errors.DefaultVersionInUse: (403, "InvalidModelVersionException"),
     errors.ModelNotFound: (404, "ModelNotFoundException"),
     errors.SourceNotAllowed: (404, "ModelNotFoundException"),
     errors.ModelVersionNotFound: (404, "ModelVersionNotFoundException"),
     VersionToSetNotFound: (404, "ModelVersionNotFoundException"),
+    TokensOff: (404, "ResourceNotFoundException"),
     MethodOff: (405, "MethodNotAllowedException"),
     errors.AlreadyRegistered: (409, "ConflictStatusException"),
     BodyTooLarge: (413, "RequestEntityTooLargeException"),
@@ -109,6 +136,8 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     errors.WrongNumberOfAnswers: (500, "InternalServerException"),
     errors.DeadlineExceeded: (500, "InternalServerException"),
     errors.WouldWaitForever: (500, "InternalServerException"),
+    errors.InvalidStateFile: (500, "InternalServerException"),
+    errors.StateFileInUse: (500, "InternalServerException"),
     errors.NoWorker: (503, "ServiceUnavailableException"),
     errors.QueueFull: (503, "ServiceUnavailableException"),
     errors.ManagerClosed: (503, "ServiceUnavailableException"),
@@ -162,7 +191,7 @@ def answer_for(error: Exception) -> Answer:
         code = 507
     # The one who manages a model is told all that its handler said; callers who only predict are not.
     message = error.report() if isinstance(error, errors.HandlerFailed) else str(error)
-    return Answer(code, type_name, message, dict(_headers_of(error)))
+    return Answer(code, type_name, masked_text(message), dict(_headers_of(error)))
 
 
 def is_known(error: Exception) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import falcon
 import falcon.asgi
@@ -13,10 +13,16 @@ from attrs import frozen
 from torchmgmt import VersionState
 from torchmgmt.errors import ModelNotFound
 from torchmgmt.http import operations as ops
+from torchmgmt.http.access_log import AccessLog
+from torchmgmt.http.callers import CallerGuard, Guard
+from torchmgmt.http.cors import cors_middleware
 from torchmgmt.http.middleware import RequestHeaders
-from torchmgmt.http.openapi import KeyRule, api_description_json
+from torchmgmt.http.openapi import KeyRule, api_description_json, key_rule_of
+from torchmgmt.http.operations import Operation
 from torchmgmt.http.render import Reply, render_error_async, render_reply
+from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
 from torchmgmt.records import ModelInfo
+from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
     from torchmgmt import ModelManager
@@ -32,26 +38,52 @@ class Health(Enum):
     UNHEALTHY = "Unhealthy"
 
 
-def health_of(manager: ModelManager) -> Health:
-    """Return the health of all that ``manager`` serves. Waits for nothing; may be called from any thread."""
-    infos = [info for model in manager.models() for info in _versions(manager, model.name)]
-    wanting = [info for info in infos if info.scale.min_workers > 0]
-    served = [info for info in wanting if info.state is VersionState.READY]
-    if len(served) == len(wanting):
+def health_of(manager: ModelManager, *, is_loading: bool = False) -> Health:
+    """Return the health of all that ``manager`` serves. Waits for nothing; may be called from any thread.
+
+    ``is_loading`` is whether there are models still to come, which nobody can see in ``manager`` yet.
+    """
+    wanting = _wanting(manager)
+    unready = [info for info in wanting if info.state is not VersionState.READY]
+    if not unready and not is_loading:
         return Health.HEALTHY
-    return Health.PARTIAL if served else Health.UNHEALTHY
+    return Health.PARTIAL if len(unready) < len(wanting) else Health.UNHEALTHY
+
+
+def _wanting(manager: ModelManager) -> list[ModelInfo]:
+    """Return every version that shall have workers."""
+    infos = [info for model in manager.models() for info in _versions(manager, model.name)]
+    return [info for info in infos if info.scale.min_workers > 0 or info.state is VersionState.FAILED]
 
 
 def create_inference_app(
     manager: ModelManager,
+    *,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+    is_loading: Callable[[], bool] = lambda: False,
+    title: str = "torchmgmt Inference API",
+    operations: tuple[Operation, ...] = ops.INFERENCE,
 ) -> falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]:
-    """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager."""
-    app = falcon.asgi.App(middleware=[RequestHeaders()])
+    """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager.
+
+    ``settings`` and ``keys`` are as for :func:`torchmgmt.http.create_app`; the ``inference_address`` counts here.
+    While ``is_loading`` returns True, /ping and /ready do not answer that all is well. ``title`` and ``operations`` are
+    those of the API description: an address may serve more than this application.
+    """
+    settings = settings or manager.settings
+    keys = fixed_keys(settings=settings) if keys is None else keys
+    address = Address.parse("inference_address", settings.inference_address)
+    guard = Guard(settings, address, KeyName.INFERENCE, keys)
+    middleware: list[Any] = [AccessLog(), RequestHeaders(), *cors_middleware(settings), CallerGuard(guard)]
+    app = falcon.asgi.App(middleware=middleware)
     app.req_options.strip_url_path_trailing_slash = True
     app.add_error_handler(Exception, render_error_async)
     app.add_error_handler(falcon.HTTPError, render_error_async)
-    description = ApiDescription()
-    app.add_route(ops.PING.path, Ping(manager))
+    description = ApiDescription(title, operations, key_rule_of(settings, address))
+    app.add_route(ops.PING.path, Ping(manager, is_loading))
+    app.add_route(ops.LIVE.path, Live())
+    app.add_route(ops.READY.path, Ready(manager, is_loading))
     app.add_route(ops.API_DESCRIPTION.path, description)
     app.add_route(ops.API_DESCRIPTION_AT_ROOT.path, description, suffix="root")
     return app
@@ -62,20 +94,53 @@ class Ping:
     """GET /ping."""
 
     manager: ModelManager
+    is_loading: Callable[[], bool]
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Answer 200 while something is served, 500 when nothing that should be is."""
-        health = health_of(self.manager)
+        health = health_of(self.manager, is_loading=self.is_loading())
         code = 500 if health is Health.UNHEALTHY else 200
         render_reply(req, resp, Reply(code, {"status": health.value}))
 
 
+class Live:
+    """GET /live."""
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Answer: who can do that lives."""
+        render_reply(req, resp, Reply(200, {"status": "Live"}))
+
+
+@frozen
+class Ready:
+    """GET /ready."""
+
+    manager: ModelManager
+    is_loading: Callable[[], bool]
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Answer 200 while all that shall be served is, else 503 with what is not."""
+        is_loading = self.is_loading()
+        unready = [
+            f"{info.name}:{info.version}" for info in _wanting(self.manager) if info.state is not VersionState.READY
+        ]
+        is_ready = not (unready or is_loading)
+        status = "Ready" if is_ready else "Not Ready"
+        item = {"status": status, "isLoading": is_loading, "notReady": unready}
+        render_reply(req, resp, Reply(200 if is_ready else 503, item))
+
+
+@frozen
 class ApiDescription:
     """OPTIONS / and GET /api-description."""
 
+    title: str
+    operations: tuple[Operation, ...]
+    keys: KeyRule
+
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Answer with what this address serves."""
-        item = api_description_json("torchmgmt Inference API", ops.INFERENCE, KeyRule.NOBODY)
+        item = api_description_json(self.title, self.operations, self.keys)
         render_reply(req, resp, Reply(200, item))
 
     on_options_root = on_get

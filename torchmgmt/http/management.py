@@ -11,54 +11,74 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import falcon
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
+from torchmgmt import VersionState
 from torchmgmt.errors import ModelVersionNotFound
 from torchmgmt.http import operations as ops
+from torchmgmt.http.access_log import AccessLog
+from torchmgmt.http.callers import CallerGuard, Guard
+from torchmgmt.http.contract import Contract, contract_of
+from torchmgmt.http.cors import cors_middleware
 from torchmgmt.http.errors import (
     BadRequest,
     BodyTooLarge,
     MethodOff,
+    TokensOff,
     TooManyWaiting,
     VersionToSetNotFound,
 )
-from torchmgmt.http.middleware import CallerGuard, PathGuard, RequestHeaders
+from torchmgmt.http.masking import masked_text
+from torchmgmt.http.middleware import PathGuard, RequestHeaders
 from torchmgmt.http.openapi import api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.parameters import Pairs, Values, pairs_of_body, pairs_of_query, read_parameters
 from torchmgmt.http.render import Reply, render_error, render_reply
-from torchmgmt.settings import Settings
+from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
+from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
     from torchmgmt import ModelManager
+    from torchmgmt.records import ModelInfo
 
 __all__ = ["MAX_WAITING", "create_app"]
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 40
-MOST_ON_A_PAGE = 1000
 RETRY_AFTER_S = 5
 
 Respond: TypeAlias = "Callable[[ManagementAPI, Values, Mapping[str, str]], Reply]"
 
 
 def create_app(
-    manager: ModelManager, *, settings: Settings | None = None, max_waiting: int = MAX_WAITING
+    manager: ModelManager,
+    *,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+    max_waiting: int = MAX_WAITING,
 ) -> falcon.App[falcon.Request, falcon.Response]:
     """Return the Management API of ``manager`` as a WSGI application, to be mounted in any WSGI server.
 
-    Starts nothing, binds nothing, and does not close the manager. ``settings`` default to the manager's. Calls that wait
+    Starts nothing, binds nothing, writes no file, and does not close the manager. ``settings`` default to the manager's;
+    their ``management_address`` says whether other machines reach it. ``keys`` are those of token authorization, such as
+    :func:`torchmgmt.http.tokens.keys_for` makes; if not given, those that the environment fixes. Calls that wait
     (registering, unregistering, synchronous scaling) hold a thread of the server; at most ``max_waiting`` of them run at
     once, more are answered with 503, so that a server with more threads than that always has one for the rest. The
     application may be called from any number of threads.
+
+    Raises :class:`~torchmgmt.errors.InvalidArgument` if the settings require keys and there is none for it.
     """
-    api = ManagementAPI(manager, settings or manager.settings, WaitingCalls(max_waiting))
-    middleware: list[Any] = [RequestHeaders(), CallerGuard(api.settings), PathGuard()]
+    settings = settings or manager.settings
+    keys = fixed_keys(settings=settings) if keys is None else keys
+    address = Address.parse("management_address", settings.management_address)
+    guard = Guard(settings, address, KeyName.MANAGEMENT, keys)
+    middleware: list[Any] = [AccessLog(), RequestHeaders(), *cors_middleware(settings), CallerGuard(guard), PathGuard()]
     app: falcon.App[falcon.Request, falcon.Response] = falcon.App(middleware=middleware)
     app.req_options.strip_url_path_trailing_slash = True
     app.add_error_handler(Exception, render_error)
     app.add_error_handler(falcon.HTTPError, render_error)
+    api = ManagementAPI(manager, settings, keys, WaitingCalls(max_waiting))
     by_path = attrgetter("path")
     for path, found in groupby(sorted(ops.MANAGEMENT, key=by_path), key=by_path):
         app.add_route(path, Route(api, list(found)))
@@ -92,7 +112,23 @@ class ManagementAPI:
 
     manager: ModelManager
     settings: Settings
+    keys: Keys
     waiting: WaitingCalls
+    operations: Mapping[Operation, Operation] = field(init=False)
+    """Each operation as declared -> as the contract has it."""
+
+    @operations.default
+    def _default_operations(self) -> Mapping[Operation, Operation]:
+        return self.contract.operations()
+
+    @property
+    def _is_loopback(self) -> bool:
+        return Address.parse("management_address", self.settings.management_address).is_loopback
+
+    @property
+    def contract(self) -> Contract:
+        """Which of TorchServe's documentation and server is followed where they disagree."""
+        return contract_of(self.settings)
 
     def register(self, values: Values, path: Mapping[str, str]) -> Reply:
         """POST /models."""
@@ -110,9 +146,10 @@ class ManagementAPI:
                 response_timeout=values["response_timeout"],
                 startup_timeout=values["startup_timeout"],
                 trusted=False,
+                may_fetch=values.has_key or self._is_loopback,
             )
-        code = 200 if values["synchronous"] else 202
         workers = model.describe().scale.min_workers
+        code = self.contract.code_of_registration(synchronous=values["synchronous"], workers=workers)
         if workers and not values["synchronous"]:
             return _status(code, "Processing worker updates...")
         text = f'Model "{model.name}" Version: {model.version} registered with {workers} initial workers'
@@ -122,13 +159,13 @@ class ManagementAPI:
 
     def list_models(self, values: Values, path: Mapping[str, str]) -> Reply:
         """GET /models."""
-        start, limit = values["next_page_token"], min(values["limit"], MOST_ON_A_PAGE)
+        start, limit = values["next_page_token"], min(values["limit"], self.contract.most_on_a_page)
         infos = self.manager.models()
         item: dict[str, object] = {}
         if start + limit < len(infos):
             item["nextPageToken"] = str(start + limit)
         page = infos[start : start + limit]
-        item["models"] = [{"modelName": info.name, "modelUrl": info.spec.url} for info in page]
+        item["models"] = [_list_item(info) for info in page]
         return Reply(200, item)
 
     def describe(self, values: Values, path: Mapping[str, str]) -> Reply:
@@ -139,14 +176,14 @@ class ManagementAPI:
         """GET /models/{model_name}/all."""
         infos = self.manager.versions(path["model_name"])
         if not values["customized"]:
-            return Reply(200, [info.to_dict() for info in infos])
+            return Reply(200, [_item(info) for info in infos])
         return Reply(200, [self._describe(info.name, info.version, values) for info in infos])
 
     def _describe(self, name: str, version: str | None, values: Values) -> dict[str, Any]:
         if not values["customized"]:
-            return self.manager.describe(name, version).to_dict()
+            return _item(self.manager.describe(name, version))
         with self.waiting.one_more():
-            return self.manager.describe(name, version, customized=True).to_dict()
+            return _item(self.manager.describe(name, version, customized=True))
 
     def scale(self, values: Values, path: Mapping[str, str]) -> Reply:
         """PUT /models/{model_name} and /models/{model_name}/{model_version}."""
@@ -180,9 +217,15 @@ class ManagementAPI:
             self.manager.unregister(name, path.get("model_version"))
         return _status(200, f'Model "{name}" unregistered')
 
+    def new_key(self, values: Values, path: Mapping[str, str]) -> Reply:
+        """GET /token."""
+        name = KeyName(values["type"])
+        return Reply(200, {name.value: self.keys.renew(name).to_dict()})
+
     def describe_api(self, values: Values, path: Mapping[str, str]) -> Reply:
         """OPTIONS / and GET /api-description."""
-        return Reply(200, api_description_json("torchmgmt Management API", ops.MANAGEMENT, key_rule_of(self.settings)))
+        rule = key_rule_of(self.settings, Address.parse("management_address", self.settings.management_address))
+        return Reply(200, api_description_json("torchmgmt Management API", tuple(self.operations.values()), rule))
 
 
 ENDPOINTS: Mapping[Operation, Respond] = {
@@ -196,6 +239,7 @@ ENDPOINTS: Mapping[Operation, Respond] = {
     ops.SET_DEFAULT: ManagementAPI.set_default,
     ops.UNREGISTER: ManagementAPI.unregister,
     ops.UNREGISTER_VERSION: ManagementAPI.unregister,
+    ops.NEW_KEY: ManagementAPI.new_key,
     ops.API_DESCRIPTION_AT_ROOT: ManagementAPI.describe_api,
     ops.API_DESCRIPTION: ManagementAPI.describe_api,
 }
@@ -211,11 +255,15 @@ class Route:
             setattr(self, f"on_{operation.method.lower()}", self._responder(operation))
 
     def _responder(self, operation: Operation) -> Callable[..., None]:
+        api, endpoint, adapted = self._api, ENDPOINTS[operation], self._api.operations[operation]
+
         def respond(req: falcon.Request, resp: falcon.Response, **path: str) -> None:
-            if operation.needs_model_api and not self._api.settings.enable_model_api:
+            if operation.needs_model_api and not api.settings.enable_model_api:
                 self._refuse(operation, req)
-            values = _read(operation, req, self._api.settings.max_request_size)
-            render_reply(req, resp, ENDPOINTS[operation](self._api, values, path))
+            if operation.needs_keys and not api.keys:
+                raise TokensOff
+            values = evolve(_read(adapted, req, api.settings.max_request_size), has_key=req.context.has_key)
+            render_reply(req, resp, endpoint(api, values, path))
 
         return respond
 
@@ -254,6 +302,11 @@ def _read_body(req: falcon.Request, max_bytes: int) -> bytes:
     return body
 
 
+def _item(info: ModelInfo) -> dict[str, Any]:
+    item = info.to_dict()
+    return {**item, "modelUrl": masked_text(item["modelUrl"])}
+
+
 def _status(code: int, text: str) -> Reply:
     return Reply(code, {"status": text})
 
@@ -263,3 +316,11 @@ def _version_to_scale(values: Values, path: Mapping[str, str]) -> str | None:
     if in_path and in_query and in_path != in_query:
         raise BadRequest(f"model_version is {in_query!r}, but the path says {in_path!r}")
     return in_path or in_query
+
+
+def _list_item(info: ModelInfo) -> dict[str, object]:
+    """Return what the list says of a model: TorchServe's keys, and why it cannot be used if it failed."""
+    item: dict[str, object] = {"modelName": info.name, "modelUrl": masked_text(info.spec.url)}
+    if info.state is VersionState.FAILED:
+        item.update(state=info.state.value, lastError=info.last_error)
+    return item

@@ -13,12 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 import torchmgmt
+from torchmgmt.http.contract import needs_key
 from torchmgmt.http.errors import to_json
 from torchmgmt.http.middleware import NO_CACHE
-from torchmgmt.http.operations import NAME, Key, Operation
+from torchmgmt.http.operations import NAME, KeyName, Operation
 from torchmgmt.http.parameters import Kind, Parameter
 from torchmgmt.http.schemas import ERRORS, SCHEMAS, closure, error_name, ref
-from torchmgmt.settings import Settings
+from torchmgmt.settings import Address, Settings
 
 __all__ = ["KeyRule", "api_description", "api_description_json", "key_rule_of"]
 
@@ -51,11 +52,11 @@ class KeyRule(Enum):
     EVERYBODY = "everybody"
 
 
-def key_rule_of(settings: Settings) -> KeyRule:
-    """Return who must send a key where the server runs with ``settings``."""
-    if settings.disable_token_authorization is True:
-        return KeyRule.NOBODY
-    return KeyRule.EVERYBODY if settings.disable_token_authorization is False else KeyRule.CALLERS_FROM_ELSEWHERE
+def key_rule_of(settings: Settings, address: Address) -> KeyRule:
+    """Return who must send a key with what is asked of ``address``."""
+    if needs_key(settings, address):
+        return KeyRule.EVERYBODY
+    return KeyRule.NOBODY if settings.disable_token_authorization else KeyRule.CALLERS_FROM_ELSEWHERE
 
 
 @lru_cache(maxsize=16)
@@ -176,7 +177,7 @@ def _security(operation: Operation, keys: KeyRule) -> list[dict[str, list[str]]]
     return [needed] if keys is KeyRule.EVERYBODY else [{}, needed]
 
 
-def _scheme_name(key: Key) -> str:
+def _scheme_name(key: KeyName) -> str:
     return f"{key.value}Key"
 
 
@@ -203,7 +204,7 @@ def _answer(operation: Operation, code: int, is_error_too: bool) -> dict[str, An
     schema: dict[str, Any] = ref(operation.answers[code])
     if is_error_too:
         schema = {"anyOf": [schema, ref(error_name(code))]}
-    description = SUCCESS.get(code) or f"Nothing can be served; or: {ERRORS[code].meaning}"
+    description = SUCCESS.get(code) or f"Not what was asked about; or: {ERRORS[code].meaning}"
     answer = _response(code, description, schema)
     if code < 300 and operation.links:
         answer["links"] = {
@@ -240,11 +241,11 @@ def _components(operations: list[Operation], keys: KeyRule) -> dict[str, Any]:
         "headers": _headers(codes),
     }
     if schemes and keys is not KeyRule.NOBODY:
-        described["securitySchemes"] = {_scheme_name(key): _scheme(key) for key in Key if key in schemes}
+        described["securitySchemes"] = {_scheme_name(key): _scheme(key) for key in KeyName if key in schemes}
     return described
 
 
-def _scheme(key: Key) -> dict[str, str]:
+def _scheme(key: KeyName) -> dict[str, str]:
     return {
         "type": "http",
         "scheme": "bearer",

@@ -9,15 +9,16 @@ from attrs import field, frozen
 
 from torchmgmt.http.parameters import Kind, Parameter
 
-__all__ = ["INFERENCE", "MANAGEMENT", "Key", "Link", "Operation"]
+__all__ = ["INFERENCE", "MANAGEMENT", "KeyName", "Link", "Operation"]
 
 
-class Key(Enum):
-    """Which of the three keys a caller needs where keys are required."""
+class KeyName(Enum):
+    """What a key of token authorization opens; the value is its name in the key file."""
 
     MANAGEMENT = "management"
     INFERENCE = "inference"
     API = "API"
+    """Makes new management and inference keys, and opens nothing else."""
 
 
 @frozen
@@ -42,8 +43,10 @@ class Operation:
     """Whether the parameters may also come as a JSON object or a form."""
     needs_model_api: bool = False
     """Whether it is served only where the setting ``enable_model_api`` is on."""
-    key: Key | None = Key.MANAGEMENT
-    """None: served to everybody, always."""
+    needs_keys: bool = False
+    """Whether it is served only where there are keys (token authorization)."""
+    key: KeyName | None = KeyName.MANAGEMENT
+    """Which one a caller sends where keys are required. None: served to everybody, always."""
     tag: str = "Management"
     """The group of operations that generated clients put it into."""
     answers: Mapping[int, str] = field(factory=lambda: {200: "Status"})
@@ -302,6 +305,18 @@ UNREGISTER_VERSION = Operation(
     needs_model_api=True,
     errors=(404, 405),
 )
+NEW_KEY = Operation(
+    "newKey",
+    "GET",
+    "/token",
+    "Replace the management or the inference key by a new one. Needs the API key.",
+    (Parameter("type", Kind.TEXT, "Which key.", choices=("management", "inference"), required=True),),
+    needs_keys=True,
+    key=KeyName.API,
+    tag="Keys",
+    answers={200: "NewKey"},
+    errors=(401, 404),
+)
 API_DESCRIPTION_AT_ROOT = Operation(
     "apiDescriptionAtRoot",
     "OPTIONS",
@@ -329,6 +344,24 @@ PING = Operation(
     tag="Inference",
     answers={200: "Health", 500: "Health"},
 )
+LIVE = Operation(
+    "live",
+    "GET",
+    "/live",
+    "Whether the server runs; says nothing of models.",
+    key=None,
+    tag="Inference",
+    answers={200: "Liveness"},
+)
+READY = Operation(
+    "ready",
+    "GET",
+    "/ready",
+    "Whether all models of the start are loaded, and every model version that shall have workers has a ready one.",
+    key=None,
+    tag="Inference",
+    answers={200: "Readiness", 503: "Readiness"},
+)
 
 MANAGEMENT = (
     REGISTER,
@@ -341,7 +374,8 @@ MANAGEMENT = (
     SET_DEFAULT,
     UNREGISTER,
     UNREGISTER_VERSION,
+    NEW_KEY,
     API_DESCRIPTION_AT_ROOT,
     API_DESCRIPTION,
 )
-INFERENCE = (PING, API_DESCRIPTION_AT_ROOT, API_DESCRIPTION)
+INFERENCE = (PING, LIVE, READY, API_DESCRIPTION_AT_ROOT, API_DESCRIPTION)

@@ -173,6 +173,8 @@ class Values:
 
     by_name: Mapping[str, Any]
     warnings: Sequence[str] = ()
+    has_key: bool = False
+    """Whether a valid key came with the request."""
 
     def __getitem__(self, name: str) -> Any:
         """The value of a declared parameter; None if it was not given and has no default."""

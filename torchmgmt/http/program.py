@@ -1,43 +1,41 @@
 """The server program: what ``python -m torchmgmt.http`` does from its arguments to its exit code.
 
-Exit codes: 0 after SIGTERM or SIGINT, 1 if it cannot serve (an address is taken, the store is missing), 2 if its
-arguments are wrong, 3 if starting a model's workers was given up and ``on_give_up`` is ``exit``.
+Its exit codes stand in ``--help``, which is :mod:`torchmgmt.http.command_line`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
 import attrs
-from attrs import define, field, frozen
+from attrs import define, field
 
 from torchmgmt import ModelManager, VersionState
 from torchmgmt.errors import InvalidArgument, TorchmgmtError
 from torchmgmt.events import Event, VersionStateChanged
-from torchmgmt.http.command_line import parse_command_line
-from torchmgmt.http.server import (
-    InferenceServer,
-    ManagementServer,
-    address_of,
-    bind,
-    check_may_listen,
-    start_inference,
-    start_management,
-)
-from torchmgmt.settings import Address, Settings
+from torchmgmt.http.access_log import written_in_background
+from torchmgmt.http.addresses import Addresses, Role
+from torchmgmt.http.background import start_in_background, stop_in_background
+from torchmgmt.http.command_line import Action, CommandLine, parse_command_line
+from torchmgmt.http.console import STARTED, Console
+from torchmgmt.http.loader import Loader
+from torchmgmt.http.pid_file import PidFile
+from torchmgmt.http.server import Servers, start_servers
+from torchmgmt.http.systemd import notify_systemd
+from torchmgmt.http.tokens import Keys, forget_environment, keys_for
+from torchmgmt.records import ModelKey
+from torchmgmt.settings import Settings
 
-__all__ = ["main"]
+__all__ = ["main", "serve_here"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,41 +45,41 @@ DRAIN_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 8.0
 """Together below the 30 s that orchestrators wait between SIGTERM and SIGKILL."""
 LAST_RESORT_S = 5.0
-LOADED_AT_ONCE = 4
+STATE_FILE = "state.json"
 GAVE_UP = 3
 """The exit code after giving up, and what stands for it among the numbers of signals: no signal 3 is handled here."""
-ARCHIVE_SUFFIXES = (".mar", ".tgz", ".tar.gz")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code. Must be called on the main thread."""
-    command = parse_command_line(arguments)
-    _configure_logging(command.settings.log_level)
-    for warning in command.warnings:
-        logger.warning("%s", warning)
-    try:
-        program = Program.prepare(command.settings)
-    except InvalidArgument as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        return _fail(error.strerror or str(error), 1)
-    return program.run()
+    """Do what the arguments (``sys.argv`` if None) ask for; return the exit code. Must be called on the main thread.
+
+    To serve takes until SIGTERM or SIGINT.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    command = parse_command_line(given)
+    if command.action is Action.STOP:
+        return stop_in_background(Console())
+    if command.action is Action.START:
+        _begin_log(command)  # whoever starts it sees the warnings, which stand in its log, too
+        return start_in_background(given, Console())
+    return serve_here(command, Console())
 
 
-@frozen
-class ModelToLoad:
-    """One item of ``load_models``."""
-
-    url: str
-    name: str | None = None
-
-    @classmethod
-    def parse(cls, item: str) -> ModelToLoad:
-        """Read ``a.mar`` or ``name=a.mar``; a URL may have its own ``=``."""
-        name, sign, url = item.partition("=")
-        if sign and url and name and not any(char in name for char in "/:?"):
-            return cls(url, name)
-        return cls(item)
+def serve_here(command: CommandLine, console: Console) -> int:
+    """Serve in this process until SIGTERM or SIGINT; return the exit code. Must be called on the main thread."""
+    _begin_log(command)
+    with contextlib.ExitStack() as stack:
+        try:
+            if command.action is not Action.SERVE:
+                stack.enter_context(PidFile.of_working_directory().held())
+            program = Program.prepare(command, console)
+        except InvalidArgument as error:
+            return console.fail(str(error), 2)
+        except OSError as error:
+            return console.fail(error.strerror or str(error), 1)
+        stack.enter_context(program.keys)
+        stack.enter_context(written_in_background())
+        return program.run()
 
 
 @define
@@ -89,53 +87,82 @@ class Program:
     """A server that is ready to run: addresses are bound, nothing is started."""
 
     settings: Settings
+    config_file: Path | None
     store: Path | None
-    management_socket: socket.socket
-    inference_socket: socket.socket
+    console: Console
+    addresses: Addresses
+    keys: Keys
+    names_models: bool = False
     _signals: queue.SimpleQueue[int] = field(factory=queue.SimpleQueue)
 
     @classmethod
-    def prepare(cls, settings: Settings) -> Program:
+    def prepare(cls, command: CommandLine, console: Console) -> Program:
         """Check what can be checked and bind the addresses; raise InvalidArgument or OSError with one line."""
+        settings = command.settings
         store = _find_store(settings)
-        management = Address.parse("management_address", settings.management_address)
-        inference = Address.parse("inference_address", settings.inference_address)
-        check_may_listen("management_address", management, settings)
-        check_may_listen("inference_address", inference, settings)
-        if management == inference and management.port:
-            raise InvalidArgument(
-                "inference_address",
-                str(inference),
-                "another one than management_address: this release does not serve both on one address yet",
-            )
-        management_socket = bind(management)
-        try:
-            return cls(attrs.evolve(settings, model_store=store), store, management_socket, bind(inference))
-        except BaseException:
-            management_socket.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            addresses = undo.enter_context(Addresses.bind(settings))
+            keys = keys_for(settings, addresses)
+            undo.pop_all()
+        forget_environment(os.environ)
+        settings = attrs.evolve(settings, model_store=store)
+        return cls(settings, command.file, store, console, addresses, keys, command.names_models)
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        manager = ModelManager(self.store, settings=self.settings, listeners=[self._on_event])
+        try:
+            manager = self._make_manager()
+        except (TorchmgmtError, OSError) as error:
+            return self.console.fail(f"{error} (--state-dir names another folder, --ncs keeps no state)", 1)
         manager.warm()
-        management = start_management(manager, self.management_socket, self.settings)
-        inference = start_inference(manager, self.inference_socket)
+        loader = Loader(
+            manager,
+            self.settings,
+            self._on_loaded,
+            on_restored=self._on_restored,
+            named_at_start=self.names_models,
+        )
+        servers = start_servers(manager, self.addresses, self.settings, self.keys, is_loading=lambda: loader.is_loading)
         self._print_start_lines()
-        loader = Loader(manager, self.settings)
         loader.start()
         reason = self._signals.get()
+        notify_systemd("STOPPING=1")
         logger.info("Stopping: requests in flight are finished; a second signal hastens that")
+        # At once, because a stop that takes too long ends with os._exit.
+        self.keys.close()
         loader.stop()
-        self._stop(Stopper(manager, management, inference))
+        self._stop(Stopper(manager, servers))
         return GAVE_UP if reason == GAVE_UP else 0
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # A SimpleQueue, because its put may interrupt itself; setting an Event here could wait for its own lock.
         self._signals.put(number)
+
+    @property
+    def _state_file(self) -> Path | None:
+        return None if self.settings.no_config_snapshots else self.settings.state_dir / STATE_FILE
+
+    def _make_manager(self) -> ModelManager:
+        return ModelManager(
+            self.store,
+            settings=self.settings,
+            state_file=self._state_file,
+            restore=False,  # the loader does, while /ping answers already
+            listeners=[self._on_event],
+        )
+
+    def _on_restored(self, restored: Sequence[ModelKey]) -> None:
+        if restored:
+            names = ", ".join(f"{key.name} version {key.version}" for key in restored)
+            self.console.say(f"Restored: {names}; start with --ncs to begin without what was there")
+
+    def _on_loaded(self) -> None:
+        self.console.say(STARTED)
+        self.console.let_go()
+        notify_systemd("READY=1")
 
     def _on_event(self, event: Event) -> None:
         if self.settings.on_give_up != "exit" or not isinstance(event, VersionStateChanged):
@@ -157,73 +184,29 @@ class Program:
 
     def _print_start_lines(self) -> None:
         on = "on" if self.settings.enable_model_api else "off (--enable-model-api turns it on)"
-        _say(f"Model store: {self.store.resolve() if self.store else 'none'}")
-        _say(f"Registering and unregistering over HTTP: {on}")
-        _say(f"Inference address: {address_of(self.inference_socket)}")
-        _say(f"Management address: {address_of(self.management_socket)}")
-
-
-class Loader(threading.Thread):
-    """Registers the models to load at start, some at once; one that fails is logged and stops no other."""
-
-    def __init__(self, manager: ModelManager, settings: Settings) -> None:
-        super().__init__(name="torchmgmt-loader", daemon=True)
-        self._manager = manager
-        self._settings = settings
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        """Load all, then say that the server is started."""
-        models = _models_to_load(self._settings)
-        with ThreadPoolExecutor(LOADED_AT_ONCE, "torchmgmt-loader") as executor:
-            for model in models:
-                executor.submit(self._load, model)
-        if not self._stopped.is_set():
-            _say("Model server started")
-
-    def stop(self) -> None:
-        """Begin no further model. Those being loaded end when the manager is closed."""
-        self._stopped.set()
-
-    def _load(self, model: ModelToLoad) -> None:
-        if self._stopped.is_set():
-            return
-        workers = self._settings.default_workers_per_model
-        begun = time.monotonic()
-        try:
-            registered = self._manager.register(
-                model.url,
-                model_name=model.name,
-                default_workers=(os.cpu_count() or 1) if workers is None else workers,
-                loaded_at_startup=True,
-            )
-        except TorchmgmtError as error:
-            # The rest of it, a worker's traceback, has been logged where it happened.
-            logger.error("Could not load %s: %s", model.url, str(error).partition("\n")[0])
-        except Exception:
-            logger.exception("Could not load %s", model.url)
-        else:
-            seconds = time.monotonic() - begun
-            logger.info("Loaded %s version %s in %.1f s", registered.name, registered.version, seconds)
+        self.console.say(f"Configuration file: {self.config_file.resolve() if self.config_file else 'none'}")
+        self.console.say(f"Model store: {self.store.resolve() if self.store else 'none'}")
+        state = f"{self._state_file.resolve()} (--ncs turns it off)" if self._state_file else "none"
+        self.console.say(f"State file: {state}")
+        self.console.say(f"Registering and unregistering over HTTP: {on}")
+        self.console.say(f"Inference address: {self.addresses[Role.INFERENCE]}")
+        self.console.say(f"Management address: {self.addresses[Role.MANAGEMENT]}")
 
 
 class Stopper(threading.Thread):
     """Ends everything in order: take no request, finish those in flight, stop the workers, close the connections."""
 
-    def __init__(self, manager: ModelManager, management: ManagementServer, inference: InferenceServer) -> None:
+    def __init__(self, manager: ModelManager, servers: Servers) -> None:
         super().__init__(name="torchmgmt-stopper", daemon=True)
         self._manager = manager
-        self._management = management
-        self._inference = inference
+        self._servers = servers
 
     def run(self) -> None:
         """Stop; takes at most about half a minute."""
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
-        self._inference.close(DRAIN_TIMEOUT_S)
-        self._management.drain(max(0.0, deadline - time.monotonic()))
+        self._servers.drain(DRAIN_TIMEOUT_S)
         # What still waits for a worker is answered now: closing the manager ends the wait.
         report = self._manager.close(CLOSE_TIMEOUT_S)
-        self._management.close(1)
+        self._servers.close(1)
         if report.clean:
             logger.info("Stopped")
         else:
@@ -232,8 +215,7 @@ class Stopper(threading.Thread):
     def hasten(self) -> None:
         """Wait for no request and no worker any more."""
         threading.Thread(target=self._manager.close, args=(0,), daemon=True).start()
-        self._management.close(1)  # enough to tell those who waited for the manager
-        self._inference.close(0)
+        self._servers.close(1)  # enough to tell those who waited for the manager
         self.join(LAST_RESORT_S)
         if self.is_alive():
             logger.error("Stopping takes too long; the workers end with this process")
@@ -249,42 +231,10 @@ def _find_store(settings: Settings) -> Path | None:
     return settings.model_store
 
 
-def _models_to_load(settings: Settings) -> list[ModelToLoad]:
-    models = []
-    for item in settings.load_models:
-        if item.lower() == "all":
-            models += [ModelToLoad(name) for name in _archives_in(settings.model_store)]
-        else:
-            models.append(ModelToLoad.parse(item))
-    return models
-
-
-def _archives_in(store: Path | None) -> list[str]:
-    if store is None:
-        logger.error("--models all needs a model store; there is none")
-        return []
-    return sorted(path.name for path in store.iterdir() if _is_archive(path))
-
-
-def _is_archive(path: Path) -> bool:
-    if path.name.startswith("."):
-        return False
-    if path.is_dir():
-        return (path / "MAR-INF" / "MANIFEST.json").is_file()
-    return path.name.endswith(ARCHIVE_SUFFIXES)
-
-
-def _configure_logging(level: str) -> None:
+def _begin_log(command: CommandLine) -> None:
     """Send the log to stderr. Only the program does this; the library leaves logging to whom it lives with."""
+    level = command.settings.log_level
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLevelName(level)))
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def _fail(line: str, code: int) -> int:
-    sys.stderr.write(f"torchmgmt: error: {line}\n")
-    return code
+    for warning in command.warnings:
+        logger.warning("%s", warning)

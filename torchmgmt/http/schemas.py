@@ -120,7 +120,7 @@ def _object(properties: Mapping[str, Any], *optional: str, **more: Any) -> Schem
     required = [name for name in properties if name not in optional]
     return {
         "type": "object",
-        "required": required,
+        **({"required": required} if required else {}),  # OpenAPI 3.0 allows no empty list
         "properties": dict(properties),
         "additionalProperties": True,
         **more,
@@ -267,6 +267,25 @@ SCHEMAS: Mapping[str, Schema] = {
         {"status": TEXT, "warnings": WARNINGS}, "warnings", example={"status": "Processing worker updates..."}
     ),
     "Health": _object({"status": _one_of(("Healthy", "Partial Healthy", "Unhealthy"))}, example={"status": "Healthy"}),
+    "NewKey": _object(
+        {"management": ref("Key"), "inference": ref("Key"), "warnings": WARNINGS},
+        "management",
+        "inference",
+        "warnings",
+        description="The one that was asked for.",
+    ),
+    "Key": _object(
+        {"key": TEXT, "expiration time": {"type": "string", "format": "date-time", "description": "In UTC."}}
+    ),
+    "Liveness": _object({"status": _one_of(("Live",))}, example={"status": "Live"}),
+    "Readiness": _object(
+        {
+            "status": _one_of(("Ready", "Not Ready")),
+            "isLoading": {**TRUTH, "description": "Whether models are still to come that are loaded at the start."},
+            "notReady": _array({**TEXT, "description": "A model version that shall have workers and has none ready."}),
+        },
+        example={"status": "Not Ready", "isLoading": False, "notReady": ["noop:1.0"]},
+    ),
     "ModelList": _object(
         {
             "nextPageToken": {**TEXT, "description": "Absent on the last page."},
@@ -277,7 +296,15 @@ SCHEMAS: Mapping[str, Schema] = {
         "warnings",
     ),
     "ModelListItem": _object(
-        {"modelName": TEXT, "modelUrl": TEXT}, example={"modelName": "noop", "modelUrl": "noop.mar"}
+        {
+            "modelName": TEXT,
+            "modelUrl": TEXT,
+            "state": _one_of([VersionState.FAILED.value], description="Only if it failed."),
+            "lastError": {**TEXT, "description": "Why it failed; only then."},
+        },
+        "state",
+        "lastError",
+        example={"modelName": "noop", "modelUrl": "noop.mar"},
     ),
     "ModelDescriptions": {"type": "array", "items": ref("ModelDescription"), "minItems": 1},
     "ModelDescription": MODEL_DESCRIPTION,

@@ -1,44 +1,63 @@
-"""Servers on sockets: the Management API on waitress, the inference address on uvicorn, each in threads of its own.
+"""Which server serves what: an address of its own for each API, or one for several.
 
-Both are given a socket that listens already, so that an occupied port is known before anything is started.
+The Management API on an http:// address of its own is served by waitress; all else, TLS included, by uvicorn, which
+mounts the same application: there is never a second set of resources.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import attrs
-import uvicorn
-from waitress import wasyncore
-from waitress.adjustments import Adjustments
+from attrs import frozen
 
 from torchmgmt.errors import InvalidArgument
+from torchmgmt.http import operations as ops
+from torchmgmt.http.addresses import Addresses, BoundAddress, Role
+from torchmgmt.http.asgi_server import ASGIServer
+from torchmgmt.http.callers import log_who_may_call
+from torchmgmt.http.contract import contract_of
 from torchmgmt.http.inference import create_inference_app
-from torchmgmt.http.management import MAX_WAITING, create_app
-from torchmgmt.http.waitress_parts import Channel, Dispatcher, Server
+from torchmgmt.http.limits import Limits, connection_limit
+from torchmgmt.http.management import create_app
+from torchmgmt.http.management_server import CLOSE_TIMEOUT_S, THREADS, ManagementServer
+from torchmgmt.http.mount import ASGIApp, MountedWSGI, Paths
+from torchmgmt.http.operations import Operation
+from torchmgmt.http.sockets import address_of, bind
+from torchmgmt.http.tls import tls_context
+from torchmgmt.http.tokens import Keys, fixed_keys, keys_for
 from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
     from torchmgmt import ModelManager
 
-__all__ = ["InferenceServer", "ManagementServer", "address_of", "bind", "check_may_listen", "serve"]
+__all__ = [
+    "RunningServer",
+    "Servers",
+    "address_of",
+    "bind",
+    "serve",
+    "start_inference",
+    "start_management",
+    "start_server",
+    "start_servers",
+]
 
-logger = logging.getLogger(__name__)
 
-THREADS = MAX_WAITING + 8
-"""So many that calls which wait for workers can never hold them all."""
-BACKLOG = 1024
-FRAMING_ALLOWANCE_BYTES = 2**16
-HALF_SENT_GRACE_S = 1.0
-CLOSE_TIMEOUT_S = 30.0
+class RunningServer(Protocol):
+    """What both kinds of servers have; see :class:`~torchmgmt.http.management_server.ManagementServer`."""
+
+    url: str
+
+    def drain(self, timeout: float = CLOSE_TIMEOUT_S) -> bool:
+        """Take no further request, and wait until those in flight are answered; return whether all were."""
+
+    def close(self, timeout: float = CLOSE_TIMEOUT_S) -> bool:
+        """Finish what is in flight for up to ``timeout`` seconds, and end; return whether nothing was cut off."""
 
 
 @contextmanager
@@ -47,26 +66,41 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
+    certificate_file: str | Path | None = None,
+    private_key_file: str | Path | None = None,
     settings: Settings | None = None,
-) -> Iterator[ManagementServer]:
+) -> Iterator[RunningServer]:
     """Serve the Management API of ``manager`` beside the program it lives in, while the block runs.
 
     Yields the server; its ``url`` has the real port (``port=0``: the system chooses). Returns at once, the requests run
     on threads of the server. Leaving the block finishes the requests in flight (for up to 30 s) and leaves no thread
     and no socket behind; the manager stays open. ``settings`` default to the manager's.
 
-    Raises :class:`OSError` if the address is taken, and :class:`~torchmgmt.errors.InvalidArgument` for a ``host`` that
-    other machines reach, unless ``settings.disable_token_authorization`` is True.
+    With ``certificate_file`` and ``private_key_file``, PEM files, it serves https.
+
+    Where callers need keys (``host`` is one that other machines reach, or the settings say so), those that the
+    environment does not fix are made and stand in ``key_file.json`` in the working directory while the block runs;
+    ``settings.disable_token_authorization=True`` serves everybody instead.
+
+    Raises :class:`OSError` if the address is taken, or the key file cannot be written, and
+    :class:`~torchmgmt.errors.InvalidArgument` for certificates that cannot be used.
     """
     settings = settings or manager.settings
     check_port(port)
-    address = Address("http", host, port)
-    check_may_listen("host", address, settings)
-    server = start_management(manager, bind(address), settings)
-    try:
-        yield server
-    finally:
-        server.close()
+    tls = None
+    if certificate_file is not None or private_key_file is not None:
+        tls = tls_context(_path(certificate_file), _path(private_key_file))
+    address = Address("https" if tls else "http", host, port)
+    with closing(bind(address)) as sock, keys_for(settings, [address]) as keys:
+        server = start_server(manager, BoundAddress(frozenset({Role.MANAGEMENT}), sock, tls), settings, keys)
+        try:
+            yield server
+        finally:
+            server.close()
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def check_port(port: object) -> None:
@@ -75,275 +109,128 @@ def check_port(port: object) -> None:
         raise InvalidArgument("port", port, "a whole number from 0 to 65535")
 
 
-def check_may_listen(argument: str, address: Address, settings: Settings) -> None:
-    """Raise :class:`InvalidArgument` if the settings do not allow to listen there."""
-    if address.scheme != "http":
-        raise InvalidArgument(argument, str(address), "an http:// address: this release does not serve https yet")
-    if settings.disable_token_authorization is False:
-        raise InvalidArgument(
-            "disable_token_authorization",
-            False,
-            "True or left unset: this release has no token authorization yet",
-        )
-    if not address.is_loopback and not settings.disable_token_authorization:
-        raise InvalidArgument(
-            argument,
-            str(address),
-            "a loopback address such as http://127.0.0.1:8081, unless --disable-token-auth"
-            " (disable_token_authorization=true) opens it to everybody: this release has no token authorization yet",
-        )
-
-
-def start_management(manager: ModelManager, sock: socket.socket, settings: Settings) -> ManagementServer:
+def start_management(
+    manager: ModelManager, sock: socket.socket, settings: Settings | None = None, keys: Keys | None = None
+) -> RunningServer:
     """Serve the Management API on a socket that listens."""
-    # With the real port and host in it, the rule of who may call knows our own origin.
-    settings = attrs.evolve(settings, management_address=str(address_of(sock)))
-    return ManagementServer(create_app(manager, settings=settings), sock, settings.max_request_size)
+    return start_server(manager, BoundAddress(frozenset({Role.MANAGEMENT}), sock), settings, keys)
 
 
-def start_inference(manager: ModelManager, sock: socket.socket) -> InferenceServer:
+def start_inference(
+    manager: ModelManager, sock: socket.socket, settings: Settings | None = None, keys: Keys | None = None
+) -> RunningServer:
     """Serve the inference address on a socket that listens."""
-    return InferenceServer(create_inference_app(manager), sock)
+    return start_server(manager, BoundAddress(frozenset({Role.INFERENCE}), sock), settings, keys)
 
 
-def bind(address: Address) -> socket.socket:
-    """Return a socket that listens at ``address``; raise :class:`OSError` with one line if that cannot be."""
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # localhost may be both; clients that try ::1 first come to 127.0.0.1 next.
-        family, kind, protocol, _, where = min(found, key=lambda info: info[0] != socket.AF_INET)
-        sock = socket.socket(family, kind, protocol)
-        try:
-            if sys.platform != "win32":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(where)
-            # Now and not later: two sockets that are only bound may share a port.
-            sock.listen(BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
-    except OSError as error:
-        raise OSError(error.errno, f"Cannot listen at {address}: {error.strerror or error}") from None
-    return sock
+def start_server(
+    manager: ModelManager,
+    bound: BoundAddress,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+    *,
+    metrics: ASGIApp | None = None,
+    limits: Limits | None = None,
+    is_loading: Callable[[], bool] = lambda: False,
+) -> RunningServer:
+    """Serve on one address what its roles say; ``metrics`` is the application that has ``/metrics``.
 
+    While ``is_loading`` returns True, /ping does not answer that all is well.
 
-def address_of(sock: socket.socket) -> Address:
-    """Return where a socket listens, with its real port."""
-    host, port = sock.getsockname()[:2]
-    return Address("http", host, port)
-
-
-def connection_limit() -> int:
-    """Return how many connections may be open: below what the system lets this process open, with room for the rest."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 1000
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 8192 if soft == resource.RLIM_INFINITY else max(100, min(8192, soft - 256))
-
-
-class ManagementServer:
-    """A WSGI application on waitress. Serves from the moment it is made, in threads of its own.
-
-    May be used from any thread. ``url`` is where it serves.
+    ``settings`` default to the manager's, ``keys`` to those that the environment fixes.
     """
-
-    def __init__(self, app: Any, sock: socket.socket, max_request_size: int) -> None:
-        self.url = str(address_of(sock))
-        self._map: dict[int, Any] = {}
-        self._dispatcher = Dispatcher("torchmgmt-management")
-        self._server = self._make(app, sock, max_request_size)
-        self._dispatcher.set_thread_count(THREADS)
-        self._half_sent_until = self._deadline = float("inf")
-        # Guards the pipe that wakes the loop: once closed, its number may belong to somebody else.
-        self._pipe_lock = threading.Lock()
-        self._pipe_open = True
-        self._drained = threading.Event()  # set, too, when it ends without having been drained
-        self._cut_off = False
-        self._may_end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="torchmgmt-management", daemon=True)
-        self._thread.start()
-
-    def __repr__(self) -> str:
-        return f"<ManagementServer at {self.url}>"
-
-    def _make(self, app: Any, sock: socket.socket, max_request_size: int) -> Server:
-        adjustments = Adjustments(
-            asyncore_use_poll=True,  # select() ends at descriptor 1024
-            connection_limit=connection_limit(),
-            # The application counts exactly; waitress counts the framing of a chunked body, too.
-            max_request_body_size=max_request_size + FRAMING_ALLOWANCE_BYTES,
-            clear_untrusted_proxy_headers=False,  # the guard of who may call must see them
-            backlog=BACKLOG,
-            ident=None,
+    settings = bound.settings_with_real_address(settings or manager.settings)
+    keys = fixed_keys() if keys is None else keys
+    for role in (Role.MANAGEMENT, Role.INFERENCE):
+        if role in bound.roles:
+            log_who_may_call(role.value, bound.address, settings)
+    if bound.tls is None and bound.roles == {Role.MANAGEMENT}:
+        management = create_app(manager, settings=settings, keys=keys)
+        return ManagementServer(management, bound.sock, settings.max_request_size, limits)
+    name = "torchmgmt-" + "-".join(role.value for role in Role if role in bound.roles)
+    mounted = None
+    if Role.MANAGEMENT in bound.roles:
+        mounted = MountedWSGI(
+            create_app(manager, settings=settings, keys=keys),
+            name=f"{name}-wsgi",
+            number_of_threads=THREADS,
+            max_body_bytes=settings.max_request_size,
         )
-        server = Server(
-            app,
-            map=self._map,
-            _sock=sock,
-            dispatcher=self._dispatcher,
-            adj=adjustments,
-            sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
-            bind_socket=False,
-        )
-        server.channel_class = Channel
-        server.max_request_size = max_request_size
-        return server
-
-    def drain(self, timeout: float = CLOSE_TIMEOUT_S) -> bool:
-        """Take no further request, and wait until those in flight are answered.
-
-        Blocks for up to ``timeout`` seconds; returns whether all were. Those that were not go on.
-        """
-        self._begin_to_stop(float("inf"))
-        return self._drained.wait(timeout) and not self._cut_off
-
-    def close(self, timeout: float = CLOSE_TIMEOUT_S) -> bool:
-        """Take no further request, finish those in flight for up to ``timeout`` seconds, and cut the others off.
-
-        Returns whether none was cut off. Closing again does nothing more.
-        """
-        self._begin_to_stop(time.monotonic() + timeout)
-        self._thread.join()
-        return not self._cut_off
-
-    def _begin_to_stop(self, deadline: float) -> None:
-        self._half_sent_until = min(self._half_sent_until, time.monotonic() + HALF_SENT_GRACE_S)
-        self._deadline = min(self._deadline, deadline)
-        if deadline < float("inf"):
-            self._may_end.set()
-        self._server.stopping = True
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._pipe_lock:
-            if self._pipe_open:
-                self._server.pull_trigger()
-
-    # --- on the server's own thread ---------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            while not self._server.stopping:
-                self._turn(timeout_s=1)
-            wasyncore.dispatcher.close(self._server)  # its socket only: the pipe that wakes this loop stays
-            self._finish_requests()
-        except Exception:
-            logger.exception("The Management API at %s ended because of a defect", self.url)
-        finally:
-            self._end()
-
-    def _finish_requests(self) -> None:
-        while True:
-            if not self._close_idle_connections():
-                self._drained.set()
-                if self._may_end.is_set():
-                    return
-            if time.monotonic() >= self._deadline:
-                self._cut_off = True
-                return
-            self._turn(timeout_s=0.05)
-
-    def _close_idle_connections(self) -> int:
-        """Close the connections that wait for a request; return how many are left."""
-        left = 0
-        half_sent_is_idle = time.monotonic() >= self._half_sent_until
-        for channel in self._channels():
-            if channel.is_busy or (channel.is_receiving and not half_sent_is_idle):
-                left += 1
-            else:
-                channel.handle_close()
-        return left
-
-    def _channels(self) -> list[Channel]:
-        return [one for one in self._map.values() if isinstance(one, Channel)]
-
-    def _turn(self, timeout_s: float) -> None:
-        wasyncore.loop(timeout=timeout_s, use_poll=True, map=self._map, count=1)
-
-    def _end(self) -> None:
-        # In this order: a thread that answers its last request writes to the pipe, which must not be closed by then.
-        for channel in self._channels():
-            channel.handle_close()
-        # The thread of a call that was cut off ends with that call.
-        self._dispatcher.stop(timeout_s=0 if self._cut_off else 1)
-        with self._pipe_lock:
-            self._pipe_open = False
-            wasyncore.close_all(self._map, ignore_all=True)
-        self._drained.set()
+    app = _application(manager, bound, settings, keys, mounted, metrics, is_loading)
+    return ASGIServer(app, bound.sock, name=name, tls=bound.tls, mounted=mounted, limits=limits)
 
 
-class _Uvicorn(uvicorn.Server):
-    """uvicorn, which says when it serves."""
-
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to serve."""
-        await super().startup(sockets)
-        self._on_started()
-
-
-class InferenceServer:
-    """An ASGI application on uvicorn, in one thread with an event loop of its own. Serves once made."""
-
-    def __init__(self, app: Any, sock: socket.socket) -> None:
-        self.url = str(address_of(sock))
-        self._sock = sock
-        self._started = threading.Event()
-        self._failure: BaseException | None = None
-        config = uvicorn.Config(
-            app,
-            loop="none",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=int(CLOSE_TIMEOUT_S),
-        )
-        self._server = _Uvicorn(config, self._started.set)
-        self._thread = threading.Thread(target=self._run, name="torchmgmt-inference", daemon=True)
-        self._thread.start()
-        self._started.wait()
-        if self._failure is not None:
-            raise self._failure
-
-    def __repr__(self) -> str:
-        return f"<InferenceServer at {self.url}>"
-
-    def close(self, timeout: float = CLOSE_TIMEOUT_S) -> bool:
-        """Take no further request and finish those in flight for up to ``timeout`` seconds; return whether all were."""
-        self._server.should_exit = True
-        self._thread.join(timeout)
-        if not self._thread.is_alive():
-            return True
-        self._server.force_exit = True
-        self._thread.join(1)
-        return False
-
-    def _run(self) -> None:
-        loop = _new_event_loop()
-        try:
-            loop.run_until_complete(self._server.serve(sockets=[self._sock]))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-        except BaseException as error:
-            self._failure = error
-            logger.exception("The inference address %s ended because of a defect", self.url)
-        finally:
-            loop.close()
-            self._sock.close()
-            self._started.set()
+def _application(
+    manager: ModelManager,
+    bound: BoundAddress,
+    settings: Settings,
+    keys: Keys,
+    mounted: MountedWSGI | None,
+    metrics: ASGIApp | None,
+    is_loading: Callable[[], bool],
+) -> ASGIApp:
+    by_segment: dict[str, ASGIApp] = {}
+    if metrics is not None and Role.METRICS in bound.roles:
+        by_segment["metrics"] = metrics
+    if Role.INFERENCE not in bound.roles:
+        default = mounted or metrics
+        if default is None:
+            raise ValueError("nothing is to be served")
+        return Paths(by_segment, default)
+    operations: tuple[Operation, ...] = ops.INFERENCE
+    title = "torchmgmt Inference API"
+    if mounted is not None:
+        by_segment.update(dict.fromkeys(_segments(ops.MANAGEMENT) - _segments(ops.INFERENCE), mounted))
+        operations = (*contract_of(settings).operations().values(), *ops.INFERENCE)
+        title = "torchmgmt Management and Inference API"
+    inference = create_inference_app(
+        manager, settings=settings, keys=keys, is_loading=is_loading, title=title, operations=operations
+    )
+    return Paths(by_segment, inference)
 
 
-def _new_event_loop() -> asyncio.AbstractEventLoop:
+def _segments(operations: tuple[Operation, ...]) -> set[str]:
+    return {operation.path[1:].partition("/")[0] for operation in operations}
+
+
+@frozen
+class Servers:
+    """All servers of one program, of which those without the Management API come first. May be used from any thread."""
+
+    running: tuple[RunningServer, ...]
+
+    def drain(self, timeout: float) -> bool:
+        """Drain one after the other, together for up to ``timeout`` seconds; return whether all were."""
+        deadline = time.monotonic() + timeout
+        drained = [server.drain(max(0.0, deadline - time.monotonic())) for server in self.running]
+        return all(drained)
+
+    def close(self, timeout: float) -> bool:
+        """Close all, each within ``timeout`` seconds; return whether nothing was cut off."""
+        whole = [server.close(timeout) for server in self.running]
+        return all(whole)
+
+
+def start_servers(
+    manager: ModelManager,
+    addresses: Addresses,
+    settings: Settings,
+    keys: Keys,
+    *,
+    metrics: ASGIApp | None = None,
+    is_loading: Callable[[], bool] = lambda: False,
+) -> Servers:
+    """Serve ``manager`` at all ``addresses``. If one server cannot be started, those that were are closed.
+
+    ``metrics`` and ``is_loading`` are as for :func:`start_server`.
+    """
+    limits = Limits(connections=connection_limit(len(addresses.bound)))
+    running: list[RunningServer] = []
     try:
-        import uvloop
-    except ImportError:  # it does not exist for every platform
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+        for bound in sorted(addresses.bound, key=lambda one: Role.MANAGEMENT in one.roles):
+            server = start_server(manager, bound, settings, keys, metrics=metrics, limits=limits, is_loading=is_loading)
+            running.append(server)
+    except BaseException:
+        Servers(tuple(running)).close(0)
+        raise
+    return Servers(tuple(running))

@@ -2,7 +2,7 @@
 
 waitress answers some requests before any application sees them (a malformed header, a body too large) in plain text; a
 client of the Management API parses JSON. Each class here replaces one part of waitress by its own seam: the
-class attributes ``task_class``, ``error_task_class`` and ``channel_class``.
+class attributes ``parser_class``, ``task_class``, ``error_task_class`` and ``channel_class``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
+from urllib.parse import quote
 
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
-from waitress.utilities import InternalServerError, RequestEntityTooLarge
+from waitress.utilities import Error, InternalServerError, RequestEntityTooLarge, RequestHeaderFieldsTooLarge
 
+from torchmgmt.http.access_log import log_request
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
+from torchmgmt.http.limits import MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
 from torchmgmt.http.middleware import request_id_of, response_headers
 
 __all__ = ["Channel", "Dispatcher", "Server"]
@@ -27,8 +31,30 @@ __all__ = ["Channel", "Dispatcher", "Server"]
 # waitress' own loggers would print through logging's last resort in a program that configured none.
 logger = logging.getLogger("torchmgmt.http.server")
 
-LINGER_S = 5.0
 DISCARD_BYTES = 2**18
+
+
+class Parser(HTTPRequestParser):
+    """Refuses what two programs could understand differently: one of them might take a body for the next request."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Read the request line and the headers; raise ParsingError, which becomes a 400."""
+        super().parse_header(header_plus)
+        headers = cast("dict[str, str]", self.headers)
+        if self.version not in {"1.0", "1.1"}:
+            raise ParsingError(NOT_HTTP_1)
+        # waitress took Transfer-Encoding out of the headers where it heeded it.
+        if "TRANSFER_ENCODING" in headers or (self.chunked and "CONTENT_LENGTH" in headers):
+            raise ParsingError("Transfer-Encoding is not allowed with Content-Length, nor in HTTP/1.0")
+        if "," in headers.get("HOST", ""):
+            raise ParsingError(MANY_HOSTS)
+
+
+class RequestTimeout(Error):
+    """The request took too long to arrive."""
+
+    code = 408
+    reason = "Request Timeout"
 
 
 class JSONErrorTask(ErrorTask):
@@ -38,7 +64,8 @@ class JSONErrorTask(ErrorTask):
         """Write the answer and close the connection."""
         request = cast("Any", self.request)  # the stubs take it for an Error
         channel = cast("Channel", self.channel)
-        answer = _answer_for(request.error, channel.server.max_request_size)
+        server = channel.server
+        answer = _answer_for(request.error, server.max_request_size, server.limits.head_bytes)
         body = answer.body()
         request_id = request_id_of(request.headers.get("X_REQUEST_ID"))
         self.status = answer.status
@@ -48,11 +75,19 @@ class JSONErrorTask(ErrorTask):
         self.content_length = len(body)
         channel.linger()
         self.write(body)
+        self._log(request, answer.code, request_id)
+
+    def _log(self, request: Any, code: int, request_id: str) -> None:
+        client = ":".join(str(part) for part in cast("Any", self.channel).addr[:2])
+        method, path, query = (getattr(request, name, "") for name in ("command", "path", "query"))
+        log_request(client, method or "-", quote(path or "-"), query, code, time.time() - self.start_time, request_id)
 
 
-def _answer_for(error: Any, max_body_bytes: int) -> Answer:
+def _answer_for(error: Any, max_body_bytes: int, max_head_bytes: int) -> Answer:
     if isinstance(error, RequestEntityTooLarge):
         return answer_for(BodyTooLarge(max_body_bytes))
+    if isinstance(error, RequestHeaderFieldsTooLarge):
+        return answer_for_code(error.code, TOO_MUCH_HEAD.format(max_head_bytes))
     if isinstance(error, InternalServerError):
         return answer_for_code(500, INTERNAL)
     return answer_for_code(error.code, str(error.body))
@@ -76,17 +111,21 @@ class Server(TcpWSGIServer):
     """No further request is taken; connections are closed after their answer."""
     max_request_size = 0
     """The largest body, in bytes, that the settings allow."""
+    limits: Limits
 
 
 class Channel(HTTPChannel):
     """One connection."""
 
     server: Server
+    parser_class = Parser
     task_class = Task
     error_task_class = JSONErrorTask
     logger = logger
     _lingers = False
     _lingers_until = 0.0
+    _phase: tuple[object, ...] = ()
+    _phase_began = 0.0
 
     def send_continue(self) -> None:
         """Ask a client that waits for it to send its body, unless that is too large anyway."""
@@ -102,7 +141,7 @@ class Channel(HTTPChannel):
         """Let the client read the answer that is being written although more of its request may come.
 
         Closing a connection with unread bytes makes TCP reset it, and the answer is lost on the way. So once the answer
-        is sent, only our side is closed, and what still comes is thrown away: until the client is done, or for 5 s.
+        is sent, only our side is closed, and what still comes is thrown away: until the client is done, or for ``linger_s``.
         Called on a thread of the dispatcher; the rest is for the server's own thread.
         """
         self._lingers = True
@@ -140,11 +179,46 @@ class Channel(HTTPChannel):
         if self.will_close:
             self.handle_close()
         elif not self.total_outbufs_len:
-            self._lingers_until = time.monotonic() + LINGER_S
+            self._lingers_until = time.monotonic() + self.server.limits.linger_s
             try:
                 channel.socket.shutdown(socket.SHUT_WR)
             except OSError:  # the client is gone already
                 self.handle_close()
+
+    def check_deadlines(self, now: float) -> None:
+        """End the connection, or refuse its request, if what it is at takes too long. ``now`` is monotonic."""
+        phase, limit_s = self._current_phase()
+        if phase != self._phase:
+            self._phase, self._phase_began = phase, now
+        elif now - self._phase_began < limit_s:
+            return
+        elif phase[0] in {"head", "body"}:
+            self._refuse_slow_request()
+        else:
+            self.handle_close()
+
+    def _current_phase(self) -> tuple[tuple[object, ...], float]:
+        """What the connection is at, and for how long it may be."""
+        limits, request = self.server.limits, cast("Any", self.request)
+        if self.total_outbufs_len:
+            return ("unread", self.total_outbufs_len), limits.write_s
+        if self.requests or self._lingers_until:
+            return ("answering",), float("inf")
+        if request is None:
+            spoke = self.last_activity != self.creation_time
+            return ("idle", spoke), limits.idle_s if spoke else limits.head_s
+        if not request.headers_finished:
+            return ("head", request), limits.head_s
+        return ("body", request), limits.body_deadline_s(request.body_bytes_received)
+
+    def _refuse_slow_request(self) -> None:
+        channel: Any = self  # the stubs leave out what is used here
+        with channel.requests_lock:
+            request, channel.request = channel.request, None
+            request.error = RequestTimeout(SLOW)
+            request.completed = True
+            channel.requests.append(request)
+            channel.server.add_task(channel)
 
     @property
     def is_busy(self) -> bool:

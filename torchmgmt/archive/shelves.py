@@ -1,0 +1,284 @@
+"""Where unpacked copies lie: in a temporary folder of one program, or in a folder that programs share.
+
+Neither is ever left in a state that the next program could not deal with: a copy gets its name when it is whole and loses
+it before it is removed, and who uses something holds a lock that ends with it. Files are unlinked, never cut or written
+to again: they are mapped into the memory of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from attrs import frozen
+
+from torchmgmt.archive.locks import FileLock, hold_folder
+from torchmgmt.errors import ManagerClosed
+
+__all__ = ["Place", "PrivateShelf", "SharedShelf", "Shelf", "remove_tree"]
+
+_log = logging.getLogger(__name__)
+
+PREFIX = "torchmgmt-unpacked-"
+_OURS = re.compile(PREFIX + r"\w{8}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@frozen(eq=False)
+class Place:
+    """A copy that is there until it is given back, which must be done once."""
+
+    folder: Path
+    give_back: Callable[[], None]
+
+
+class Shelf(Protocol):
+    """Keeps the copies, one for each digest that is in use. Thread-safe."""
+
+    def take(self, digest: str, build: Callable[[Path], None], keep_on: Callable[[], None]) -> Place:
+        """Return the copy; ``build`` makes it in a folder of the given name, which is not there yet, if it is missing.
+
+        ``keep_on`` is called often while another program is waited for. Raises what the two raise, and leaves nothing then.
+        """
+
+    def find(self, digest: str, keep_on: Callable[[], None]) -> Place | None:
+        """Return the copy if another program has made it; None if not. Raises what ``keep_on`` raises."""
+
+    def close(self) -> None:
+        """Remove what only this program may use. Idempotent."""
+
+
+class PrivateShelf:
+    """Copies in a temporary folder, which exists only while something is in it.
+
+    Its lock, held for as long as it exists, tells other programs that it is in use; those of killed programs are removed
+    when the next one makes its own.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._closed = False
+        self._users = 0
+        self._base: Path | None = None
+        self._hold: int | None = None
+
+    def take(self, digest: str, build: Callable[[Path], None], keep_on: Callable[[], None]) -> Place:
+        """Make a copy; see :class:`Shelf`."""
+        base = self._join()
+        try:
+            partial = base / f"{digest[:16]}-{next(self._numbers)}.partial"
+            folder = partial.with_suffix("")
+            try:
+                build(partial)
+                partial.rename(folder)
+            except BaseException:
+                remove_tree(partial)
+                raise
+        except BaseException:
+            self._leave()
+            raise
+
+        def give_back() -> None:
+            remove_tree(folder)
+            self._leave()
+
+        return Place(folder, give_back)
+
+    def find(self, digest: str, keep_on: Callable[[], None]) -> Place | None:
+        """Return None: nobody else makes copies here."""
+        return None
+
+    @contextmanager
+    def scratch_file(self) -> Iterator[Path]:
+        """Yield the path of a file that nobody else uses, and remove it at the end of the block."""
+        base = self._join()
+        path = base / f"{next(self._numbers)}.download"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+            self._leave()
+
+    def close(self) -> None:
+        """Remove the folder, with all that models may have written there. Idempotent."""
+        with self._lock:
+            self._closed = True
+            base, hold = self._base, self._hold
+            self._base = self._hold = None
+        if base is not None:
+            remove_tree(base)
+        if hold is not None:
+            os.close(hold)
+
+    def _join(self) -> Path:
+        with self._lock:  # a few quick system calls, so that there is one folder and not two
+            if self._closed:
+                raise ManagerClosed("This ModelSources")
+            if self._base is None or not self._base.is_dir():  # somebody may have cleaned /tmp
+                if self._hold is not None:
+                    os.close(self._hold)
+                self._base, self._hold = _make_base()
+            self._users += 1
+            return self._base
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users or self._base is None:
+                return
+            try:
+                self._base.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:  # a model wrote beside its folder
+                return
+            if self._hold is not None:
+                os.close(self._hold)
+            self._base = self._hold = None
+
+
+def _make_base() -> tuple[Path, int | None]:
+    import tempfile  # brings shutil and random: 10 ms
+
+    _sweep(Path(tempfile.gettempdir()))
+    while True:
+        base = Path(tempfile.mkdtemp(prefix=PREFIX))
+        try:
+            hold = hold_folder(base)
+        except OSError:  # a file system without locks for folders: nobody can sweep there either
+            return base, None
+        if hold is not None:
+            return base, hold
+        # Another program's sweep took it in the moment before it was locked, and removes it.
+
+
+def _sweep(root: Path) -> None:
+    """Remove the folders of programs that are gone."""
+    for path in root.glob(PREFIX + "*"):
+        if not _OURS.fullmatch(path.name):
+            continue
+        try:
+            hold = hold_folder(path)
+        except OSError:
+            continue
+        if hold is not None:
+            _log.info("Removing %s, which a program that is gone left behind", path)
+            remove_tree(path)
+            os.close(hold)
+
+
+class SharedShelf:
+    """Copies in a folder that programs share; each is there for as long as one of them uses it.
+
+    ``DIGEST`` is a copy and ``DIGEST.lock`` is held by all who use it, or alone by who makes or removes it. What a killed
+    program left, locked by nobody, is removed when the next one begins.
+
+    Args:
+        root: a folder on a file system with locks; made when it is first needed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._is_swept = False  # guarded by _lock
+
+    def take(self, digest: str, build: Callable[[Path], None], keep_on: Callable[[], None]) -> Place:
+        """Return the copy, whoever made it; see :class:`Shelf`. Blocks while another program makes or removes it."""
+        self._prepare()
+        lock = self._lock_of(digest)
+        while True:
+            lock.share(keep_on)
+            if self._folder(digest).is_dir():
+                return self._place(digest, lock)
+            lock.own(keep_on)
+            try:
+                if not self._folder(digest).is_dir():
+                    self._make(digest, build)
+            except BaseException:
+                self._clear(digest)
+                lock.release(remove=True)
+                raise
+            # From owning to sharing there is a moment in which another program may remove it again: so look again.
+
+    def find(self, digest: str, keep_on: Callable[[], None]) -> Place | None:
+        """Return the copy if there is one; see :class:`Shelf`. Blocks while another program makes or removes it."""
+        self._prepare()
+        if not self._folder(digest).is_dir():
+            return None
+        lock = self._lock_of(digest)
+        lock.share(keep_on)
+        if self._folder(digest).is_dir():
+            return self._place(digest, lock)
+        lock.release(remove=lock.try_own())
+        return None
+
+    def close(self) -> None:
+        """Do nothing: what this program used, it gave back."""
+
+    def _prepare(self) -> None:
+        with self._lock:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._is_swept:
+                return
+            self._is_swept = True
+            for digest in {path.name.partition(".")[0] for path in self._root.iterdir()}:
+                if _DIGEST.fullmatch(digest):
+                    self._remove_unused(digest, self._lock_of(digest))
+
+    def _make(self, digest: str, build: Callable[[Path], None]) -> None:
+        partial = self._root / f"{digest}.partial"
+        remove_tree(partial)  # of a program that was killed while it made one
+        build(partial)
+        partial.rename(self._folder(digest))
+
+    def _place(self, digest: str, lock: FileLock) -> Place:
+        return Place(self._folder(digest), lambda: self._remove_unused(digest, lock))
+
+    def _remove_unused(self, digest: str, lock: FileLock) -> None:
+        is_unused = lock.try_own()
+        try:
+            if is_unused:
+                self._clear(digest)
+        finally:
+            lock.release(remove=is_unused)
+
+    def _clear(self, digest: str) -> None:
+        """Remove what there is of a copy; by another name, as a killed program must not leave half of one."""
+        folder, removed = self._folder(digest), self._root / f"{digest}.removed"
+        remove_tree(removed)
+        if folder.exists():
+            folder.rename(removed)
+        remove_tree(removed)
+        remove_tree(self._root / f"{digest}.partial")
+
+    def _folder(self, digest: str) -> Path:
+        return self._root / digest
+
+    def _lock_of(self, digest: str) -> FileLock:
+        return FileLock(self._root / f"{digest}.lock")
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it, as far as possible; what is left is logged."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        return
+    # A model may have taken the write permission from folders of its own.
+    for root, names, _files in os.walk(folder):
+        for path in (Path(root), *(Path(root, name) for name in names)):
+            if not path.is_symlink():
+                path.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        _log.warning("The unpacked archive %s could not be removed", folder)

@@ -1,0 +1,89 @@
+"""Desired: what a manager shall have, as its calls change that. Pure bookkeeping; the caller holds the lock."""
+
+from __future__ import annotations
+
+import attrs
+
+from torchmgmt.records import ModelKey, Scale
+from torchmgmt.state import DesiredState, StoredModel, StoredVersion
+
+__all__ = ["Desired"]
+
+
+class Desired:
+    """The versions that were registered and not unregistered since, whether they could be brought back or not.
+
+    Not thread-safe; nothing blocks.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[str, dict[str, StoredVersion]] = {}
+        self._defaults: dict[str, str] = {}
+        self._seen: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Desired: {sum(map(len, self._models.values()))} model versions>"
+
+    def load(self, state: DesiredState) -> None:
+        """Take over what is stored; what is known already stays."""
+        self._seen |= set(state.seen)
+        for model in state.models:
+            known = self._models.setdefault(model.name, {})
+            for version in model.versions:
+                known.setdefault(version.key.version, version)
+            self._defaults.setdefault(model.name, model.default)
+
+    def state(self) -> DesiredState:
+        """Return what is to be stored."""
+        models = [StoredModel(self._defaults[name], tuple(found.values())) for name, found in self._models.items()]
+        return DesiredState(tuple(models), tuple(sorted(self._seen)))
+
+    def find(self, key: ModelKey) -> StoredVersion | None:
+        """Return a version; None if it is not wanted."""
+        return self._models.get(key.name, {}).get(key.version)
+
+    def versions(self, name: str) -> list[str]:
+        """Return the versions of a model, oldest first."""
+        return list(self._models.get(name, {}))
+
+    def default(self, name: str) -> str | None:
+        """Return the default version of a model; None if none of it is wanted."""
+        return self._defaults.get(name)
+
+    def from_item(self, item: str) -> list[StoredVersion]:
+        """Return the versions that an item of ``load_models`` brought."""
+        everything = (version for found in self._models.values() for version in found.values())
+        return [version for version in everything if version.item == item]
+
+    def has_seen(self, item: str) -> bool:
+        """Whether an item of ``load_models`` was loaded once, also if what it brought was unregistered since."""
+        return item in self._seen
+
+    def put(self, version: StoredVersion) -> None:
+        """Want a version, in place of an earlier one of the same key; the first one of a model is its default."""
+        key = version.key
+        self._models.setdefault(key.name, {})[key.version] = version
+        self._defaults.setdefault(key.name, key.version)
+        if version.loaded_at_startup:
+            self._seen.add(version.item)
+
+    def set_scale(self, key: ModelKey, scale: Scale) -> None:
+        """Want other numbers of workers for a version, if it is wanted at all."""
+        version = self.find(key)
+        if version is not None:
+            self._models[key.name][key.version] = attrs.evolve(version, scale=scale)
+
+    def set_default(self, key: ModelKey) -> None:
+        """Make a version the default, if it is wanted at all."""
+        if self.find(key) is not None:
+            self._defaults[key.name] = key.version
+
+    def remove(self, key: ModelKey) -> None:
+        """Want a version no more; the oldest one that is left becomes the default if this one was. Idempotent."""
+        found = self._models.get(key.name, {})
+        if found.pop(key.version, None) is None:
+            return
+        if not found:
+            del self._models[key.name], self._defaults[key.name]
+        elif self._defaults[key.name] == key.version:
+            self._defaults[key.name] = next(iter(found))
