@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import concurrent.futures
 import contextlib
 import itertools
 import logging
@@ -15,18 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, evolve, frozen
+from attrs import evolve
 
 from torchmgmt import forks
+from torchmgmt.announcer import Announcer, check_listeners
 from torchmgmt.archive import ModelFolder, ModelSources
 from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.batcher import Batcher
-from torchmgmt.channel import AnswerFuture, encode
+from torchmgmt.channel import AnswerFuture
 from torchmgmt.desired import Desired
 from torchmgmt.errors import (
     AlreadyRegistered,
-    DeadlineExceeded,
     InvalidArgument,
     ManagerClosed,
     ModelNotFound,
@@ -34,7 +33,7 @@ from torchmgmt.errors import (
     TorchmgmtError,
     WouldWaitForever,
 )
-from torchmgmt.events import DefaultVersionSet, Event, Listener, ModelRegistered, ModelUnregistered
+from torchmgmt.events import DefaultVersionSet, Listener, ModelRegistered, ModelUnregistered
 from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
 from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
@@ -52,7 +51,9 @@ from torchmgmt.records import (
 )
 from torchmgmt.registration import Wishes, is_default_version, scale_of, sources_of, spec_of
 from torchmgmt.registry import Registry
+from torchmgmt.request import new_request
 from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore, in_parallel, stored_of, wishes_of
+from torchmgmt.served import ServedVersion, total_of
 from torchmgmt.settings import Settings
 from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
 
@@ -62,43 +63,6 @@ if TYPE_CHECKING:
 __all__ = ["ModelManager"]
 
 log = logging.getLogger(__name__)
-
-
-@frozen(eq=False)
-class _Version:
-    """What serves one model version: its files, its queue and its workers."""
-
-    spec: ModelSpec
-    folder: ModelFolder
-    batcher: Batcher[WorkerRequest, Encoded]
-    pool: WorkerPool
-
-    def refuse(self) -> None:
-        """Take no new request; what was accepted is still run."""
-        self.batcher.drain(ModelNotFound(self.spec.key.name))
-        self.pool.retire()
-
-    def close(self, timeout: float) -> CloseReport:
-        """Finish what was accepted within ``timeout`` seconds, then leave nothing behind."""
-        self.batcher.drain(ModelNotFound(self.spec.key.name))
-        try:
-            return self.pool.close(timeout)
-        finally:
-            self.folder.release()
-
-
-@define(eq=False)
-class _Announcer:
-    """Tells the listeners. Apart from the manager, so that pools that run do not keep a forgotten manager alive."""
-
-    listeners: Sequence[Listener]
-
-    def tell(self, event: Event) -> None:
-        for listener in self.listeners:
-            try:
-                listener(event)
-            except Exception:
-                log.exception("A listener failed at %r", event)
 
 
 class ModelManager:
@@ -152,7 +116,7 @@ class ModelManager:
         if settings is not None and not isinstance(settings, Settings):
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
-        self._announcer = _Announcer(_check_listeners(listeners))
+        self._announcer = Announcer(check_listeners(listeners))
         self._sources = sources_of(model_store, self.settings, self._announcer.tell)
         self._backend: Backend = ProcessBackend() if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
@@ -164,9 +128,9 @@ class ModelManager:
         self._request_numbers = itertools.count()
         self._lock = threading.Lock()
         # guarded by _lock
-        self._registry: Registry[_Version] = Registry()
+        self._registry: Registry[ServedVersion] = Registry()
         self._failed_loads = FailedLoads()
-        self._leaving: set[_Version] = set()  # no longer registered, but not finished yet
+        self._leaving: set[ServedVersion] = set()  # no longer registered, but not finished yet
         self._closed = False
         self._report: CloseReport | None = None
         self._close_lock = threading.Lock()
@@ -407,7 +371,7 @@ class ModelManager:
             versions = [self._registry.get(name) for name in self._registry.names()]
             failed = [self._failed_loads.versions(name)[0] for name in self._failed_loads.names()]
             failed = [info for info in failed if info.name not in self._registry]
-        infos = [*(_info(version, is_default=True) for version in versions), *failed]
+        infos = [*(version.info(is_default=True) for version in versions), *failed]
         return tuple(sorted(infos, key=lambda info: info.name))
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
@@ -423,7 +387,7 @@ class ModelManager:
             default, versions = self._registry.default(name), self._registry.versions(name)
         registered = {each.spec.key for each in versions}
         failed = [info for info in failed if info.spec.key not in registered]  # a further attempt may be under way
-        return (*(_info(each, is_default=each.spec.key.version == default) for each in versions), *failed)
+        return (*(each.info(is_default=each.spec.key.version == default) for each in versions), *failed)
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         """Return what is known of a version (the default one unless given). Does not block, unless ``customized``.
@@ -441,10 +405,10 @@ class ModelManager:
         if customized:
             self._check_may_wait("describe(customized=True)")
         with self._gone_is_not_found(served):
-            metadata = _customized(served) if customized else None
+            metadata = served.customized_metadata() if customized else None
         with self._lock:
             default = self._registry.default(name) if name in self._registry else ""
-        return _info(served, is_default=served.spec.key.version == default, metadata=metadata)
+        return served.info(is_default=served.spec.key.version == default, metadata=metadata)
 
     def scale(
         self,
@@ -612,7 +576,7 @@ class ModelManager:
         """
         served = self._get(name, version)
         request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
-        request = _request(data, fields, headers, request_id, timeout)
+        request = new_request(data, fields, headers, request_id, timeout)
         future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
         try:
             served.pool.check_serving()
@@ -655,7 +619,7 @@ class ModelManager:
             if backend.on_own_thread():
                 raise WouldWaitForever(call)
 
-    def _get(self, name: str, version: str | None = None) -> _Version:
+    def _get(self, name: str, version: str | None = None) -> ServedVersion:
         self._check_usable(name, version)
         with self._lock:
             try:
@@ -764,7 +728,7 @@ class ModelManager:
         with self._lock:
             return self._desired.state()
 
-    def _keep_locked(self, served: _Version, stored: StoredVersion) -> bool:
+    def _keep_locked(self, served: ServedVersion, stored: StoredVersion) -> bool:
         """Want a version that is registered from now on; return whether it has become its model's default again."""
         key = stored.key
         if not self._is_current_locked(served):
@@ -805,13 +769,13 @@ class ModelManager:
             self._desired.remove(key)
         return removed
 
-    def _keep_scale(self, served: _Version) -> None:
+    def _keep_scale(self, served: ServedVersion) -> None:
         with self._lock:
             if self._is_current_locked(served):
                 self._desired.set_scale(served.spec.key, served.pool.wanted)
         self._record()
 
-    def _is_current_locked(self, served: _Version) -> bool:
+    def _is_current_locked(self, served: ServedVersion) -> bool:
         """Whether it is still what is registered by its name and version."""
         try:
             return self._registry.get(served.spec.key.name, served.spec.key.version) is served
@@ -825,7 +789,7 @@ class ModelManager:
             with contextlib.suppress(OSError):  # the start of the first worker meets it again, and tells of it
                 self._backend.warm()
 
-    def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> _Version:
+    def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> ServedVersion:
         key = spec.key
         backend = self._backend_of(spec)
         pool = WorkerPool(
@@ -847,7 +811,7 @@ class ModelManager:
             if self._closed:
                 raise ManagerClosed
             self._registry.reserve(key)
-            served = _Version(spec, folder, batcher, pool)
+            served = ServedVersion(spec, folder, batcher, pool)
             is_default = self._registry.add(key, served)
         self._announcer.tell(ModelRegistered(key))
         if is_default:
@@ -887,14 +851,14 @@ class ModelManager:
             raise
 
     @contextlib.contextmanager
-    def _gone_is_not_found(self, served: _Version) -> Iterator[None]:
+    def _gone_is_not_found(self, served: ServedVersion) -> Iterator[None]:
         """A version that was unregistered meanwhile is one that does not exist, whichever of its parts noticed first."""
         try:
             yield
         except (ManagerClosed, ModelNotFound):
             raise self._not_found(served) from None
 
-    def _not_found(self, served: _Version) -> TorchmgmtError:
+    def _not_found(self, served: ServedVersion) -> TorchmgmtError:
         """Return what is to be said of a version that has gone; raise ManagerClosed or ModelNotFound if that is so now."""
         key = served.spec.key
         self._get(key.name, key.version)
@@ -921,83 +885,7 @@ class ModelManager:
         if self._keeper is not None:
             self._keeper.close()
         self._finalizer.detach()
-        return _total(time.monotonic() - started, reports)
-
-
-def _deadline(timeout: float) -> float:
-    check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
-    return time.monotonic() + timeout
-
-
-def _request(
-    data: object,
-    fields: Mapping[str, Any] | None,
-    headers: Mapping[str, str] | None,
-    request_id: str,
-    timeout: float | None,
-) -> WorkerRequest:
-    deadline = None if timeout is None else _deadline(timeout)
-    if fields is not None and not isinstance(fields, Mapping):
-        raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
-    if headers is not None and not _are_headers(headers):
-        raise InvalidArgument("headers", headers, "a mapping of text to text, or None")
-    row = {"body": data} if fields is None else dict(fields)
-    try:
-        encoded = encode(row, frozen=True)
-    except Exception as error:  # whatever a __reduce__ raises
-        name = "data" if fields is None else "fields"
-        raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
-    return WorkerRequest(encoded, request_id, dict(headers) if headers else None, deadline, timeout or 0.0)
-
-
-def _are_headers(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(part, str) for item in value.items() for part in item)
-
-
-def _check_listeners(listeners: object) -> tuple[Listener, ...]:
-    found = tuple(listeners) if isinstance(listeners, Iterable) else (None,)
-    if not all(callable(listener) for listener in found):
-        raise InvalidArgument("listeners", listeners, "a sequence of callables that take an event")
-    return found
-
-
-def _customized(version: _Version) -> Any:
-    """Return what the handler says of its model, within the time that a batch may take."""
-    limit = version.spec.response_timeout_s
-    future = version.pool.describe()
-    try:
-        return future.result(limit)
-    except concurrent.futures.TimeoutError as error:
-        # Raised by the wait; before Python 3.11 it is no TimeoutError. The worker's own errors are of our tree.
-        if isinstance(error, TorchmgmtError):
-            raise
-        future.cancel()
-        raise DeadlineExceeded(f"Asking the handler of {version.spec.key} to describe its model", limit) from None
-
-
-def _info(version: _Version, *, is_default: bool, metadata: object = None) -> ModelInfo:
-    pool = version.pool
-    return ModelInfo(
-        spec=version.spec,
-        state=pool.state,
-        is_default=is_default,
-        scale=pool.wanted,
-        workers=pool.info(),
-        queue_capacity=version.spec.job_queue_size,
-        queue_length=len(version.batcher),
-        sharing=pool.sharing,
-        last_error=str(pool.last_error or ""),
-        customized_metadata=metadata,
-    )
-
-
-def _total(seconds: float, reports: Sequence[CloseReport]) -> CloseReport:
-    return CloseReport(
-        seconds,
-        sum(report.stopped_workers for report in reports),
-        tuple(pid for report in reports for pid in report.killed_pids),
-        sum(report.failed_requests for report in reports),
-    )
+        return total_of(time.monotonic() - started, reports)
 
 
 _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()
@@ -1011,7 +899,7 @@ def _close_open_managers() -> None:
 
 
 def _abandon(
-    registry: Registry[_Version],
+    registry: Registry[ServedVersion],
     sources: ModelSources,
     backends: Sequence[Backend],
     keeper: StateKeeper | None,

@@ -38,7 +38,7 @@ def test_a_second_start_has_what_the_first_one_had(start: Start, tmp_path: Path)
     """Also after SIGKILL: it says what it restored, from where, and how to turn that off; --ncs turns it off."""
     first = start(*STORE, "--enable-model-api")
     assert lines(first, "State file") == [
-        f"State file: {tmp_path / 'logs' / 'config' / 'state.json'} (--ncs turns it off)"
+        f"State file: {tmp_path / 'logs' / 'config' / 'torchmgmt' / 'state.json'} (--ncs turns it off)"
     ]
     assert lines(first, "Restored") == []
     client = first.client()
@@ -100,7 +100,7 @@ def test_what_cannot_be_used_as_a_state_ends_it_with_the_reason(start: Start, tm
     assert f"in use by process {first.process.pid}" in second.stderr
     assert "--state-dir names another folder, --ncs keeps no state" in second.stderr
     assert first.end(signal.SIGINT) == 0
-    path = tmp_path / "logs" / "config" / "state.json"
+    path = tmp_path / "logs" / "config" / "torchmgmt" / "state.json"
     path.write_text('{"format": 2}')
     third = run(*PORTS, *STORE, cwd=tmp_path)
     assert (third.returncode, third.stdout) == (1, "")

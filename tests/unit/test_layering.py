@@ -35,7 +35,7 @@ LAYERS: dict[int, frozenset[str]] = {
         }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
-    4: frozenset({"manager", "model", "registration", "failed_loads", "restoring"}),
+    4: frozenset({"manager", "model", "registration", "failed_loads", "restoring", "announcer", "request", "served"}),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
 }
@@ -58,7 +58,7 @@ NEIGHBOURS = {
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration", "failed_loads", "restoring"},
+    "manager": {"model", "registration", "failed_loads", "restoring", "announcer", "request", "served"},
     "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},

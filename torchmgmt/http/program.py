@@ -45,7 +45,8 @@ DRAIN_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 8.0
 """Together below the 30 s that orchestrators wait between SIGTERM and SIGKILL."""
 LAST_RESORT_S = 5.0
-STATE_FILE = "state.json"
+STATE_FILE = Path("torchmgmt", "state.json")
+"""Below state_dir. Not in it: TorchServe takes each file in its logs/config for a snapshot, and cannot start with others."""
 GAVE_UP = 3
 """The exit code after giving up, and what stands for it among the numbers of signals: no signal 3 is handled here."""
 

@@ -1,0 +1,79 @@
+"""One model version as a manager serves it: its files, its queue and its workers together."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Sequence
+from typing import Any
+
+from attrs import frozen
+
+from torchmgmt.archive import ModelFolder
+from torchmgmt.batcher import Batcher
+from torchmgmt.errors import DeadlineExceeded, ModelNotFound, TorchmgmtError
+from torchmgmt.pool import WorkerPool
+from torchmgmt.records import CloseReport, Encoded, ModelInfo, ModelSpec, WorkerRequest
+
+__all__ = ["ServedVersion", "total_of"]
+
+
+@frozen(eq=False)
+class ServedVersion:
+    """What serves one model version: its files, its queue and its workers."""
+
+    spec: ModelSpec
+    folder: ModelFolder
+    batcher: Batcher[WorkerRequest, Encoded]
+    pool: WorkerPool
+
+    def refuse(self) -> None:
+        """Take no new request; what was accepted is still run."""
+        self.batcher.drain(ModelNotFound(self.spec.key.name))
+        self.pool.retire()
+
+    def close(self, timeout: float) -> CloseReport:
+        """Finish what was accepted within ``timeout`` seconds, then leave nothing behind."""
+        self.batcher.drain(ModelNotFound(self.spec.key.name))
+        try:
+            return self.pool.close(timeout)
+        finally:
+            self.folder.release()
+
+    def customized_metadata(self) -> Any:
+        """Return what the handler says of its model, within the time that a batch may take."""
+        limit = self.spec.response_timeout_s
+        future = self.pool.describe()
+        try:
+            return future.result(limit)
+        except concurrent.futures.TimeoutError as error:
+            # Raised by the wait; before Python 3.11 it is no TimeoutError. The worker's own errors are of our tree.
+            if isinstance(error, TorchmgmtError):
+                raise
+            future.cancel()
+            raise DeadlineExceeded(f"Asking the handler of {self.spec.key} to describe its model", limit) from None
+
+    def info(self, *, is_default: bool, metadata: object = None) -> ModelInfo:
+        """Return what ``describe`` shows of it. Does not block."""
+        pool = self.pool
+        return ModelInfo(
+            spec=self.spec,
+            state=pool.state,
+            is_default=is_default,
+            scale=pool.wanted,
+            workers=pool.info(),
+            queue_capacity=self.spec.job_queue_size,
+            queue_length=len(self.batcher),
+            sharing=pool.sharing,
+            last_error=str(pool.last_error or ""),
+            customized_metadata=metadata,
+        )
+
+
+def total_of(seconds: float, reports: Sequence[CloseReport]) -> CloseReport:
+    """Return what closing several came to, which took ``seconds`` in all."""
+    return CloseReport(
+        seconds,
+        sum(report.stopped_workers for report in reports),
+        tuple(pid for report in reports for pid in report.killed_pids),
+        sum(report.failed_requests for report in reports),
+    )
