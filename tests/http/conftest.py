@@ -20,6 +20,8 @@ from torchmgmt.http.asgi_server import ASGIServer
 from torchmgmt.http.server import bind
 from torchmgmt.settings import Address
 
+collect_ignore = ["schemathesis_hooks.py"]  # is for schemathesis' own process: to import it registers its hooks
+
 # libuv opens a pipe for signals with the first loop of a process and keeps it: no leak of whichever test is first.
 with contextlib.suppress(ImportError):
     import uvloop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
@@ -94,9 +95,16 @@ class FakeManager:
 
 
 class KeepingManager(FakeManager):
-    """A manager without workers that keeps what it is told: what is registered is there until it is unregistered."""
+    """A manager without workers that keeps what it is told: what is registered is there until it is unregistered.
+
+    Counts in ``done`` what was done, of what was asked.
+    """
 
     MOST_LISTED = 3  # a fake can be scaled to two billions
+
+    def __init__(self, *infos: ModelInfo, settings: Settings | None = None) -> None:
+        super().__init__(*infos, settings=settings)
+        self.done: Counter[str] = Counter()
 
     def register(self, url: str, **kwargs: Any) -> FakeModel:
         self._note("register", url, **kwargs)
@@ -108,6 +116,7 @@ class KeepingManager(FakeManager):
         workers = kwargs["initial_workers"] or 0
         info = attrs.evolve(self._scaled(info_of(name, version), workers, workers), is_default=not present)
         self.infos.append(attrs.evolve(info, spec=attrs.evolve(info.spec, url=url)))
+        self.done["register"] += 1
         return FakeModel(self.infos[-1])
 
     def _scaled(self, info: ModelInfo, least: int, most: int) -> ModelInfo:
@@ -115,11 +124,14 @@ class KeepingManager(FakeManager):
         return attrs.evolve(info, scale=Scale(least, most), workers=shown.workers, state=shown.state)
 
     def models(self) -> tuple[ModelInfo, ...]:
-        return tuple(info for info in super().models() if info.is_default)
+        found = tuple(info for info in super().models() if info.is_default)
+        self.done["models"] += bool(found)
+        return found
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         self._note("describe", name, version, customized=customized)
         found = self._find(name, version)
+        self.done["describe"] += 1
         return attrs.evolve(found, customized_metadata={"labels": ["a"]}) if customized else found
 
     def _find(self, name: str, version: str | None) -> ModelInfo:
@@ -133,11 +145,13 @@ class KeepingManager(FakeManager):
         found = self._find(name, kwargs["version"])
         scaled = self._scaled(found, min_worker, max_worker)
         self.infos[self.infos.index(found)] = scaled
+        self.done["scale"] += 1
         return scaled
 
     def set_default(self, name: str, version: str) -> None:
         self._note("set_default", name, version)
         chosen = self._find(name, version)
+        self.done["set_default"] += 1
         self.infos = [
             attrs.evolve(info, is_default=info is chosen) if info.name == name else info for info in self.infos
         ]
@@ -148,3 +162,4 @@ class KeepingManager(FakeManager):
         if found.is_default and len(self.versions(name)) > 1:
             raise DefaultVersionInUse(name, found.version)
         self.infos.remove(found)
+        self.done["unregister"] += 1

@@ -19,18 +19,27 @@ from schemathesis.core.parameters import ParameterLocation
 from schemathesis.openapi.checks import RejectedPositiveData
 
 Declared = Mapping[str, Mapping[str, Any]]
+EXAMPLE_NAME = "noop"
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @schemathesis.hook
 def before_call(context, case, kwargs) -> None:
-    """Say each parameter in one place: in both with different values it is an error, and hides what the case is about."""
-    if not isinstance(case.body, dict) or not case.query:
-        return
-    if is_negative_at(case, ParameterLocation.BODY):
-        case.query = {name: value for name, value in case.query.items() if name not in case.body}
-    else:
-        case.body = {name: value for name, value in case.body.items() if name not in case.query}
+    """Say each parameter in one place, and the one that is required in one place or the other in one of them.
+
+    In both with different values it is an error, which would hide what the case is about.
+    """
+    body = case.body if isinstance(case.body, dict) else {}
+    if case.operation.path == "/models" and case.operation.method == "post":
+        if "url" not in {**case.query, **body}:
+            case.query["url"] = "noop.mar"
+        for place in (case.query, body):
+            if place.get("model_name") == EXAMPLE_NAME:  # every second registration of one name would be a conflict
+                place["model_name"] = case.id
+    if body and is_negative_at(case, ParameterLocation.BODY):
+        case.query = {name: value for name, value in case.query.items() if name not in body}
+    elif body:
+        case.body = {name: value for name, value in body.items() if name not in case.query}
 
 
 @schemathesis.hook
@@ -43,10 +52,10 @@ def filter_failure(context, failure, case, response) -> bool:
     return True
 
 
-def is_negative_at(case, place: ParameterLocation) -> bool:
-    """Whether what stands in this place was made to be wrong."""
-    part = case.meta.components.get(place) if case.meta is not None else None
-    return part is not None and part.mode.is_negative
+def is_negative_at(case, location) -> bool:
+    """Whether something wrong was put there on purpose."""
+    component = case.meta.components.get(location) if case.meta is not None else None
+    return component is not None and component.mode.is_negative
 
 
 def reads_as_valid(case, request) -> bool:
@@ -62,7 +71,7 @@ def reads_as_valid(case, request) -> bool:
 
 
 def contradicts_itself(case, request) -> bool:
-    """Whether a parameter is missing everywhere, or says something else than another one, or than itself elsewhere."""
+    """Whether a parameter says something else than another one, or than itself elsewhere."""
     declared, sent = declared_parameters(case), sent_parameters(request)
     if sent is None:
         return False
@@ -72,8 +81,6 @@ def contradicts_itself(case, request) -> bool:
             value = as_read(declared[name], raw)
             if given.setdefault(name, value) != value:
                 return True
-    if case.operation.path == "/models":
-        return "url" not in given
     in_path = unquote(urlsplit(request.url).path).split("/")[3:4]
     in_query = given.get("model_version")
     low = given.get("min_worker", 1)

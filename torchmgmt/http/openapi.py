@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -113,22 +114,33 @@ def _path_parameters(operation: Operation) -> list[dict[str, Any]]:
 
 
 def _query_parameters(operation: Operation) -> list[dict[str, Any]]:
-    return [
-        # What may stand in the body instead is not required in the query.
-        _parameter(parameter, "query", required=parameter.required and not operation.takes_body)
-        for parameter in operation.parameters
-    ]
+    if not operation.takes_body:
+        return [_parameter(parameter, "query", required=parameter.required) for parameter in operation.parameters]
+    # What may stand in the body instead is not required in the query.
+    return [_parameter(parameter, "query", required=False) | _shared(parameter) for parameter in operation.parameters]
 
 
 def _parameter(parameter: Parameter, place: str, *, required: bool) -> dict[str, Any]:
-    elsewhere = " Required, here or in the body." if parameter.required and not required else ""
     return {
         "name": parameter.name,
         "in": place,
         "required": required,
-        "description": parameter.description + elsewhere,
+        "description": parameter.description,
         "schema": parameter.schema,
     }
+
+
+def _shared(parameter: Parameter) -> dict[str, Any]:
+    """Return the description and schema of a parameter that may stand in the query or in the body.
+
+    A default is in words only: clients send the defaults of a schema along, in the one place beside another value in the
+    other, and would so contradict themselves.
+    """
+    schema = parameter.schema
+    default = schema.pop("default", None)
+    said = f" Default: {json.dumps(default)}." if default is not None else ""
+    required = " Required, in the query or in the body." if parameter.required else ""
+    return {"description": parameter.description + said + required, "schema": schema}
 
 
 def _request_body(operation: Operation) -> dict[str, Any]:
@@ -148,12 +160,14 @@ def _body_name(operation: Operation) -> str:
 def _body_schema(operation: Operation) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {
-            parameter.name: {**parameter.schema, "description": parameter.description}
-            for parameter in operation.parameters
-        },
+        "properties": {parameter.name: _property(parameter) for parameter in operation.parameters},
         "additionalProperties": True,  # one that is not known is a warning
     }
+
+
+def _property(parameter: Parameter) -> dict[str, Any]:
+    shared = _shared(parameter)
+    return {**shared["schema"], "description": shared["description"]}
 
 
 def _security(operation: Operation, keys: KeyRule) -> list[dict[str, list[str]]]:
