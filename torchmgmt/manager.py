@@ -221,6 +221,7 @@ class ModelManager:
         batches_in_flight: int | None = None,
         max_requests: int | None = None,
         max_memory: int | None = None,
+        isolate_errors: bool | None = None,
         scale_down_delay: float | None = None,
         template_idle_timeout: float | None = None,
         default_workers: int = 1,
@@ -262,6 +263,8 @@ class ModelManager:
             max_memory: a worker that has more private memory, in bytes, is replaced, at least 1; default: no limit. Memory
                 that workers share is not counted. Looked at every 5 s. While a worker is replaced there may be one more
                 than ``max_workers``.
+            isolate_errors: whether a batch that raised as a whole is run again, request by request, once and as far as
+                ``response_timeout`` has time for it; default: False. The arrays in requests are then copied for the handler.
             scale_down_delay: for how long, in s, a worker above ``initial_workers`` must not have been needed before it
                 goes, at least 0; default 60.
             template_idle_timeout: for how long, in s, there may be no worker before the process that has loaded the model
@@ -299,6 +302,7 @@ class ModelManager:
             batches_in_flight=batches_in_flight,
             max_requests=max_requests,
             max_memory=max_memory,
+            isolate_errors=isolate_errors,
             scale_down_delay=scale_down_delay,
             template_idle_timeout=template_idle_timeout,
             default_workers=default_workers,

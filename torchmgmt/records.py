@@ -215,6 +215,8 @@ class ModelSpec:
     """A worker that has answered so many requests is replaced; None: no limit."""
     max_memory_bytes: int | None = field(default=None, validator=optional(number("max_memory", 1, "bytes")))
     """A worker that has more private memory is replaced; None: no limit."""
+    isolate_errors: bool = field(default=False, validator=truth("isolate_errors"))
+    """Whether a batch that raised as a whole is run again, request by request."""
     scale_down_delay_s: float = field(default=60, validator=number("scale_down_delay", 0, "seconds", whole=False))
     """For how long a worker above the least number must not have been needed before it goes."""
     template_idle_timeout_s: float = field(

@@ -56,6 +56,7 @@ CONFIG_KEYS: Mapping[str, str] = {
     "batches_in_flight": "batchesInFlight",
     "max_requests": "maxRequests",
     "max_memory": "maxMemory",
+    "isolate_errors": "isolateErrors",
     "scale_down_delay": "scaleDownDelay",
     "template_idle_timeout": "templateIdleTimeout",
 }
@@ -91,6 +92,7 @@ class Wishes:
     batches_in_flight: int | None = field(default=None, validator=optional(number("batches_in_flight", 1)))
     max_requests: int | None = field(default=None, validator=optional(number("max_requests", 1)))
     max_memory: int | None = field(default=None, validator=optional(number("max_memory", 1, "bytes")))
+    isolate_errors: bool | None = field(default=None, validator=optional(truth("isolate_errors")))
     scale_down_delay: float | None = field(
         default=None, validator=optional(number("scale_down_delay", 0, "seconds", whole=False))
     )
@@ -171,6 +173,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             batches_in_flight=value("batches_in_flight", settings.batches_in_flight),
             max_requests=value("max_requests", settings.max_requests),
             max_memory_bytes=value("max_memory", settings.max_memory),
+            isolate_errors=value("isolate_errors", settings.isolate_errors),
             scale_down_delay_s=value("scale_down_delay", settings.scale_down_delay),
             template_idle_timeout_s=value("template_idle_timeout", settings.template_idle_timeout),
             is_sealed=folder.is_sealed,

@@ -182,6 +182,11 @@ class Settings:
         unit="bytes",
         optional=True,
     )
+    isolate_errors: bool = _setting(
+        TRUTH_KIND,
+        False,
+        "Run a batch that failed as a whole again, request by request, so that one bad input cannot fail its neighbours.",
+    )
     scale_down_delay: float = _setting(
         amount(0),
         60,

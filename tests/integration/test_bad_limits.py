@@ -24,6 +24,7 @@ REGISTER = [
     ("batches_in_flight", WHOLE),
     ("max_requests", WHOLE),
     ("max_memory", WHOLE),
+    ("isolate_errors", (0, 1, "true", "", [], HUGE)),
     ("scale_down_delay", SECONDS),
     ("template_idle_timeout", SECONDS),
 ]
@@ -34,6 +35,7 @@ KEYS = {
     "batches_in_flight": "batchesInFlight",
     "max_requests": "maxRequests",
     "max_memory": "maxMemory",
+    "isolate_errors": "isolateErrors",
     "scale_down_delay": "scaleDownDelay",
     "template_idle_timeout": "templateIdleTimeout",
 }
@@ -44,6 +46,7 @@ IN_YAML: Mapping[str, Sequence[str]] = {
     "batchesInFlight": ("0", "four", "2.5", "null"),
     "maxRequests": ("0", "1e3", "often", "{}"),
     "maxMemory": ("0", "2GB", "-1", "false"),
+    "isolateErrors": ("1", "maybe", "null", "[]"),
     "scaleDownDelay": ("-1", "soon", ".nan", ".inf", "true"),
     "templateIdleTimeout": ("-0.5", "never", "[]"),
 }
@@ -78,6 +81,7 @@ def test_every_limit_can_stand_in_every_place(tmp_path: Path, manager: ModelMana
         "batches_in_flight": 3,
         "max_requests": 1000,
         "max_memory": 1 << 40,
+        "isolate_errors": True,
         "scale_down_delay": 1.5,
         "template_idle_timeout": 7,
     }

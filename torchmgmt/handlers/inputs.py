@@ -23,13 +23,21 @@ class InputRefused(Exception):
     """What a request sent cannot be used: the request is at fault, not the model.
 
     ``error_code`` is the HTTP status that it deserves, from 400 to 499; ``indexes`` are the positions in the batch of those
-    that are refused, once that is known.
+    that are refused, once that is known: these requests fail, and the batch is run again without them. ``errors`` has for
+    each of these positions what is to be said to that one, where that differs.
     """
 
-    def __init__(self, message: str, error_code: int = 400, indexes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        error_code: int = 400,
+        indexes: Sequence[int] = (),
+        errors: Mapping[int, Exception] | None = None,
+    ) -> None:
         super().__init__(message)
         self.error_code = error_code
         self.indexes = tuple(indexes)
+        self.errors = dict(errors or {})
 
 
 def read_each(rows: Sequence[Any], read: Callable[[Any], T]) -> list[T]:
@@ -58,7 +66,7 @@ def _together(refused: Mapping[int, InputRefused], batch_size: int) -> InputRefu
         message = f"request {indexes[0]} of a batch of {batch_size}, counted from 0: {message}"
     if len(indexes) > 1:
         message += f" (also refused: {', '.join(map(str, indexes[1:]))})"
-    return InputRefused(message, first.error_code, indexes)
+    return InputRefused(message, first.error_code, indexes, refused)
 
 
 def payload_of(row: Any, *more_fields: str) -> Any:

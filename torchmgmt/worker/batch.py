@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
+from attrs import evolve, frozen
 
 from torchmgmt.channel import Buffer, decode, encode
 from torchmgmt.records import EXPIRED, Encoded, WorkerFault
 from torchmgmt.worker.loader import Handler
 
-__all__ = ["RequestHead", "attempt", "fault_of", "run_batch"]
+__all__ = ["RequestHead", "attempt", "fault_of", "own_buffers", "run_batch"]
 
 _DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
 """Where it stands since torch 2.5, and where it stood before."""
@@ -23,18 +25,57 @@ _OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
 
 RequestHead: TypeAlias = tuple[str, Mapping[str, str] | None, int, float | None]
 """Of one request: its id, its headers, the number of its segments, and when nobody waits for it any more (monotonic, s)."""
+Outcome: TypeAlias = Encoded | WorkerFault
+Ended: TypeAlias = "list[Outcome] | _Failure"
+"""How a run of some requests ended: with an outcome for each, or raising."""
 
 
 def run_batch(
     handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer]
 ) -> list[Encoded | WorkerFault]:
-    """Run one batch; return an answer or a fault for each of its requests, in order. Raises nothing of the handler's."""
-    outcomes: list[Encoded | WorkerFault | None] = []
-    rows, ids, headers = [], [], []
+    """Run one batch; return an answer or a fault for each of its requests, in order. Raises nothing of the handler's.
+
+    A batch that raised is run again without the requests that the error names; if it names none and the handler isolates
+    errors, request by request. Nothing is run again that is past its deadline, or that could take longer than
+    ``handler.limit_s`` with all that was run before.
+    """
+    began = time.monotonic()
+    parts = _parts(requests, segments)
+    end = _run(handler, requests, parts)
+    if isinstance(end, _Failure):
+        end = _Repetition(handler, requests, parts, began, end).outcomes()
+    return end
+
+
+def _parts(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[Sequence[Buffer]]:
+    """Return the segments of each request."""
+    parts = []
     start = 0
-    for request_id, request_headers, count, deadline in requests:
-        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count])
+    for _, _, count, _ in requests:
+        parts.append(segments[start : start + count])
         start += count
+    return parts
+
+
+@frozen
+class _Failure:
+    """A run of requests that raised."""
+
+    outcomes: Sequence[Outcome | None]
+    """What is settled in spite of that; None: nothing."""
+    fault: WorkerFault
+    names_some: bool
+    """Whether the error named those that it is about; they have their faults in ``outcomes``."""
+
+
+def _run(handler: Handler, requests: Sequence[RequestHead], parts: Sequence[Sequence[Buffer]]) -> Ended:
+    """Run requests as one batch, once, but for those that are past their deadlines or cannot be read."""
+    # What a handler writes into the arrays that it is given must not be there when they are run again.
+    copies = handler.isolates_errors and len(requests) > 1
+    outcomes: list[Outcome | None] = []
+    rows, ids, headers = [], [], []
+    for (request_id, request_headers, _, deadline), part in zip(requests, parts, strict=True):
+        row = EXPIRED if _is_over(deadline) else _row(own_buffers(part) if copies else part)
         if isinstance(row, WorkerFault):
             outcomes.append(row)
             continue
@@ -42,8 +83,12 @@ def run_batch(
         rows.append(row)
         ids.append(request_id)
         headers.append(request_headers or {})
-    answers = iter(_run_rows(handler, rows, ids, headers) if rows else ())
-    return [outcome if outcome is not None else next(answers) for outcome in outcomes]
+    try:
+        answers = iter(handler.run(rows, ids, headers) if rows else ())
+    except Exception as error:
+        # To be made here, and the error let go of: its frames hold what the handler had made of the batch, maybe all memory.
+        return _failure_of(error, outcomes)
+    return [_outcome(next(answers)) if outcome is None else outcome for outcome in outcomes]
 
 
 def _is_over(deadline: float | None) -> bool:
@@ -58,15 +103,112 @@ def _row(segments: Sequence[Buffer]) -> Any:
         return fault_of(error)
 
 
-def _run_rows(
-    handler: Handler, rows: list[Any], ids: list[str], headers: list[Mapping[str, str]]
-) -> list[Encoded | WorkerFault]:
+def own_buffers(segments: Sequence[Buffer]) -> list[Buffer]:
+    """Return the segments of one request with buffers of its own: to write into them changes nothing elsewhere."""
+    pickled, *buffers = segments
+    return [pickled, *map(bytearray, buffers)]
+
+
+def _outcome(answer: Any) -> Outcome:
+    return fault_of(answer) if isinstance(answer, BaseException) else _encoded(answer)
+
+
+def _failure_of(error: Exception, outcomes: Sequence[Outcome | None]) -> _Failure:
+    """Return what a run that raised leaves; ``outcomes`` has None for each request that the handler was given."""
+    fault = fault_of(error)
+    given = [position for position, outcome in enumerate(outcomes) if outcome is None]
+    settled = list(outcomes)
+    named = _indexes_of(error, len(given))
+    for index in named:
+        settled[given[index]] = _fault_at(index, error, fault)
+    return _Failure(settled, fault, names_some=bool(named))
+
+
+def _indexes_of(error: Exception, batch_size: int) -> Collection[int]:
+    """Return the positions in the batch that ``error`` names; none if it has something else by that name."""
+    indexes = _attribute(error, "indexes")
     try:
-        answers = handler.run(rows, ids, headers)
-    except Exception as error:
-        fault = fault_of(error)
-        return [fault] * len(rows)
-    return [_encoded(answer) for answer in answers]
+        if not isinstance(indexes, Collection) or any(isinstance(each, bool) for each in indexes):
+            return ()
+        named = {operator.index(each) for each in indexes}
+    except Exception:  # no integers, or a collection of the handler's own making
+        return ()
+    return named if all(0 <= index < batch_size for index in named) else ()
+
+
+def _fault_at(index: int, error: Exception, fault: WorkerFault) -> WorkerFault:
+    """Return the fault of one request that ``error`` names: its own, where the error has one for each."""
+    errors = _attribute(error, "errors")
+    own = errors.get(index) if isinstance(errors, dict) else None
+    return fault_of(own) if isinstance(own, BaseException) else fault
+
+
+class _Repetition:
+    """Runs what is left of a batch that raised again: what an error named is left out, or each request runs alone.
+
+    Args:
+        handler, requests, parts: what raised.
+        began: when it began, on the monotonic clock.
+        failure: how it ended.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        requests: Sequence[RequestHead],
+        parts: Sequence[Sequence[Buffer]],
+        began: float,
+        failure: _Failure,
+    ) -> None:
+        self._handler = handler
+        self._requests = requests
+        self._parts = parts
+        self._began = began
+        self._failure = failure
+        self._outcomes = list(failure.outcomes)
+        self._longest_s = (time.monotonic() - began) / len(requests)
+
+    def outcomes(self) -> list[Outcome]:
+        """Run again what may be, and return an outcome for each request. Each run but the first settles at least one."""
+        while self._failure.names_some and self._may_run(left := self._left()):
+            self._failure = self._run(left) or self._failure
+        left = self._left()
+        if not self._failure.names_some and self._handler.isolates_errors and len(left) > 1:
+            self._run_alone(left)
+        return [self._failure.fault if outcome is None else outcome for outcome in self._outcomes]
+
+    def _left(self) -> list[int]:
+        return [position for position, outcome in enumerate(self._outcomes) if outcome is None]
+
+    def _run_alone(self, positions: Sequence[int]) -> None:
+        for position in positions:
+            failure = self._run([position]) if self._may_run([position]) else None
+            if failure is not None and self._outcomes[position] is None:
+                self._outcomes[position] = failure.fault
+
+    def _may_run(self, positions: Sequence[int]) -> bool:
+        """Whether there is something to run, and time for it: a worker that takes too long for a batch is killed."""
+        if not positions:
+            return False
+        expected_s = self._longest_s * len(positions)
+        if time.monotonic() - self._began + expected_s < self._handler.limit_s:
+            return True
+        fault = self._failure.fault
+        why = f"no time was left in response_timeout ({self._handler.limit_s:g} s) to run this request again"
+        untried = evolve(fault, reason=f"{fault.reason}; {why}", error_code=None)
+        for position in positions:
+            self._outcomes[position] = untried
+        return False
+
+    def _run(self, positions: Sequence[int]) -> _Failure | None:
+        """Run some requests as one batch, note what that settles, and return the failure if they raised."""
+        began = time.monotonic()
+        end = _run(self._handler, [self._requests[at] for at in positions], [self._parts[at] for at in positions])
+        self._longest_s = max(self._longest_s, (time.monotonic() - began) / len(positions))
+        settled = end.outcomes if isinstance(end, _Failure) else end
+        for position, outcome in zip(positions, settled, strict=True):
+            self._outcomes[position] = outcome
+        return end if isinstance(end, _Failure) else None
 
 
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
@@ -88,14 +230,28 @@ def fault_of(error: BaseException) -> WorkerFault:
     """Return what the embedding process is to know of ``error``: text only, since its class may not exist over there."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    code = getattr(error, "error_code", None)
+    code = _attribute(error, "error_code")
     return WorkerFault(
         error_type=name,
         reason=f"{name}: {_text_of(error)}",
-        traceback="".join(traceback.format_exception(kind, error, _without_our_frames(error.__traceback__))),
+        traceback=_traceback_of(error),
         error_code=code if isinstance(code, int) else None,
         out_of_memory=isinstance(error, _OUT_OF_MEMORY),
     )
+
+
+def _attribute(error: BaseException, name: str) -> Any:
+    try:
+        return getattr(error, name, None)
+    except Exception:  # a property that fails
+        return None
+
+
+def _traceback_of(error: BaseException) -> str:
+    """Return the traceback as text; empty if the error was made and never raised, and so has none."""
+    if error.__traceback__ is None and error.__cause__ is None and error.__context__ is None:
+        return ""
+    return "".join(traceback.format_exception(type(error), error, _without_our_frames(error.__traceback__)))
 
 
 def _text_of(error: BaseException) -> str:

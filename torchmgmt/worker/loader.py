@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,12 +29,30 @@ class HandlerError(Exception):
 
 
 class Handler:
-    """A loaded handler: its entry point, the context it is given, and the object that it belongs to, if any."""
+    """A loaded handler: its entry point, the context it is given, and the object that it belongs to, if any.
 
-    def __init__(self, entry_point: Callable[[Any, Context], Any], context: Context, service: object = None) -> None:
+    Args:
+        entry_point: what is called with the rows of a batch and the context.
+        context: the context that it is given.
+        service: the object that it belongs to, if any.
+        isolates_errors: whether a batch that raised is to be run again, request by request.
+        limit_s: for how long a batch may run, in s, with all that is run again of it.
+    """
+
+    def __init__(
+        self,
+        entry_point: Callable[[Any, Context], Any],
+        context: Context,
+        service: object = None,
+        *,
+        isolates_errors: bool = False,
+        limit_s: float = math.inf,
+    ) -> None:
         self._entry_point = entry_point
         self._context = context
         self._service = service
+        self.isolates_errors = isolates_errors
+        self.limit_s = limit_s
 
     def run(self, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]) -> Sequence[Any]:
         """Return one answer for each row. Raises whatever the handler raises, and HandlerError for a wrong answer."""
@@ -65,16 +84,17 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
     name, _, function = spec.handler.partition(":")
     module = load_module(name, Path(spec.model_dir), import_file)
     function = function or "handle"
+    limits: dict[str, Any] = {"isolates_errors": spec.isolate_errors, "limit_s": spec.response_timeout_s}
     if callable(entry_point := getattr(module, function, None)):
         # The protocol of a function: the first call has no data and is the time to load.
         entry_point(None, context)
-        return Handler(entry_point, context)
+        return Handler(entry_point, context, **limits)
     if function != "handle":
         raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")
     service = _handler_class(module, spec.handler)()
     if callable(initialize := getattr(service, "initialize", None)):
         initialize(context)
-    return Handler(service.handle, context, service)
+    return Handler(service.handle, context, service, **limits)
 
 
 def load_module(name: str, folder: Path, import_file: ImportFile | None = None) -> ModuleType:

@@ -16,7 +16,7 @@ from attrs import evolve
 
 from torchmgmt.handlers.context import Context
 from torchmgmt.records import Encoded, ModelSpec, WorkerFault, WorkerRequest
-from torchmgmt.worker.batch import attempt, fault_of, run_batch
+from torchmgmt.worker.batch import attempt, fault_of, own_buffers, run_batch
 from torchmgmt.worker.loader import Handler, HandlerError, load_file, load_handler
 
 __all__ = ["ThreadModel"]
@@ -121,8 +121,7 @@ class ThreadModel:
 
 def _copy(encoded: Encoded) -> Encoded:
     """Return it with buffers of its own: as if it had travelled, it can be written to and changes nothing elsewhere."""
-    pickled, *buffers = encoded.segments
-    return Encoded([pickled, *map(bytearray, buffers)])
+    return Encoded(own_buffers(encoded.segments))
 
 
 def _own_tree(value: Any) -> Any:
