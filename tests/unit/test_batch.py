@@ -188,7 +188,7 @@ class Evil(Exception):
         *map(Named, ([], [3], [-1], [0, 3], [True, False, False], ["0"], "0", b"\x07", 1, None, [1.0], iter([0]), {})),
         Evil(),
     ],
-    ids=lambda error: repr(getattr(error, "args", "")),
+    ids=lambda error: type(error).__name__,
 )
 def test_what_names_no_request_of_the_batch_fails_the_batch(error):
     """Positions that are not there, or no positions at all, name nobody: the batch failed as a whole, and ran once."""
