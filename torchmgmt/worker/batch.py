@@ -175,11 +175,13 @@ class _Repetition:
         self._longest_s = (time.monotonic() - began) / len(requests)
 
     def outcomes(self) -> list[Outcome]:
-        """Run again what may be, and return an outcome for each request. Each run but the first settles at least one."""
+        """Run again what may be, and return an outcome for each request."""
+        # Each error that names some settles these, so there are no more runs than requests.
         while self._failure.names_some and self._may_run(left := self._left()):
             self._failure = self._run(left) or self._failure
+        # What is left now failed together, and nobody was named; what failed alone would fail alone again.
         left = self._left()
-        if not self._failure.names_some and self._handler.isolates_errors and len(left) > 1:
+        if self._handler.isolates_errors and len(left) > 1:
             self._run_alone(left)
         return [self._failure.fault if outcome is None else outcome for outcome in self._outcomes]
 
