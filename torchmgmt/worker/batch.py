@@ -40,21 +40,10 @@ def run_batch(
     ``handler.limit_s`` with all that was run before.
     """
     began = time.monotonic()
-    parts = _parts(requests, segments)
-    end = _run(handler, requests, parts)
+    end = _run(handler, requests, segments)
     if isinstance(end, _Failure):
-        end = _Repetition(handler, requests, parts, began, end).outcomes()
+        end = _Repetition(handler, requests, segments, began, end).outcomes()
     return end
-
-
-def _parts(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[Sequence[Buffer]]:
-    """Return the segments of each request."""
-    parts = []
-    start = 0
-    for _, _, count, _ in requests:
-        parts.append(segments[start : start + count])
-        start += count
-    return parts
 
 
 @frozen
@@ -68,14 +57,16 @@ class _Failure:
     """Whether the error named those that it is about; they have their faults in ``outcomes``."""
 
 
-def _run(handler: Handler, requests: Sequence[RequestHead], parts: Sequence[Sequence[Buffer]]) -> Ended:
+def _run(handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> Ended:
     """Run requests as one batch, once, but for those that are past their deadlines or cannot be read."""
     # What a handler writes into the arrays that it is given must not be there when they are run again.
     copies = handler.isolates_errors and len(requests) > 1
     outcomes: list[Outcome | None] = []
     rows, ids, headers = [], [], []
-    for (request_id, request_headers, _, deadline), part in zip(requests, parts, strict=True):
-        row = EXPIRED if _is_over(deadline) else _row(own_buffers(part) if copies else part)
+    start = 0
+    for request_id, request_headers, count, deadline in requests:
+        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count], copies)
+        start += count
         if isinstance(row, WorkerFault):
             outcomes.append(row)
             continue
@@ -96,9 +87,9 @@ def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _row(segments: Sequence[Buffer]) -> Any:
+def _row(segments: Sequence[Buffer], copies: bool) -> Any:
     try:
-        return decode(Encoded(segments))
+        return decode(Encoded(own_buffers(segments) if copies else segments))
     except Exception as error:
         return fault_of(error)
 
@@ -110,7 +101,12 @@ def own_buffers(segments: Sequence[Buffer]) -> list[Buffer]:
 
 
 def _outcome(answer: Any) -> Outcome:
-    return fault_of(answer) if isinstance(answer, BaseException) else _encoded(answer)
+    if isinstance(answer, BaseException):
+        return fault_of(answer)
+    try:
+        return encode(answer)
+    except Exception as error:
+        return fault_of(error)
 
 
 def _failure_of(error: Exception, outcomes: Sequence[Outcome | None]) -> _Failure:
@@ -143,11 +139,21 @@ def _fault_at(index: int, error: Exception, fault: WorkerFault) -> WorkerFault:
     return fault_of(own) if isinstance(own, BaseException) else fault
 
 
+def _parts(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[Sequence[Buffer]]:
+    """Return the segments of each request."""
+    parts = []
+    start = 0
+    for _, _, count, _ in requests:
+        parts.append(segments[start : start + count])
+        start += count
+    return parts
+
+
 class _Repetition:
     """Runs what is left of a batch that raised again: what an error named is left out, or each request runs alone.
 
     Args:
-        handler, requests, parts: what raised.
+        handler, requests, segments: what raised.
         began: when it began, on the monotonic clock.
         failure: how it ended.
     """
@@ -156,24 +162,26 @@ class _Repetition:
         self,
         handler: Handler,
         requests: Sequence[RequestHead],
-        parts: Sequence[Sequence[Buffer]],
+        segments: Sequence[Buffer],
         began: float,
         failure: _Failure,
     ) -> None:
         self._handler = handler
         self._requests = requests
-        self._parts = parts
+        self._parts = _parts(requests, segments)
         self._began = began
         self._failure = failure
         self._outcomes = list(failure.outcomes)
         self._longest_s = (time.monotonic() - began) / len(requests)
 
     def outcomes(self) -> list[Outcome]:
-        """Run again what may be, and return an outcome for each request. Each run but the first settles at least one."""
+        """Run again what may be, and return an outcome for each request."""
+        # Each error that names some settles these, so there are no more runs than requests.
         while self._failure.names_some and self._may_run(left := self._left()):
             self._failure = self._run(left) or self._failure
+        # What is left now failed together, and nobody was named; what failed alone would fail alone again.
         left = self._left()
-        if not self._failure.names_some and self._handler.isolates_errors and len(left) > 1:
+        if self._handler.isolates_errors and len(left) > 1:
             self._run_alone(left)
         return [self._failure.fault if outcome is None else outcome for outcome in self._outcomes]
 
@@ -203,7 +211,8 @@ class _Repetition:
     def _run(self, positions: Sequence[int]) -> _Failure | None:
         """Run some requests as one batch, note what that settles, and return the failure if they raised."""
         began = time.monotonic()
-        end = _run(self._handler, [self._requests[at] for at in positions], [self._parts[at] for at in positions])
+        segments = [segment for position in positions for segment in self._parts[position]]
+        end = _run(self._handler, [self._requests[position] for position in positions], segments)
         self._longest_s = max(self._longest_s, (time.monotonic() - began) / len(positions))
         settled = end.outcomes if isinstance(end, _Failure) else end
         for position, outcome in zip(positions, settled, strict=True):
@@ -214,14 +223,7 @@ class _Repetition:
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
     """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
-        return _encoded(make())
-    except Exception as error:
-        return fault_of(error)
-
-
-def _encoded(answer: Any) -> Encoded | WorkerFault:
-    try:
-        return encode(answer)
+        return encode(make())
     except Exception as error:
         return fault_of(error)
 
