@@ -8,17 +8,18 @@ What it raises is logged and goes no further.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from attrs import frozen
 
 from torchmgmt.lifecycle import VersionState
-from torchmgmt.records import ModelKey, WorkerExit
+from torchmgmt.records import MetricRecord, ModelKey, WorkerExit
 
 __all__ = [
     "DefaultVersionSet",
     "Event",
+    "HandlerMetrics",
     "Listener",
     "ModelRegistered",
     "ModelUnregistered",
@@ -78,7 +79,22 @@ class WorkerStopped:
     expected: bool
 
 
+@frozen
+class HandlerMetrics:
+    """What the handler of one worker has measured since it told last; never empty. It comes after the batch's answers."""
+
+    key: ModelKey
+    worker_id: str
+    records: Sequence[MetricRecord]
+
+
 Event: TypeAlias = (
-    ModelRegistered | ModelUnregistered | DefaultVersionSet | VersionStateChanged | WorkerReady | WorkerStopped
+    ModelRegistered
+    | ModelUnregistered
+    | DefaultVersionSet
+    | VersionStateChanged
+    | WorkerReady
+    | WorkerStopped
+    | HandlerMetrics
 )
 Listener: TypeAlias = Callable[[Event], None]

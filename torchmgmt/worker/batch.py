@@ -63,10 +63,15 @@ def _run_rows(
 ) -> list[Encoded | WorkerFault]:
     try:
         answers = handler.run(rows, ids, headers)
+        properties = handler.response_properties()
     except Exception as error:
         fault = fault_of(error)
         return [fault] * len(rows)
-    return [_encoded(answer) for answer in answers]
+    outcomes = [_encoded(answer) for answer in answers]
+    for outcome, each in zip(outcomes, properties or (), strict=False):
+        if isinstance(outcome, Encoded):
+            outcome.properties = each
+    return outcomes
 
 
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
