@@ -10,9 +10,10 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.installed
 	$(RUN) examples/digits/demo.py
 
-# pytest runs last and nothing is printed after it: its summary closes the output.
+# pytest runs last and nothing is printed after it: its summary closes the output. Side by side, as most of the time is
+# spent in waiting for processes; not by more than 4, each of which has a torch-only process of 200 MB.
 test: lint $(VENV)/.models
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .

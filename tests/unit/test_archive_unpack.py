@@ -505,6 +505,7 @@ def test_other_compressions_are_refused(method: int, target: Path) -> None:
         (gzip.compress(bytes(10240)), "no files"),
         (b"\x1f\x8b\x08 but no more", "damaged"),
     ],
+    ids=["empty", "git-lfs", "html", "cut zip", "gzip of nothing", "gzip of text", "gzip of zeros", "cut gzip"],
 )
 def test_what_is_no_archive_is_refused(content: bytes, expected: str, target: Path) -> None:
     """The message says what was found instead."""

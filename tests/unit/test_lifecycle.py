@@ -152,7 +152,7 @@ def test_a_worker_may_die_at_any_moment(state: WorkerState):
     assert advance_worker(state, WorkerEvent.EXIT) is WorkerState.EXITED
 
 
-SERVING = {WorkerState.READY, WorkerState.BUSY}
+SERVING = (WorkerState.READY, WorkerState.BUSY)
 
 
 @pytest.mark.parametrize("state", [s for s in WorkerState if s not in SERVING], ids=lambda s: s.name)
