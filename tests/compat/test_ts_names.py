@@ -61,6 +61,7 @@ def test_every_name_is_there_and_can_be_called_as_in_torchserve() -> None:
             ["torchmgmt has no ts.torch_handler.dali_handler;", "ts.context"],
         ),
         ("from ts.utils.util import no_such", ["torchmgmt has no no_such in ts.utils.util;", "map_class_to_label"]),
+        ("from ts.launcher import start", ["torchmgmt has no start in ts.launcher;", "register_model_with_params"]),
     ],
 )
 def test_a_name_that_is_not_there_is_an_import_error_that_lists_what_is(

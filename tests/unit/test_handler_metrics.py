@@ -15,7 +15,7 @@ from torchmgmt.handlers.metric_types import (
 )
 from torchmgmt.handlers.metrics import Metrics
 from torchmgmt.handlers.metrics_store import Metric, MetricsStore, emit_metrics
-from torchmgmt.handlers.recorder import MAX_OBSERVATIONS, MAX_SERIES, MAX_TEXT, Recorder
+from torchmgmt.handlers.recorder import MAX_DIMENSIONS, MAX_OBSERVATIONS, MAX_SERIES, MAX_TEXT, Recorder
 from torchmgmt.records import MetricKind, RawMetric
 
 
@@ -43,6 +43,8 @@ def test_what_goes_beyond_the_bounds_is_left_out_with_one_warning_each(caplog: p
         recorder.record(f"name{number}", MetricKind.COUNTER, "Count", 1)
     recorder.record("x" * (MAX_TEXT + 1), MetricKind.COUNTER, "Count", 1)
     recorder.record("a", MetricKind.COUNTER, "Count", 1, (("d", "x" * (MAX_TEXT + 1)),))
+    many = tuple((str(number), "") for number in range(MAX_DIMENSIONS + 1))
+    recorder.record("a", MetricKind.COUNTER, "Count", 1, many)
     recorder.record("name5", MetricKind.COUNTER, "Count", 1)
     found = {name: value for name, _, _, value, _ in recorder.take()}
     assert len(found) == MAX_SERIES
@@ -52,8 +54,9 @@ def test_what_goes_beyond_the_bounds_is_left_out_with_one_warning_each(caplog: p
         recorder.record("h", MetricKind.HISTOGRAM, "Count", number)
     assert len(recorder.take()) == MAX_OBSERVATIONS
     texts = [record.getMessage() for record in caplog.records]
-    assert len(texts) == 3
-    for words in (f"more than {MAX_SERIES} different", f"more than {MAX_TEXT} characters", "observations in one batch"):
+    assert len(texts) == 4
+    beyond = (f"{MAX_SERIES} different", f"{MAX_TEXT} characters", f"{MAX_DIMENSIONS} dim", f"{MAX_OBSERVATIONS} obs")
+    for words in beyond:
         assert sum(words in text for text in texts) == 1
 
 

@@ -77,8 +77,7 @@ class _TsLoader(importlib.abc.Loader):
         """Leave the module as importing it under its own name has made it; the machinery put the other name in it."""
         module_name = "ts" if module.__spec__ is None else module.__spec__.name
         module.__spec__ = self._spec
-        if self._ours.startswith(_OURS):
-            vars(module).setdefault("__getattr__", _missing(module, module_name))
+        vars(module).setdefault("__getattr__", _missing(module, module_name))
 
 
 def _missing(module: ModuleType, name: str) -> Callable[[str], Any]:

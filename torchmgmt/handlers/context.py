@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchmgmt.handlers.metrics import Metrics
+from torchmgmt.handlers.recorder import Recorder
 from torchmgmt.records import ModelSpec, ResponseProperties
 
 __all__ = ["Context", "RequestProcessor", "StreamingNotPossible"]
@@ -67,7 +68,7 @@ class RequestProcessor:
 
     def response_properties(self) -> ResponseProperties | None:
         """Return what was set for the answer; None if nothing. Raises ValueError if the status is no number."""
-        if self._status_code == 200 and not self._response_header and not self._reason_phrase:
+        if not (self._response_header or self._status_code != 200 or self._reason_phrase):
             return None
         try:
             status = int(self._status_code)
@@ -99,7 +100,7 @@ class Context:
         self.model_yaml_config = {} if model_yaml_config is None else model_yaml_config
         self.explain = False
         self.metrics = Metrics(model_name) if metrics is None else metrics
-        self.recorder = self.metrics.recorder
+        self.recorder: Recorder = getattr(self.metrics, "recorder", None) or Recorder()
         """Where the handler's figures go, whatever it puts into ``metrics``."""
         self.request_ids: dict[int, str] = {}
         self.request_processor: list[RequestProcessor] = []
@@ -158,13 +159,10 @@ class Context:
 
     def response_properties(self) -> list[ResponseProperties | None] | None:
         """Return what was set for each answer of the batch; None if nothing for any. Raises ValueError for a wrong status."""
-        found: list[ResponseProperties | None] | None = None
-        for index, processor in enumerate(self.request_processor):
-            properties = processor.response_properties()
-            if properties is not None:
-                found = found or [None] * len(self.request_processor)
-                found[index] = properties
-        return found
+        for processor in self.request_processor:  # plainly, as this is asked after every batch
+            if processor._response_header or processor._status_code != 200 or processor._reason_phrase:
+                return [each.response_properties() for each in self.request_processor]
+        return None
 
     def send_intermediate(self, answers: Sequence[Any]) -> None:
         """Send a part of the answer to each request of the batch, before the rest is known.

@@ -10,7 +10,16 @@ from typing import TypeAlias
 
 from torchmgmt.records import MetricKind, RawMetric
 
-__all__ = ["MAX_OBSERVATIONS", "MAX_SERIES", "MAX_TEXT", "Dimensions", "Recorder", "current", "make_current"]
+__all__ = [
+    "MAX_DIMENSIONS",
+    "MAX_OBSERVATIONS",
+    "MAX_SERIES",
+    "MAX_TEXT",
+    "Dimensions",
+    "Recorder",
+    "current",
+    "make_current",
+]
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +29,8 @@ MAX_OBSERVATIONS = 10_000
 """So many observations of histograms are kept until they are told."""
 MAX_TEXT = 200
 """The most characters of a name, a unit, a dimension."""
+MAX_DIMENSIONS = 20
+"""The most dimensions of a metric."""
 
 Dimensions: TypeAlias = tuple[tuple[str, str], ...]
 _Series: TypeAlias = tuple[str, MetricKind, str, Dimensions]
@@ -81,6 +92,9 @@ class Recorder:
         name, _, unit, dimensions = series
         if any(len(text) > MAX_TEXT for text in (name, unit, *(text for pair in dimensions for text in pair))):
             self._warn_once_locked(f"one with a text of more than {MAX_TEXT} characters", name[:MAX_TEXT])
+            return False
+        if len(dimensions) > MAX_DIMENSIONS:
+            self._warn_once_locked(f"one with more than {MAX_DIMENSIONS} dimensions", name)
             return False
         if len(self._series) >= MAX_SERIES:
             self._warn_once_locked(f"more than {MAX_SERIES} different metrics and dimensions", name)

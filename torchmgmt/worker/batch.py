@@ -68,9 +68,10 @@ def _run_rows(
         fault = fault_of(error)
         return [fault] * len(rows)
     outcomes = [_encoded(answer) for answer in answers]
-    for outcome, each in zip(outcomes, properties or (), strict=False):
-        if isinstance(outcome, Encoded):
-            outcome.properties = each
+    if properties is not None:
+        for outcome, each in zip(outcomes, properties, strict=False):  # the handler can replace what is asked
+            if isinstance(outcome, Encoded):
+                outcome.properties = each
     return outcomes
 
 

@@ -37,6 +37,8 @@ class Handler:
         self._context = context
         self._service = service
         self._recorder = context.recorder
+        self.take_metrics: Callable[[], Sequence[RawMetric]] = context.recorder.take
+        """Returns what the handler has measured since the last call; empty if nothing. Not wrapped: every batch asks."""
 
     def run(self, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]) -> Sequence[Any]:
         """Return one answer for each row. Raises whatever the handler raises, and HandlerError for a wrong answer."""
@@ -56,10 +58,6 @@ class Handler:
     def response_properties(self) -> Sequence[ResponseProperties | None] | None:
         """Return what was set for each answer of the last batch beside its body; None if nothing for any."""
         return self._context.response_properties()
-
-    def take_metrics(self) -> Sequence[RawMetric]:
-        """Return what the handler has measured since the last call; empty if nothing."""
-        return self._recorder.take()
 
     def without_metrics(self) -> AbstractContextManager[None]:
         """Meanwhile, have nothing that the handler measures recorded."""

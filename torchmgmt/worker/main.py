@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from attrs import frozen
 
-from torchmgmt.channel import Channel, Frame, Kind
+from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.compat import install_ts
 from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.recorder import make_current
@@ -234,14 +234,16 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
 def _answer(
     channel: Channel, number: int, outcomes: Sequence[Encoded | WorkerFault], metrics: Sequence[RawMetric]
 ) -> None:
-    head = [outcome if isinstance(outcome, WorkerFault) else _head_of(outcome) for outcome in outcomes]
-    segments = [segment for outcome in outcomes if isinstance(outcome, Encoded) for segment in outcome.segments]
+    head: list[WorkerFault | int | tuple[int, ResponseProperties]] = []
+    segments: list[Buffer] = []
+    for outcome in outcomes:
+        if isinstance(outcome, WorkerFault):
+            head.append(outcome)
+            continue
+        count = len(outcome.segments)
+        head.append(count if outcome.properties is None else (count, outcome.properties))
+        segments += outcome.segments
     channel.send(Frame(Kind.DONE, (number, head, metrics), segments))
-
-
-def _head_of(answer: Encoded) -> int | tuple[int, ResponseProperties]:
-    count = len(answer.segments)
-    return count if answer.properties is None else (count, answer.properties)
 
 
 def _note_start(page: mmap.mmap, number: int) -> None:
