@@ -23,7 +23,7 @@ from attrs import define
 from torchmgmt import forks
 from torchmgmt.encoding import decode, encode
 from torchmgmt.errors import HandlerFailed, ManagerClosed
-from torchmgmt.records import ModelKey
+from torchmgmt.records import Encoded, ModelKey, ResponseProperties
 from torchmgmt.segments import SHARED_FROM, BrokenSegment, Buffer, SharedSegments, size_of
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Kind(IntEnum):
     READY = 10
     FAILED = 11
     DONE = 12
+    ALIVE = 13  # before a warm-up, which may take long
     # to the torch-only process
     HELLO = 19
     FORK = 20  # to a template, too
@@ -122,6 +123,15 @@ class AnswerFuture(Future[Any]):
         if self._answer is _UNREAD:
             self._answer = self._read(received)
         return self._answer
+
+    def response_properties(self, timeout: float | None = None) -> ResponseProperties | None:
+        """Return what the handler has set for the answer beside its body; None if nothing. Waits and raises as :meth:`result`.
+
+        It unpickles nothing, so it may be called on a thread that must not wait for that.
+        """
+        self._check_process()
+        received = super().result(timeout)
+        return received.properties if isinstance(received, Encoded) else None
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""

@@ -8,18 +8,19 @@ What it raises is logged and goes no further.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from attrs import frozen
 
 from torchmgmt.lifecycle import VersionState
-from torchmgmt.records import ModelKey, WorkerExit
+from torchmgmt.records import MetricRecord, ModelKey, WorkerExit
 
 __all__ = [
     "DefaultVersionSet",
     "DownloadProgress",
     "Event",
+    "HandlerMetrics",
     "Listener",
     "ModelRegistered",
     "ModelUnregistered",
@@ -93,6 +94,15 @@ class WorkerStopped:
     expected: bool
 
 
+@frozen
+class HandlerMetrics:
+    """What the handler of one worker has measured since it told last; never empty. It comes after the batch's answers."""
+
+    key: ModelKey
+    worker_id: str
+    records: Sequence[MetricRecord]
+
+
 Event: TypeAlias = (
     ModelRegistered
     | ModelUnregistered
@@ -101,5 +111,6 @@ Event: TypeAlias = (
     | DownloadProgress
     | WorkerReady
     | WorkerStopped
+    | HandlerMetrics
 )
 Listener: TypeAlias = Callable[[Event], None]

@@ -27,13 +27,15 @@ from torchmgmt.errors import (
     WorkerDied,
     WorkerStartFailed,
 )
-from torchmgmt.events import Event, Listener, VersionStateChanged, WorkerReady, WorkerStopped
+from torchmgmt.events import Event, HandlerMetrics, Listener, VersionStateChanged, WorkerReady, WorkerStopped
 from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, answers_of, error_of_death, size_of
 from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState, advance_version
 from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
 from torchmgmt.records import (
     CloseReport,
+    MetricRecord,
     ModelSpec,
+    RawMetric,
     Scale,
     Sharing,
     WorkerExit,
@@ -693,6 +695,14 @@ class WorkerPool:
         if self._state is VersionState.RETIRING:
             self._changed.notify_all()
 
+    def _on_measured(self, worker: PoolWorker, metrics: Sequence[RawMetric]) -> None:
+        if self._listener is None:
+            return
+        event = HandlerMetrics(self.spec.key, worker.id, tuple(map(MetricRecord.of, metrics)))
+        with self._lock:
+            self._tell_locked(event)
+        self._flush()
+
     def _on_exited(self, worker: PoolWorker, exit: WorkerExit) -> None:
         with self._lock:
             was = worker.state
@@ -752,6 +762,9 @@ class _WorkerEvents:
 
     def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
         self._pool._on_done(self._worker, number, outcomes)
+
+    def measured(self, metrics: Sequence[RawMetric]) -> None:
+        self._pool._on_measured(self._worker, metrics)
 
     def exited(self, exit: WorkerExit) -> None:
         self._pool._on_exited(self._worker, exit)

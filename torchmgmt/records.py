@@ -24,9 +24,13 @@ __all__ = [
     "NUMBER_BYTES",
     "CloseReport",
     "Encoded",
+    "MetricKind",
+    "MetricRecord",
     "ModelInfo",
     "ModelKey",
     "ModelSpec",
+    "RawMetric",
+    "ResponseProperties",
     "Scale",
     "ShareWeights",
     "Sharing",
@@ -225,6 +229,23 @@ class ModelSpec:
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
 
 
+@frozen
+class ResponseProperties:
+    """What a handler has set for the answer to one request beside its body, through its context. Plain values, unchecked."""
+
+    status: int = 200
+    """The status that the answer is to have over HTTP."""
+    phrase: str = ""
+    """What goes with the status; "" if the handler set none."""
+    headers: Mapping[str, str] = field(factory=dict)
+    """By name as the handler wrote it, the content type included."""
+
+    @property
+    def content_type(self) -> str | None:
+        """The content type that the handler set; None if it set none."""
+        return next((value for name, value in self.headers.items() if name.lower() == "content-type"), None)
+
+
 # These two are not frozen, as other facts are: to make a frozen one costs a microsecond more, for each request thrice.
 
 
@@ -233,6 +254,8 @@ class Encoded:
     """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker."""
 
     segments: Sequence[bytes | bytearray | memoryview]
+    properties: ResponseProperties | None = None
+    """Of an answer: what the handler has set beside it, if anything."""
 
 
 @define(eq=False)
@@ -263,6 +286,40 @@ class WorkerFault:
 
 EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
 """What a worker says of a request that it did not begin because nobody waited for it any more."""
+
+
+class MetricKind(Enum):
+    """How the figures of a metric belong together."""
+
+    COUNTER = "counter"
+    """They add up."""
+    GAUGE = "gauge"
+    """The last one counts."""
+    HISTOGRAM = "histogram"
+    """Each one counts."""
+
+
+RawMetric: TypeAlias = tuple[str, str, str, float, tuple[tuple[str, str], ...]]
+"""A :class:`MetricRecord` as it travels from a worker: name, value of the kind, unit, figure, dimensions."""
+
+
+@frozen
+class MetricRecord:
+    """One figure that a handler has measured, or several that were made one on the way (of a counter, of a gauge)."""
+
+    name: str
+    kind: MetricKind
+    unit: str
+    """As TorchServe calls it: ``Milliseconds``, ``Count``, ...; or what the handler says."""
+    value: float
+    """Of a counter by how much it grew, of a gauge what it is now, of a histogram one observation."""
+    dimensions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, raw: RawMetric) -> MetricRecord:
+        """Return the record that has travelled as ``raw``."""
+        name, kind, unit, value, dimensions = raw
+        return cls(name, MetricKind(kind), unit, value, dict(dimensions))
 
 
 @frozen

@@ -9,7 +9,7 @@ from benchmarks.script import READY, end, start, wait_ready
 
 # What a worker does with each request and with each answer is done here, too: unpickling and pickling.
 _LOOP = f"""
-import importlib.util, json, pathlib, pickle, sys, time, types
+import importlib.util, json, pathlib, pickle, sys, time
 import torch
 from torchmgmt.compat import install_ts
 
@@ -19,9 +19,10 @@ sys.path.insert(0, folder)
 spec = importlib.util.spec_from_file_location("handler", pathlib.Path(folder, file))
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-properties = {{"model_dir": folder, "gpu_id": None, "batch_size": int(batch_size)}}
+from ts.context import Context
 manifest = json.loads(pathlib.Path(folder, "MAR-INF", "MANIFEST.json").read_text())
-context = types.SimpleNamespace(system_properties=properties, manifest=manifest, model_yaml_config={{}})
+context = Context("m", folder, manifest, int(batch_size), None, "0")
+context.begin_batch([str(number) for number in range(int(batch_size))], [{{}}] * int(batch_size))
 handler = getattr(module, handler_class)()
 handler.initialize(context)
 requests = [pickle.dumps({{"body": pathlib.Path(item).read_bytes()}}, protocol=5)] * int(batch_size)

@@ -151,7 +151,7 @@ class Packer:
         self,
         name: str,
         handler: str,
-        weights: Path,
+        weights: Path | None,
         *,
         version: str = "1.0",
         config: str = "",
@@ -161,7 +161,9 @@ class Packer:
         """Return ``<store>/<name>-<version>.mar``; ``handler`` is the name of a shipped one, or the source of one."""
         folder = self.root / f"{name}-{version}"
         (folder / "scratch").mkdir(parents=True)
-        options = {"--model-name": f"{name}-{version}", "--version": version, "--serialized-file": str(weights)}
+        options = {"--model-name": f"{name}-{version}", "--version": version}
+        if weights is not None:
+            options["--serialized-file"] = str(weights)
         options["--handler"] = handler if handler.isidentifier() else write(folder, "handler.py", handler)
         if model:
             options["--model-file"] = write(folder, "net.py", model)

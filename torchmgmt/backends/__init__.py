@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torchmgmt.records import Encoded, ModelSpec, Sharing, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.records import Encoded, ModelSpec, RawMetric, Sharing, WorkerExit, WorkerFault, WorkerRequest
 
 __all__ = ["Backend", "ModelHost", "Outcome", "WorkerHandle", "WorkerListener"]
 
@@ -30,6 +30,9 @@ class WorkerListener(Protocol):
 
     def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
         """The batch of this number was run; one outcome for each of its requests, in order."""
+
+    def measured(self, metrics: Sequence[RawMetric]) -> None:
+        """Its handler has measured these since it told last; never empty. They come after the batch's answers."""
 
     def exited(self, exit: WorkerExit) -> None:
         """The worker is gone. Exactly once, and nothing follows it."""

@@ -23,7 +23,15 @@ from torchmgmt.backends.output import Output
 from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import NUMBER_BYTES, Encoded, WorkerExit, WorkerFault, WorkerJob, WorkerRequest
+from torchmgmt.records import (
+    NUMBER_BYTES,
+    Encoded,
+    ResponseProperties,
+    WorkerExit,
+    WorkerFault,
+    WorkerJob,
+    WorkerRequest,
+)
 from torchmgmt.segments import BrokenSegment
 
 __all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]
@@ -79,7 +87,7 @@ class ProcessWorker:
         self._job = job
         self._listener = listener
         self._fault: WorkerFault | None = None
-        self._is_ready = False
+        self._is_alive = False
         self._end_reason = ""
         self._stop_watching: Callable[[], object] = no_watch
         self._was_cut_off = False
@@ -214,7 +222,7 @@ class ProcessWorker:
             self._finish(WorkerExit(0, None, reason, last_started=0))
 
     def _check_sign_of_life(self) -> None:
-        if not (self._is_ready or self._fault or self._is_over):
+        if not (self._is_alive or self._fault or self._is_over):
             self._parent.hung_after_fork(self)
             self._end(f"it was forked, but did not compute with several threads within {FORK_LIMIT_S:g} s")
 
@@ -256,11 +264,17 @@ class ProcessWorker:
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind is Kind.DONE:
-            number, head = frame.head
+            number, head, metrics = frame.head
             self._listener.done(number, _outcomes(head, frame.segments))
+            if metrics:
+                self._listener.measured(metrics)
         elif frame.kind is Kind.READY:
-            self._is_ready = True
+            self._is_alive = True
             self._listener.ready()
+            if frame.head:
+                self._listener.measured(frame.head)
+        elif frame.kind is Kind.ALIVE:
+            self._is_alive = True
         elif frame.kind is Kind.FAILED:
             self._fault = frame.head
 
@@ -356,13 +370,16 @@ def _shared_page() -> tuple[int, mmap.mmap]:
         raise
 
 
-def _outcomes(head: Sequence[int | WorkerFault], segments: Sequence[Buffer]) -> list[Outcome]:
+def _outcomes(
+    head: Sequence[int | tuple[int, ResponseProperties] | WorkerFault], segments: Sequence[Buffer]
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
     start = 0
     for answer in head:
         if isinstance(answer, WorkerFault):
             outcomes.append(answer)
-        else:
-            outcomes.append(Encoded(segments[start : start + answer]))
-            start += answer
+            continue
+        count, properties = (answer, None) if isinstance(answer, int) else answer
+        outcomes.append(Encoded(segments[start : start + count], properties))
+        start += count
     return outcomes

@@ -353,8 +353,10 @@ class ThreadWorker:
             return
         self._backend.sample_memory()
         self._tell(self._listener.ready)
+        self._tell_metrics(model)
         while (task := self._next_task()) is not None:
             self._tell(functools.partial(self._listener.done, task.number, task.run(model)))
+            self._tell_metrics(model)
         self._end("it was told to end")
 
     def _next_task(self) -> _Task | None:
@@ -369,6 +371,10 @@ class ThreadWorker:
             task = self._tasks.popleft()
             self._doing, self._last_started = _Doing.COMPUTING, task.number
             return task
+
+    def _tell_metrics(self, model: ThreadModel) -> None:
+        if metrics := model.take_metrics():
+            self._tell(functools.partial(self._listener.measured, metrics))
 
     def _tell(self, callback: Callable[[], object]) -> None:
         with self._changed:

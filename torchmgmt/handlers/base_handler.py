@@ -6,31 +6,53 @@ in the field build on.
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import inspect
-import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from torchmgmt.handlers.compilation import compiled
+from torchmgmt.handlers.labels import load_label_mapping
+from torchmgmt.handlers.model_files import (
+    FileKind,
+    kind_of,
+    load_aot_library,
+    load_aot_package,
+    load_exported,
+    read_safetensors,
+    run_ort_session,
+    setup_ort_session,
+)
+from torchmgmt.handlers.optional import needed
+from torchmgmt.handlers.profiling import is_profiled, run_profiled, step
 from torchmgmt.handlers.state_dict import make_and_load, read_state_dict
+from torchmgmt.handlers.timing import timed
 
-__all__ = ["BaseHandler"]
+__all__ = ["BaseHandler", "answer_batch"]
 
 log = logging.getLogger(__name__)
 
+# Steps of the integral by which captum explains; TorchServe's number.
+_INSIGHT_STEPS = 15
 
-class BaseHandler:
-    """Loads a TorchScript file, or a state dict together with the file that defines its model.
 
-    A subclass overrides any of :meth:`preprocess`, :meth:`inference` and :meth:`postprocess`; after :meth:`initialize`
-    it finds ``model``, ``device``, ``map_location``, ``manifest``, ``context``, ``model_yaml_config`` and ``mapping``
-    (the contents of ``index_to_name.json``, if the archive has one).
+class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose subclasses may be so
+    """Loads what the manifest names, and answers batches with it.
+
+    The serializedFile is a state dict or a file of safetensors if there is a modelFile that defines its model; else
+    TorchScript, a program of ``torch.export`` (``.pt2``), a package (``.pt2``) or library (``.so``) of AOTInductor, or ONNX.
+
+    A subclass overrides any of its methods; after :meth:`initialize` it finds ``model``, ``device``, ``map_location``,
+    ``manifest``, ``context``, ``model_pt_path``, ``model_yaml_config`` and ``mapping`` (from class to name, as
+    ``index_to_name.json`` has it, if the archive does).
     """
 
     def __init__(self) -> None:
@@ -40,30 +62,37 @@ class BaseHandler:
         self.map_location: str = "cpu"
         self.initialized = False
         self.context: Any = None
+        self.model_pt_path: str | None = None
         self.manifest: Mapping[str, Any] = {}
         self.model_yaml_config: Mapping[str, Any] = {}
         self.explain = False
         self.target = 0
+        self.profiler_args: dict[str, Any] = {}
 
     def initialize(self, context: Any) -> None:
         """Load the model that ``context`` describes.
 
         Raises:
             RuntimeError: the archive has no file to load, or what is in it is no model.
+            ImportError: a package is missing that this kind of file needs.
+            ValueError: ``pt2`` in model-config.yaml or index_to_name.json cannot be used.
         """
         properties = context.system_properties
         self.context = context
         self.manifest = context.manifest
-        self.model_yaml_config = context.model_yaml_config or {}
-        on_gpu = torch.cuda.is_available() and properties.get("gpu_id") is not None
-        self.map_location = "cuda" if on_gpu else "cpu"
-        self.device = torch.device(f"cuda:{properties['gpu_id']}" if on_gpu else "cpu")
-        self.model = self._load(Path(properties["model_dir"]), self.manifest.get("model", {}))
-        self.model.to(self.device)
-        self.model.eval()
-        self.mapping = _read_mapping(Path(properties["model_dir"]) / "index_to_name.json")
+        self.model_yaml_config = getattr(context, "model_yaml_config", None) or {}
+        gpu = properties.get("gpu_id")
+        self.map_location = _device_type() if gpu is not None else "cpu"
+        self.device = torch.device(
+            self.map_location if self.map_location in {"cpu", "mps"} else f"{self.map_location}:{gpu}"
+        )
+        folder = Path(properties["model_dir"])
+        self.model = self._settled(self._load(folder, self.manifest.get("model", {})))
+        self.model = compiled(self.model, self.model_yaml_config.get("pt2"))
+        self.mapping = load_label_mapping(folder / "index_to_name.json")
         self.initialized = True
 
+    @timed
     def preprocess(self, data: Sequence[Any]) -> Any:
         """Make the model's input of the rows of a batch; by default a tensor of the bodies, stacked."""
         rows = [_body(row) for row in data]
@@ -71,35 +100,115 @@ class BaseHandler:
             return torch.stack(rows).to(self.device)
         return torch.as_tensor(rows, device=self.device)
 
+    @timed
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         with torch.inference_mode():
+            if not callable(self.model) and hasattr(self.model, "get_inputs"):
+                return run_ort_session(self.model, data)
             return self.model(data.to(self.device), *args, **kwargs)
 
+    @timed
     def postprocess(self, data: Any) -> list[Any]:
         """Make one answer for each request of the model's output; by default its rows as lists of numbers."""
         answers: list[Any] = data.tolist()
         return answers
 
-    def handle(self, data: Any, context: Any) -> list[Any]:
-        """Answer a batch: preprocess, inference, postprocess."""
-        self.context = context
-        return self.postprocess(self.inference(self.preprocess(data)))
+    def handle(self, data: Any, context: Any) -> Any:
+        """Answer a batch: preprocess, inference, postprocess; or an explanation, or a description, if headers ask for that.
 
-    def describe_handle(self) -> dict[str, Any]:
+        Records how long that took as ``HandlerTime``. With ENABLE_TORCH_PROFILER in the environment it is profiled.
+        """
+        return answer_batch(self, data, context, lambda rows: self.postprocess(self.inference(self.preprocess(rows))))
+
+    def explain_handle(self, data_preprocess: Any, raw_data: Any) -> Any:
+        """Explain the answers to a batch: :meth:`get_insights` for the class that the first row names as its ``target``."""
+        row, inputs, target = raw_data[0], None, 0
+        if isinstance(row, dict):
+            inputs, target = _body(row), row.get("target") or 0
+        return self.get_insights(data_preprocess, inputs, target)
+
+    def get_insights(self, tensor_data: Any, _: Any, target: Any = 0) -> Any:
+        """Return how much each number of the input adds to the output ``target``; a subclass overrides it.
+
+        Raises:
+            ImportError: captum is not installed.
+        """
+        captum = needed("captum.attr", "captum", "explaining a prediction")
+        insights = captum.IntegratedGradients(self.model).attribute(tensor_data, target=target, n_steps=_INSIGHT_STEPS)
+        return insights.tolist()
+
+    def describe_handle(self) -> Any:
         """Say something of the model that the server cannot know; a subclass overrides it."""
         return {}
 
+    def get_device(self) -> torch.device:
+        """Return where the model computes."""
+        return self.device
+
+    def _infer_with_profiler(self, data: Any) -> tuple[Any, Any]:
+        """Answer a batch under torch's profiler with ``profiler_args``; return that and the profiler. Named as in TorchServe."""
+        name = self.manifest.get("model", {}).get("modelName", "")
+        return run_profiled(lambda: self._steps_shown(data), self.profiler_args, name)
+
+    def _steps_shown(self, data: Any) -> Any:
+        with step("preprocess"):
+            rows = self.preprocess(data)
+        if self._is_explain():
+            with step("explain"):
+                return self.explain_handle(rows, data)
+        with step("inference"):
+            output = self.inference(rows)
+        with step("postprocess"):
+            return self.postprocess(output)
+
+    def _is_explain(self) -> bool:
+        if self.context and self.context.get_request_header(0, "explain") == "True":
+            self.explain = True
+            return True
+        return False
+
+    def _is_describe(self) -> bool:
+        return bool(self.context) and self.context.get_request_header(0, "describe") == "True"
+
     def _load(self, folder: Path, model: Mapping[str, Any]) -> Any:
         serialized, model_file = model.get("serializedFile"), model.get("modelFile")
+        path = self.model_pt_path = str(folder / serialized) if serialized else None
         if model_file:
-            path = folder / serialized if serialized else None
-            return self._load_pickled_model(str(folder), model_file, str(path) if path else "")
-        if not serialized:
+            return self._load_pickled_model(str(folder), model_file, path)
+        if path is None:
             raise RuntimeError(
                 "the manifest names neither a serializedFile nor a modelFile, so there is nothing to load"
             )
-        return self._load_torchscript_model(str(folder / serialized))
+        kind = kind_of(path)
+        if kind is FileKind.TORCHSCRIPT:
+            return self._load_torchscript_model(path)
+        if kind is FileKind.EXPORTED:
+            return load_exported(path, self.device)
+        if kind is FileKind.ONNX:
+            return setup_ort_session(path, self.map_location, self.context.system_properties.get("threads"))
+        if kind is FileKind.WEIGHTS:
+            raise RuntimeError(
+                f"{Path(path).name} holds weights and no model; they need the file that defines it (modelFile in the manifest)"
+            )
+        return self._load_torch_export_aot_compile(path)
+
+    def _settled(self, model: Any) -> Any:
+        """Put a module on its device and in evaluation mode, as far as it can be."""
+        if not isinstance(model, torch.nn.Module):
+            return model
+        model.to(self.device)
+        try:
+            model.eval()
+        except NotImplementedError:  # an exported program is in the mode in which it was exported
+            log.debug("The mode of the model cannot be changed")
+        return model
+
+    def _load_torch_export_aot_compile(self, model_so_path: str) -> Any:
+        """Load a package or a library of AOTInductor. Named as in TorchServe, where subclasses override it."""
+        if model_so_path.endswith(".so"):
+            return load_aot_library(model_so_path, self.map_location)
+        return load_aot_package(model_so_path, self.device)
 
     def _load_torchscript_model(self, model_pt_path: str) -> Any:
         """Load a TorchScript file. Named as in TorchServe, where subclasses override it."""
@@ -111,7 +220,7 @@ class BaseHandler:
                 f" model (modelFile in the manifest): {error}"
             ) from error
 
-    def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str) -> Any:
+    def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> Any:
         """Make the model that ``model_file`` defines and load its state dict. Named as in TorchServe."""
 
         prefix = self.context.system_properties.get("module_prefix", "")
@@ -121,7 +230,7 @@ class BaseHandler:
 
         if not model_pt_path:
             return import_class()()
-        # safetensors files, which newer torch reads, too, are mapped without our asking: theirs is the plain way.
+        # safetensors maps its files without our asking: theirs is the plain way.
         if self._is_on_cpu() and not model_pt_path.endswith(".safetensors"):
             return make_and_load(import_class, lambda: self._read_state_dict(model_pt_path))
         model = import_class()()
@@ -132,6 +241,8 @@ class BaseHandler:
         return torch.device(self.device).type == "cpu" and str(self.map_location) == "cpu"
 
     def _read_state_dict(self, path: str) -> Any:
+        if path.endswith(".safetensors"):
+            return read_safetensors(path, self.device)
         properties = self.context.system_properties
         return read_state_dict(
             path,
@@ -140,6 +251,34 @@ class BaseHandler:
             weights_only=properties.get("weights_only") is not False,
             is_sealed=properties.get("is_sealed") is True,
         )
+
+
+def answer_batch(handler: Any, data: Any, context: Any, run: Callable[[Any], Any]) -> Any:
+    """Answer a batch with ``run``, or as its headers ask: an explanation, a description. See :meth:`BaseHandler.handle`.
+
+    ``handler`` is a BaseHandler, and becomes one of this batch's context.
+    """
+    started = time.perf_counter()
+    handler.context = context
+    if is_profiled():
+        answers, _ = handler._infer_with_profiler(data=data)
+    elif handler._is_describe():
+        answers = [handler.describe_handle()]
+    elif handler._is_explain():
+        answers = handler.explain_handle(handler.preprocess(data), data)
+    else:
+        answers = run(data)
+    context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
+    return answers
+
+
+def _device_type() -> str:
+    """Return the kind of accelerator that there is; "cpu" if there is none."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return "xpu"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _body(row: Any) -> Any:
@@ -171,10 +310,3 @@ def _model_class(module: ModuleType) -> type[torch.nn.Module]:
         found = ", ".join(each.__name__ for each in own) or "none"
         raise RuntimeError(f"a modelFile must define exactly one nn.Module; {module.__name__}.py defines: {found}")
     return own[0]
-
-
-def _read_mapping(file: Path) -> Any:
-    if not file.is_file():
-        log.debug("There is no %s; classes are answered by number", file.name)
-        return None
-    return json.loads(file.read_text(encoding="utf-8"))

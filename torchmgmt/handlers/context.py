@@ -6,19 +6,23 @@ The attributes and methods are those of TorchServe's ``ts.context.Context``, whi
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torchmgmt.handlers.metrics import Metrics
+from torchmgmt.handlers.recorder import Recorder
+from torchmgmt.records import ModelSpec, ResponseProperties
 
-if TYPE_CHECKING:
-    from torchmgmt.records import ModelSpec
-
-__all__ = ["Context", "RequestProcessor"]
+__all__ = ["Context", "RequestProcessor", "StreamingNotPossible"]
 
 SERVER_NAME = "torchmgmt"
 # What TorchServe hands to image handlers unless configured otherwise: Pillow's own bound on decompression bombs.
 _LIMIT_IMAGE_PIXELS = True
+
+
+class StreamingNotPossible(RuntimeError):
+    """A handler sends a part of an answer to somebody who takes whole answers only."""
 
 
 class RequestProcessor:
@@ -32,9 +36,7 @@ class RequestProcessor:
 
     def get_request_property(self, key: str) -> str | None:
         """Return a header of the request, whatever the case of its name; None if it has no such header."""
-        wanted = key.lower()
-        # The last one of several that differ in case, as in a dictionary of them.
-        return next((value for name, value in reversed(self._request_header.items()) if name.lower() == wanted), None)
+        return _found(self._request_header, key)
 
     def get_request_properties(self) -> dict[str, str]:
         """Return all headers of the request."""
@@ -61,8 +63,19 @@ class RequestProcessor:
         return self._response_header
 
     def get_response_header(self, key: str) -> str | None:
-        """Return one header set for the answer; None unless set."""
-        return self._response_header.get(key)
+        """Return one header set for the answer, whatever the case of its name; None unless set."""
+        return _found(self._response_header, key)
+
+    def response_properties(self) -> ResponseProperties | None:
+        """Return what was set for the answer; None if nothing. Raises ValueError if the status is no number."""
+        if not (self._response_header or self._status_code != 200 or self._reason_phrase):
+            return None
+        try:
+            status = int(self._status_code)
+        except (TypeError, ValueError):
+            raise ValueError(f"the status of an answer must be a number, not {self._status_code!r}") from None
+        headers = {str(name): str(value) for name, value in self._response_header.items()}
+        return ResponseProperties(status, str(self._reason_phrase or ""), headers)
 
 
 class Context:
@@ -87,8 +100,16 @@ class Context:
         self.model_yaml_config = {} if model_yaml_config is None else model_yaml_config
         self.explain = False
         self.metrics = Metrics(model_name) if metrics is None else metrics
+        self.recorder: Recorder = getattr(self.metrics, "recorder", None) or Recorder()
+        """Where the handler's figures go, whatever it puts into ``metrics``."""
         self.request_ids: dict[int, str] = {}
         self.request_processor: list[RequestProcessor] = []
+        self.stopping_criteria: Any = None
+        self.send_partial: Callable[[Sequence[Any]], None] | None = None
+        """Sends a part of the answer to each request of the batch; None where whole answers are wanted."""
+        self.header_key_sequence_id = os.environ.get("TS_REQUEST_SEQUENCE_ID", "ts_request_sequence_id")
+        self.header_key_sequence_start = os.environ.get("TS_REQUEST_SEQUENCE_START", "ts_request_sequence_start")
+        self.header_key_sequence_end = os.environ.get("TS_REQUEST_SEQUENCE_END", "ts_request_sequence_end")
         self._system_properties: dict[str, Any] = {
             "model_dir": model_dir,
             "gpu_id": gpu,
@@ -98,6 +119,7 @@ class Context:
             "limit_max_image_pixels": limit_max_image_pixels,
             "weights_only": weights_only,
             "is_sealed": is_sealed,
+            "threads": None,
         }
 
     @classmethod
@@ -119,16 +141,41 @@ class Context:
     def system_properties(self) -> dict[str, Any]:
         """``model_dir``, ``gpu_id``, ``batch_size``, ``server_name``, ``server_version``, ``limit_max_image_pixels``.
 
-        And two of ours: ``weights_only``, whether checkpoints are to be loaded without running code found in them, and
-        ``is_sealed``, whether nobody rewrites the files in ``model_dir``, so that they may be mapped.
+        And of ours: ``weights_only``, whether checkpoints are to be loaded without running code found in them; ``is_sealed``,
+        whether nobody rewrites the files in ``model_dir``, so that they may be mapped; ``threads``, how many threads an
+        operation may use, None where that is not known yet.
         """
         return self._system_properties
+
+    @system_properties.setter
+    def system_properties(self, properties: dict[str, Any]) -> None:
+        self._system_properties = properties
 
     def begin_batch(self, request_ids: Sequence[str], headers: Sequence[Mapping[str, str]]) -> None:
         """Make this the context of a new batch: nothing of the one before is left in it."""
         self.request_ids = dict(enumerate(request_ids))
         self.request_processor = [RequestProcessor(header) for header in headers]
         self.metrics.request_ids = self.request_ids
+
+    def response_properties(self) -> list[ResponseProperties | None] | None:
+        """Return what was set for each answer of the batch; None if nothing for any. Raises ValueError for a wrong status."""
+        for processor in self.request_processor:  # plainly, as this is asked after every batch
+            if processor._response_header or processor._status_code != 200 or processor._reason_phrase:
+                return [each.response_properties() for each in self.request_processor]
+        return None
+
+    def send_intermediate(self, answers: Sequence[Any]) -> None:
+        """Send a part of the answer to each request of the batch, before the rest is known.
+
+        Raises:
+            StreamingNotPossible: the answers go to somebody who takes them whole.
+        """
+        if self.send_partial is None:
+            raise StreamingNotPossible(
+                "the handler sends an answer in parts, but this one is taken whole, as every answer in this version of"
+                " torchmgmt is: collect the parts, and return them together"
+            )
+        self.send_partial(answers)
 
     def get_request_id(self, idx: int = 0) -> str | None:
         """Return the id of the request at ``idx`` of the batch; None if there is none."""
@@ -141,6 +188,10 @@ class Context:
     def get_all_request_header(self, idx: int) -> dict[str, str]:
         """Return all headers of the request at ``idx``."""
         return self.request_processor[idx].get_request_properties()
+
+    def get_sequence_id(self, idx: int) -> str | None:
+        """Return the id of the sequence to which the request at ``idx`` belongs, from its headers; None if to none."""
+        return self.get_request_header(idx, self.header_key_sequence_id)
 
     def set_response_content_type(self, idx: int, value: str) -> None:
         """Set the content type of the answer at ``idx``."""
@@ -175,3 +226,11 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of {self.model_name}: {len(self.request_ids)} requests>"
+
+
+def _found(headers: Mapping[str, str], key: str) -> str | None:
+    if not headers:
+        return None
+    wanted = key.lower()
+    # The last one of several that differ in case, as in a dictionary of them.
+    return next((value for name, value in reversed(list(headers.items())) if name.lower() == wanted), None)

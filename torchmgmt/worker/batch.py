@@ -75,11 +75,25 @@ def _run(handler: Handler, requests: Sequence[RequestHead], segments: Sequence[B
         ids.append(request_id)
         headers.append(request_headers or {})
     try:
-        answers = iter(handler.run(rows, ids, headers) if rows else ())
+        answers = iter(_answered(handler, rows, ids, headers) if rows else ())
     except Exception as error:
         # To be made here, and the error let go of: its frames hold what the handler had made of the batch, maybe all memory.
         return _failure_of(error, outcomes)
-    return [_outcome(next(answers)) if outcome is None else outcome for outcome in outcomes]
+    return [next(answers) if outcome is None else outcome for outcome in outcomes]
+
+
+def _answered(
+    handler: Handler, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]
+) -> list[Outcome]:
+    """Run the handler once, and return what came out for each row. Raises what the handler raises."""
+    answers = handler.run(rows, ids, headers)
+    properties = handler.response_properties()
+    outcomes = [_outcome(answer) for answer in answers]
+    if properties is not None:
+        for outcome, each in zip(outcomes, properties, strict=False):  # the handler can replace what is asked
+            if isinstance(outcome, Encoded):
+                outcome.properties = each
+    return outcomes
 
 
 def _is_over(deadline: float | None) -> bool:
@@ -101,12 +115,7 @@ def own_buffers(segments: Sequence[Buffer]) -> list[Buffer]:
 
 
 def _outcome(answer: Any) -> Outcome:
-    if isinstance(answer, BaseException):
-        return fault_of(answer)
-    try:
-        return encode(answer)
-    except Exception as error:
-        return fault_of(error)
+    return fault_of(answer) if isinstance(answer, BaseException) else _encoded(answer)
 
 
 def _failure_of(error: Exception, outcomes: Sequence[Outcome | None]) -> _Failure:
@@ -223,7 +232,14 @@ class _Repetition:
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
     """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
-        return encode(make())
+        return _encoded(make())
+    except Exception as error:
+        return fault_of(error)
+
+
+def _encoded(answer: Any) -> Outcome:
+    try:
+        return encode(answer)
     except Exception as error:
         return fault_of(error)
 

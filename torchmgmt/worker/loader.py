@@ -8,15 +8,17 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
+from torchmgmt.worker.declarations import declare_metrics
 
 if TYPE_CHECKING:
-    from torchmgmt.records import ModelSpec
+    from torchmgmt.records import ModelSpec, RawMetric, ResponseProperties
 
 __all__ = ["Handler", "HandlerError", "ImportFile", "load_file", "load_handler", "load_module"]
 
@@ -48,16 +50,19 @@ class Handler:
         isolates_errors: bool = False,
         limit_s: float = math.inf,
     ) -> None:
-        self._entry_point = entry_point
+        self.entry_point = entry_point
         self._context = context
         self._service = service
         self.isolates_errors = isolates_errors
         self.limit_s = limit_s
+        self._recorder = context.recorder
+        self.take_metrics: Callable[[], Sequence[RawMetric]] = context.recorder.take
+        """Returns what the handler has measured since the last call; empty if nothing. Not wrapped: every batch asks."""
 
     def run(self, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]) -> Sequence[Any]:
         """Return one answer for each row. Raises whatever the handler raises, and HandlerError for a wrong answer."""
         self._context.begin_batch(ids, headers)
-        answers = self._entry_point(rows, self._context)
+        answers = self.entry_point(rows, self._context)
         if not isinstance(answers, (list, tuple)):
             raise HandlerError(
                 f"the handler returned {_kind(answers)}, but must return a list with one answer for each request"
@@ -68,6 +73,14 @@ class Handler:
                 " it must return a list with one answer for each, in order"
             )
         return answers
+
+    def response_properties(self) -> Sequence[ResponseProperties | None] | None:
+        """Return what was set for each answer of the last batch beside its body; None if nothing for any."""
+        return self._context.response_properties()
+
+    def without_metrics(self) -> AbstractContextManager[None]:
+        """Meanwhile, have nothing that the handler measures recorded."""
+        return self._recorder.muted()
 
     def describe(self) -> Any:
         """Return what the handler's ``describe_handle`` says of the model; {} if it has none."""
@@ -81,6 +94,7 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
     The working directory must be the model's folder already, and on ``sys.path``, if the handler is to find more there
     than itself. ``import_file`` imports its file; None: :func:`load_file`.
     """
+    declare_metrics(context.metrics, spec)
     name, _, function = spec.handler.partition(":")
     module = load_module(name, Path(spec.model_dir), import_file)
     function = function or "handle"

@@ -18,10 +18,19 @@ from typing import Any, NoReturn
 import torch
 from attrs import frozen
 
-from torchmgmt.channel import Channel, Frame, Kind
+from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.compat import install_ts
 from torchmgmt.handlers.context import Context
-from torchmgmt.records import NUMBER_BYTES, Encoded, ModelSpec, WorkerFault, WorkerJob
+from torchmgmt.handlers.recorder import make_current
+from torchmgmt.records import (
+    NUMBER_BYTES,
+    Encoded,
+    ModelSpec,
+    RawMetric,
+    ResponseProperties,
+    WorkerFault,
+    WorkerJob,
+)
 from torchmgmt.segments import BrokenSegment
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
@@ -37,6 +46,7 @@ from torchmgmt.worker.process import (
     restore_environment,
     run_to_exit,
 )
+from torchmgmt.worker.warmup import has_warm_up, warm_up
 
 __all__ = ["Loaded", "WorkerProcess", "load_model"]
 
@@ -96,11 +106,15 @@ class WorkerProcess:
         os.register_at_fork(after_in_child=channel.close)
         try:
             handler = self._handler()
+            if has_warm_up(self._job.spec):
+                channel.send(Frame(Kind.ALIVE))
+                warm_up(handler, self._job.spec)
         except Exception as error:
             channel.send(Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
         try:
-            channel.send(Frame(Kind.READY))
+            # What was measured while the model was loaded once for all workers counts for each, as if it had loaded it.
+            channel.send(Frame(Kind.READY, handler.take_metrics()))
             _serve(channel, handler, _page(self._page_fd), may_spin=self._job.threads > 1)
         except BrokenSegment:
             raise
@@ -126,19 +140,25 @@ class WorkerProcess:
         threads = self._job.threads
         if self._loaded is None:
             torch.set_num_threads(threads)
-            return load_model(self._job.spec)
+            return load_model(self._job.spec, threads)
         _prove_threads(self._loaded.threads or threads)
         return self._loaded.handler
 
 
-def load_model(spec: ModelSpec) -> Handler:
-    """Load the handler of ``spec`` in the way that archives expect: from its folder, with the ``ts`` names in place."""
+def load_model(spec: ModelSpec, threads: int | None = None) -> Handler:
+    """Load the handler of ``spec`` in the way that archives expect: from its folder, with the ``ts`` names in place.
+
+    ``threads`` is how many threads an operation may use; None in a template, whose workers may have other numbers.
+    """
     install_ts()
+    context = Context.for_model(spec)
+    context.system_properties["threads"] = threads
+    make_current(context.recorder)
     os.chdir(spec.model_dir)
     sys.path.insert(0, spec.model_dir)
     before = dict(sys.modules)
     try:
-        return load_handler(spec, Context.for_model(spec))
+        return load_handler(spec, context)
     finally:
         keep_standard_streams_open()
         # A handler's file may be called like a module that was imported before, and that others import later.
@@ -203,18 +223,27 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
                 _note_start(page, number)
                 outcomes = run_batch(handler, requests, frame.segments)
                 frame.segments = ()  # their memory can be used again: the answer says so
-                _answer(channel, number, outcomes)
+                _answer(channel, number, outcomes, handler.take_metrics())
             elif frame.kind is Kind.DESCRIBE:
                 _note_start(page, frame.head)
-                _answer(channel, frame.head, [attempt(handler.describe)])
+                _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
             elif frame.kind is Kind.STOP:
                 return
 
 
-def _answer(channel: Channel, number: int, outcomes: Sequence[Encoded | WorkerFault]) -> None:
-    head = [outcome if isinstance(outcome, WorkerFault) else len(outcome.segments) for outcome in outcomes]
-    segments = [segment for outcome in outcomes if isinstance(outcome, Encoded) for segment in outcome.segments]
-    channel.send(Frame(Kind.DONE, (number, head), segments))
+def _answer(
+    channel: Channel, number: int, outcomes: Sequence[Encoded | WorkerFault], metrics: Sequence[RawMetric]
+) -> None:
+    head: list[WorkerFault | int | tuple[int, ResponseProperties]] = []
+    segments: list[Buffer] = []
+    for outcome in outcomes:
+        if isinstance(outcome, WorkerFault):
+            head.append(outcome)
+            continue
+        count = len(outcome.segments)
+        head.append(count if outcome.properties is None else (count, outcome.properties))
+        segments += outcome.segments
+    channel.send(Frame(Kind.DONE, (number, head, metrics), segments))
 
 
 def _note_start(page: mmap.mmap, number: int) -> None:

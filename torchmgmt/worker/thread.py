@@ -15,9 +15,10 @@ import torch
 from attrs import evolve
 
 from torchmgmt.handlers.context import Context
-from torchmgmt.records import Encoded, ModelSpec, WorkerFault, WorkerRequest
+from torchmgmt.records import Encoded, ModelSpec, RawMetric, WorkerFault, WorkerRequest
 from torchmgmt.worker.batch import attempt, fault_of, own_buffers, run_batch
 from torchmgmt.worker.loader import Handler, HandlerError, load_file, load_handler
+from torchmgmt.worker.warmup import warm_up
 
 __all__ = ["ThreadModel"]
 
@@ -53,6 +54,7 @@ class ThreadModel:
         try:
             _compute_with(self._threads)
             self._handler = load_handler(self._spec, context, self._import_file)
+            warm_up(self._handler, self._spec)
         except BaseException as error:
             return self._with_plain_names(fault_of(self._explained(error)))
         return None
@@ -69,6 +71,10 @@ class ThreadModel:
     def describe(self) -> Encoded | WorkerFault:
         """Return what the handler's ``describe_handle`` says, or the fault that it ended in."""
         return self._own(attempt(self._loaded().describe))
+
+    def take_metrics(self) -> Sequence[RawMetric]:
+        """Return what the handler has measured since the last call."""
+        return self._loaded().take_metrics()
 
     def unload(self) -> None:
         """Forget the handler, and what was imported for it alone."""
@@ -121,7 +127,7 @@ class ThreadModel:
 
 def _copy(encoded: Encoded) -> Encoded:
     """Return it with buffers of its own: as if it had travelled, it can be written to and changes nothing elsewhere."""
-    return Encoded(own_buffers(encoded.segments))
+    return Encoded(own_buffers(encoded.segments), encoded.properties)
 
 
 def _own_tree(value: Any) -> Any:

@@ -1,0 +1,5 @@
+"""What the tests of this folder share."""
+
+from tests.handlers import deploy, gate, light_torch, manager
+
+__all__ = ["deploy", "gate", "light_torch", "manager"]

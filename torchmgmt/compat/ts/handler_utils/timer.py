@@ -1,0 +1,5 @@
+"""``ts.handler_utils.timer``."""
+
+from torchmgmt.handlers.timing import timed
+
+__all__ = ["timed"]

@@ -1,0 +1,5 @@
+"""``ts.metrics.metric``."""
+
+from torchmgmt.handlers.metrics_store import Metric
+
+__all__ = ["Metric"]

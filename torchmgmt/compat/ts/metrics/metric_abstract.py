@@ -1,0 +1,5 @@
+"""``ts.metrics.metric_abstract``."""
+
+from torchmgmt.handlers.metrics import MetricAbstract
+
+__all__ = ["MetricAbstract"]

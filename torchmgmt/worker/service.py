@@ -1,0 +1,105 @@
+"""A handler loaded by hand, in the way of ``ts.model_loader`` and ``ts.service``: for people's tests and tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.metrics import Metrics
+from torchmgmt.handlers.metrics_store import emit_metrics
+from torchmgmt.records import ModelKey, ModelSpec
+from torchmgmt.worker.loader import load_handler
+
+__all__ = ["PREDICTION_METRIC", "ModelLoader", "ModelLoaderFactory", "Service", "TsModelLoader", "emit_metrics"]
+
+PREDICTION_METRIC = "PredictionTime"
+
+
+class Service:
+    """A loaded handler's entry point and the context that goes with it: ``entry_point(rows, service.context)``."""
+
+    def __init__(self, entry_point: Callable[[Any, Context], Any], context: Context) -> None:
+        self.entry_point = entry_point
+        self.context = context
+
+
+class ModelLoader:
+    """Loads the handler in a folder."""
+
+    def load(
+        self,
+        model_name: str,
+        model_dir: str,
+        handler: str | None = None,
+        gpu_id: int | None = None,
+        batch_size: int | None = None,
+        envelope: str | None = None,
+        limit_max_image_pixels: bool | None = True,
+        metrics_cache: Metrics | None = None,
+    ) -> Service:
+        """Return what TorchServe would have loaded; the working directory and ``sys.path`` stay as they are.
+
+        Args:
+            model_name: what the context calls the model.
+            model_dir: the folder with its files.
+            handler: which handler; None: the one that the manifest names.
+            gpu_id: what the context says of accelerators.
+            batch_size: what the context says of batches.
+            envelope: not supported here; None.
+            limit_max_image_pixels: what the context says of pictures.
+            metrics_cache: where the handler's figures go.
+
+        Raises:
+            ValueError: no handler is named, or an envelope.
+            Exception: whatever importing and initialising the handler raise.
+        """
+        folder = Path(model_dir)
+        manifest = _manifest_of(folder)
+        named = handler or manifest.get("model", {}).get("handler")
+        if not named or envelope:
+            raise ValueError(f"a handler must be named and no envelope; given were {named!r} and {envelope!r}")
+        config = _config_of(folder, manifest)
+        spec = ModelSpec(
+            key=ModelKey(model_name, "1.0"), model_dir=str(folder), handler=named, manifest=manifest, config=config
+        )
+        context = Context(
+            model_name,
+            str(folder),
+            manifest,
+            batch_size or 1,
+            gpu_id,
+            "0",
+            bool(limit_max_image_pixels),
+            metrics_cache,
+            config,
+        )
+        return Service(load_handler(spec, context).entry_point, context)
+
+
+TsModelLoader = ModelLoader
+
+
+class ModelLoaderFactory:
+    """Where a loader comes from."""
+
+    @staticmethod
+    def get_model_loader() -> ModelLoader:
+        """Return the one there is."""
+        return TsModelLoader()
+
+
+def _manifest_of(folder: Path) -> Mapping[str, Any]:
+    file = folder / "MAR-INF" / "MANIFEST.json"
+    manifest: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return manifest
+
+
+def _config_of(folder: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    name = manifest.get("model", {}).get("configFile")
+    config: Mapping[str, Any] = yaml.safe_load((folder / name).read_text(encoding="utf-8")) if name else {}
+    return config or {}
