@@ -26,6 +26,10 @@ class Form(IntEnum):
     """By its content type, as TorchServe's handlers expect it: raw, text, JSON, form or multipart."""
     V2 = 2
     """As an inference request of the Open Inference Protocol, version 2, with or without binary tensors."""
+    V1 = 3
+    """As HTTP, the answer as version 1 of KServe's protocol has predictions."""
+    V1_EXPLAIN = 4
+    """The same for explanations."""
 
 
 @define(eq=False)
@@ -41,10 +45,15 @@ class HttpBody:
     form: Form = Form.HTTP
     decodes: bool = True
     """Whether the worker parses JSON and text; if not, the handler gets bytes (``decode_input_request``)."""
+    json_bytes: int = -1
+    """Of V2: how many of its bytes are JSON; binary tensors come after that. -1: all are."""
+    max_answer_bytes: int = 0
+    """How large the answer, or a part of it, may be; a larger one does not leave the worker. 0: any."""
 
     def head(self) -> BodyHead:
         """Return what the worker needs to know of it beside its bytes."""
-        return (int(self.form), self.content_type, tuple(self.query), self.decodes)
+        query = tuple(self.query) if self.query else ()
+        return (int(self.form), self.content_type, query, self.decodes, self.json_bytes, self.max_answer_bytes)
 
 
 @define(eq=False)

@@ -253,6 +253,12 @@ class ResponseProperties:
         """The content type that the handler set; None if it set none."""
         return next((value for name, value in self.headers.items() if name.lower() == "content-type"), None)
 
+    def over(self, beneath: ResponseProperties | None) -> ResponseProperties:
+        """Return these, with the headers of ``beneath`` that are not among them."""
+        if beneath is None:
+            return self
+        return ResponseProperties(self.status, self.phrase, {**beneath.headers, **self.headers})
+
 
 # These two are not frozen, as other facts are: to make a frozen one costs a microsecond more, for each request thrice.
 
@@ -272,8 +278,9 @@ class Encoded:
     """Of the body of an answer: its type; None: this is no body but a pickle."""
 
 
-BodyHead: TypeAlias = tuple[int, str, tuple[tuple[str, str], ...], bool]
-"""Of a body: its form, content type, query, and whether it is to be parsed (:class:`torchmgmt.exchange.HttpBody`)."""
+BodyHead: TypeAlias = tuple[int, str, tuple[tuple[str, str], ...], bool, int, int]
+"""Of a body: its form, content type, query, whether it is to be parsed, how much of it is JSON, and how large the answer may
+be (:class:`torchmgmt.exchange.HttpBody`)."""
 RequestHead: TypeAlias = tuple[str, "Mapping[str, str] | None", int, "float | None", "BodyHead | None", bool]
 """What a worker is told of a request: its id, its headers, the number of its segments, its deadline, what it is if it is a
 body, and whether its answer may come in parts."""

@@ -83,7 +83,7 @@ def _run(
     start = 0
     for request in requests:
         _, _, count, deadline, body, _ = request
-        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count], body, copies)
+        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count], body, handler, copies)
         start += count
         if isinstance(row, WorkerFault):
             outcomes.append(row)
@@ -92,7 +92,9 @@ def _run(
         outcomes.append(None)
         rows.append(row)
     asked = [requests[index] for index in given]
-    parts = Parts(asked, [places[index] for index in given], sender, handler.response_properties)
+    # Only the row of an inference request says something of the answer; the handler may replace it.
+    wishes = [getattr(row, "asked", None) if type(row) is not dict else None for row in rows]
+    parts = Parts(asked, [places[index] for index in given], sender, handler.response_properties, wishes)
     try:
         answers = iter(_answered(handler, asked, rows, parts) if rows else ())
     except (Exception, BatchAbandoned) as error:
@@ -110,8 +112,8 @@ def _answered(handler: Handler, requests: Sequence[RequestHead], rows: list[Any]
     outcomes = [_outcome(parts, index, answer) for index, answer in enumerate(answers)]
     if properties is not None:
         for outcome, each in zip(outcomes, properties, strict=False):  # the handler can replace what is asked
-            if isinstance(outcome, Encoded):
-                outcome.properties = each
+            if isinstance(outcome, Encoded) and each is not None:
+                outcome.properties = each.over(outcome.properties)
     return outcomes
 
 
@@ -120,10 +122,10 @@ def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _row(segments: Sequence[Buffer], body: BodyHead | None, copies: bool) -> Any:
+def _row(segments: Sequence[Buffer], body: BodyHead | None, handler: Handler, copies: bool) -> Any:
     try:
         if body is not None:
-            return row_of(body, segments[0])
+            return row_of(body, segments[0], handler.served_as)
         return decode(Encoded(own_buffers(segments) if copies else segments))
     except Exception as error:
         return fault_of(error)

@@ -16,15 +16,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from torchmgmt.channel import Buffer
 from torchmgmt.handlers.inputs import InputRefused
 from torchmgmt.records import Encoded, ResponseProperties
 from torchmgmt.worker.datatypes import Tensor, Values, from_bytes, from_json, tensor_of, to_bytes, to_json
+from torchmgmt.worker.loader import ServedAs
 
 __all__ = ["HEADER_LENGTH", "Asked", "InferRow", "read_request", "written"]
 
+ENVELOPE = "kservev2"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """The header that says how much of a body is JSON; after that come the tensors."""
 # What the protocol's extensions define; the rest is the handler's.
@@ -41,8 +43,7 @@ class Asked:
     """The outputs by name, and whether each is to be binary data; all of them if there are none."""
     is_binary: bool = False
     """Whether outputs that nobody named are to be binary data."""
-    model_name: str = ""
-    model_version: str = ""
+    served_as: ServedAs = field(factory=ServedAs)
 
 
 class InferRow(dict[str, Any]):
@@ -65,23 +66,20 @@ class _Input:
 # --- requests -----------------------------------------------------------------------------------------------------------
 
 
-def read_request(
-    content: Buffer, json_bytes: int | None, *, name: str, version: str, for_envelope: bool = False
-) -> InferRow:
-    """Return the row of a request, of which the first ``json_bytes`` are JSON (None: all).
-
-    ``name`` and ``version`` are the model's. ``for_envelope``: the archive has the envelope ``kservev2``.
+def read_request(content: Buffer, json_bytes: int, served_as: ServedAs) -> InferRow:
+    """Return the row of a request, of which the first ``json_bytes`` are JSON (-1: all).
 
     Raises:
         InputRefused: it is no inference request; says what is wrong with it.
     """
     view = memoryview(content).cast("B")
-    if json_bytes is not None and not 0 <= json_bytes <= view.nbytes:
+    if json_bytes > view.nbytes:
         raise InputRefused(f"{HEADER_LENGTH} is {json_bytes}, but the body has {view.nbytes} bytes")
-    request = _json_of(view[:json_bytes])
-    inputs = _inputs(request.get("inputs"), view[view.nbytes if json_bytes is None else json_bytes :])
-    asked = _asked(request, name, version)
-    if for_envelope:
+    end = view.nbytes if json_bytes < 0 else json_bytes
+    request = _json_of(view[:end])
+    inputs = _inputs(request.get("inputs"), view[end:])
+    asked = _asked(request, served_as)
+    if served_as.envelope == ENVELOPE:
         return InferRow({"body": _for_envelope(request, inputs)}, asked)
     fields: dict[str, Any] = {}
     if len(inputs) == 1:
@@ -152,7 +150,7 @@ def _shape(what: str, shape: Any) -> list[int]:
     return shape
 
 
-def _asked(request: Mapping[str, Any], name: str, version: str) -> Asked:
+def _asked(request: Mapping[str, Any], served_as: ServedAs) -> Asked:
     given_id = request.get("id")
     is_binary = _parameters(request).get("binary_data_output") is True
     outputs: dict[str, bool] = {}
@@ -160,7 +158,7 @@ def _asked(request: Mapping[str, Any], name: str, version: str) -> Asked:
         if not isinstance(output, dict) or not isinstance(output.get("name"), str):
             raise InputRefused(f"output {index} must be a JSON object with a name")
         outputs[output["name"]] = _parameters(output).get("binary_data", is_binary) is True
-    return Asked(None if given_id is None else str(given_id), outputs, is_binary, name, version)
+    return Asked(None if given_id is None else str(given_id), outputs, is_binary, served_as)
 
 
 def _for_envelope(request: dict[str, Any], inputs: Sequence[_Input]) -> dict[str, Any]:
@@ -189,7 +187,7 @@ def written(answer: Any, asked: Asked) -> Encoded:
         InputRefused: the request named an output that there is not, or JSON cannot say one.
         TypeError: something in it has no datatype.
     """
-    head: dict[str, Any] = {"model_name": asked.model_name, "model_version": asked.model_version}
+    head: dict[str, Any] = {"model_name": asked.served_as.name, "model_version": asked.served_as.version}
     if asked.id is not None:
         head["id"] = asked.id
     if _is_response(answer):  # an envelope's, or that of a handler that knows the protocol
