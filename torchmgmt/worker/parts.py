@@ -116,7 +116,7 @@ class Parts:
     def _send_one(self, index: int, part: Any) -> None:
         self._check_wanted()
         _, _, _, _, head, in_parts = self._requests[index]
-        if not in_parts:
+        if not in_parts or (head is not None and head[0] != Form.HTTP):
             self._kept.setdefault(index, []).append(part)
             return
         sent = encoded(part, head, self._asked[index])
