@@ -323,8 +323,8 @@ class WorkerFault:
     out_of_memory: bool = False
 
 
-EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
-"""What a worker says of a request that it did not begin because nobody waited for it any more."""
+EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun, or before it was done", "")
+"""What a worker says of a request that it did not begin, or not go on with, because nobody waited for it any more."""
 
 
 class MetricKind(Enum):
