@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
@@ -26,11 +26,17 @@ class AnswerFuture(Future[Any]):
     takes seconds the first time, and no other answer may have to wait for that.
     """
 
-    def __init__(self, key: ModelKey, keeps_alive: object = None) -> None:
-        """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future."""
+    def __init__(
+        self, key: ModelKey, keeps_alive: object = None, on_abandon: Callable[[], object] | None = None
+    ) -> None:
+        """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future.
+
+        ``on_abandon`` is called when it is abandoned while it runs.
+        """
         super().__init__()
         self._key = key
         self._keeps_alive = keeps_alive
+        self._on_abandon = on_abandon
         self._depth = forks.depth()
         self._answer: Any = _UNREAD
 
@@ -74,9 +80,12 @@ class AnswerFuture(Future[Any]):
         What was not started never runs. A handler that answers in parts is stopped at the next one once nobody waits for
         its batch any more; another cannot be stopped.
         """
-        if not self.cancel():
-            with contextlib.suppress(InvalidStateError):
-                self.set_exception(CancelledError())
+        if self.cancel():
+            return
+        with contextlib.suppress(InvalidStateError):
+            self.set_exception(CancelledError())
+            if self._on_abandon is not None:
+                self._on_abandon()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""

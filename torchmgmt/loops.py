@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import threading
 import weakref
@@ -37,9 +36,14 @@ class LoopBridge:
             return  # it has not begun to take what was posted, and this came before it does
         self._is_woken = True
         loop = self._loop()
-        with contextlib.suppress(RuntimeError):  # it is closed: nobody waits there any more
+        try:
             if loop is not None:
                 loop.call_soon_threadsafe(self._run)
+                return
+        except RuntimeError:
+            pass  # it is closed
+        self._is_woken = False
+        self._posted.clear()  # nobody waits there any more
 
     def _run(self) -> None:
         self._is_woken = False  # before it takes anything: what comes after that wakes it again

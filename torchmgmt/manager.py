@@ -677,7 +677,8 @@ class ModelManager:
         on_future: Callable[[AnswerFuture], object] | None = None,
     ) -> AnswerFuture:
         served = self._get(name, version)
-        future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
+        # A caller may hold nothing but the future, so it keeps all alive.
+        future = AnswerFuture(served.spec.key, self, served.pool.abandon_unwanted)
         if on_future is not None:
             on_future(future)
         try:

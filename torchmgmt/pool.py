@@ -270,6 +270,19 @@ class WorkerPool:
         """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""
         return self._add(OwnJob(self.spec.key, None))
 
+    def abandon_unwanted(self) -> None:
+        """Let workers know for whose batch nobody waits any more. Does not block."""
+        with self._lock:
+            unwanted = [
+                (worker.handle, number)
+                for worker in self._workers
+                for number, job in worker.jobs.items()
+                if worker.handle is not None and job.is_over()
+            ]
+        # The first one that is with a worker is what it computes, and it keeps one number in mind: so that comes last.
+        for handle, number in reversed(unwanted):
+            handle.abandon(number)
+
     def check_serving(self) -> None:
         """Raise ManagerClosed or NoWorker if a request that came now would never be run. Does not block."""
         if self._state is VersionState.READY:

@@ -330,8 +330,8 @@ class WorkerFault:
     out_of_memory: bool = False
 
 
-EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
-"""What a worker says of a request that it did not begin because nobody waited for it any more."""
+EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun, or before it was done", "")
+"""What a worker says of a request that it did not begin, or not go on with, because nobody waited for it any more."""
 
 
 class MetricKind(Enum):
@@ -474,7 +474,6 @@ class ModelInfo:
             "startupTimeout": _plain(spec.startup_timeout_s),
             "maxRetryTimeoutInSec": _plain(spec.max_retry_timeout_s),
             "clientTimeoutInMills": spec.client_timeout_ms,
-            "queueTimeoutInMills": spec.queue_timeout_ms,
             "parallelType": "",
             "parallelLevel": 0,
             "deviceType": "cpu",
@@ -494,6 +493,7 @@ class ModelInfo:
             },
             "state": self.state.value,
             "defaultVersion": self.is_default,
+            "queueTimeoutInMills": spec.queue_timeout_ms,
             "shareWeights": spec.share_weights.value,
             "weightsShared": self.sharing.is_shared,
             "weightsSharedReason": self.sharing.reason,

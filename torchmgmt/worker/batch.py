@@ -62,7 +62,7 @@ class _Failure:
     names_some: bool
     """Whether the error named those that it is about; they have their faults in ``outcomes``."""
     is_final: bool
-    """Whether nothing may be run again, since a part of an answer is with its caller, or nobody waits any more."""
+    """Whether nothing may be run again, since a part of an answer is with its caller."""
 
 
 def _run(
@@ -97,9 +97,11 @@ def _run(
     parts = Parts(asked, [places[index] for index in given], sender, handler.response_properties, wishes)
     try:
         answers = iter(_answered(handler, asked, rows, parts) if rows else ())
-    except (Exception, BatchAbandoned) as error:
+    except BatchAbandoned:
+        return [EXPIRED if outcome is None else outcome for outcome in outcomes]
+    except Exception as error:
         # To be made here, and the error let go of: its frames hold what the handler had made of the batch, maybe all memory.
-        return _failure_of(error, outcomes, is_final=parts.any_sent or isinstance(error, BatchAbandoned))
+        return _failure_of(error, outcomes, is_final=parts.any_sent)
     return [next(answers) if outcome is None else outcome for outcome in outcomes]
 
 
@@ -145,7 +147,7 @@ def _outcome(parts: Parts, index: int, answer: Any) -> Outcome:
         return fault_of(error)
 
 
-def _failure_of(error: BaseException, outcomes: Sequence[Outcome | None], *, is_final: bool) -> _Failure:
+def _failure_of(error: Exception, outcomes: Sequence[Outcome | None], *, is_final: bool) -> _Failure:
     """Return what a run that raised leaves; ``outcomes`` has None for each request that the handler was given."""
     fault = fault_of(error)
     given = [position for position, outcome in enumerate(outcomes) if outcome is None]
@@ -156,7 +158,7 @@ def _failure_of(error: BaseException, outcomes: Sequence[Outcome | None], *, is_
     return _Failure(settled, fault, names_some=bool(named), is_final=is_final)
 
 
-def _indexes_of(error: BaseException, batch_size: int) -> Collection[int]:
+def _indexes_of(error: Exception, batch_size: int) -> Collection[int]:
     """Return the positions in the batch that ``error`` names; none if it has something else by that name."""
     indexes = _attribute(error, "indexes")
     try:
@@ -168,7 +170,7 @@ def _indexes_of(error: BaseException, batch_size: int) -> Collection[int]:
     return named if all(0 <= index < batch_size for index in named) else ()
 
 
-def _fault_at(index: int, error: BaseException, fault: WorkerFault) -> WorkerFault:
+def _fault_at(index: int, error: Exception, fault: WorkerFault) -> WorkerFault:
     """Return the fault of one request that ``error`` names: its own, where the error has one for each."""
     errors = _attribute(error, "errors")
     own = errors.get(index) if isinstance(errors, dict) else None
