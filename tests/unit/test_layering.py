@@ -95,6 +95,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "javaproperties": frozenset({"properties"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
     "falcon": frozenset({"http"}),
+    "python_multipart": frozenset({"worker"}),  # of the extra http: only what came over HTTP is a form
     "waitress": frozenset({"http"}),
     "uvicorn": frozenset({"http"}),
     "uvloop": frozenset({"http"}),

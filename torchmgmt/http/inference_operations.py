@@ -90,7 +90,7 @@ def _kserve(id: str, path: str, summary: str, answer: str = "", *errors: int) ->
         key=KeyName.INFERENCE,
         tag="KServe",
         answers={200: answer} if answer else {},
-        errors=errors or (() if answer else ERRORS),
+        errors=errors or (() if answer else (415, *ERRORS)),
         is_prediction=not answer,
         for_kserve=True,
     )

@@ -83,7 +83,7 @@ def _routes() -> Mapping[str, Route]:
     }
 
 
-@frozen
+@define(eq=False)
 class Found:
     """A request whose path is one of predictions."""
 
@@ -138,11 +138,22 @@ class Predictions:
         content = await self._body(call, receive)
         if content is None:
             return  # the client is gone
+        task = asyncio.current_task()
+        assert task is not None  # an ASGI server calls from one
+        watcher = None if sender.on_disconnect(task.cancel) else asyncio.create_task(_watch(receive, task.cancel))
         stream = self._ask(call, content)
         try:
-            await _send_answer(stream, call, receive, sender)
-        finally:
+            first = await stream.next_body()
+            if first is not None and stream.is_complete and not sender.streams_always:
+                await sender.whole(first)
+            else:
+                await _send_parts(first, stream, sender)
+        except BaseException:
             stream.close()
+            raise
+        finally:
+            if watcher is not None:
+                watcher.cancel()
 
     async def _answer_method(self, call: _Call, sender: Sender) -> None:
         allowed = [*call.found.route.methods, "OPTIONS"]
@@ -227,7 +238,7 @@ class Predictions:
 _KSERVES = frozenset({Form.V1, Form.V1_EXPLAIN, Form.V2})
 
 
-@frozen
+@define(eq=False)
 class _Call:
     """One request."""
 
@@ -253,21 +264,6 @@ class _Call:
             raise BadRequest(f"There are more than {MOST_PARAMETERS} parameters") from None
 
 
-async def _send_answer(stream: AnswerStream, call: _Call, receive: Receive, sender: Sender) -> None:
-    """Send what comes, and stop when the client goes."""
-    task = asyncio.current_task()
-    assert task is not None  # an ASGI server calls from one
-    watcher = None
-    if not sender.on_disconnect(task.cancel):
-        watcher = asyncio.create_task(_watch(receive, task.cancel))
-    try:
-        await _send_parts(stream, sender)
-    finally:
-        sender.on_disconnect(None)
-        if watcher is not None:
-            watcher.cancel()
-
-
 async def _watch(receive: Receive, on_disconnect: Callable[[], Any]) -> None:
     """Call ``on_disconnect`` when the client is gone: the way of servers that tell nobody by themselves."""
     while (await receive())["type"] != "http.disconnect":
@@ -275,14 +271,11 @@ async def _watch(receive: Receive, on_disconnect: Callable[[], Any]) -> None:
     on_disconnect()
 
 
-async def _send_parts(stream: AnswerStream, sender: Sender) -> None:
-    first = await stream.next_body()
+async def _send_parts(first: Response | None, stream: AnswerStream, sender: Sender) -> None:
     if first is None:  # an answer in parts that has none
         first = Response()
-    elif not sender.takes_parts:
-        first = await _joined(first, stream)
-    if stream.is_complete and not sender.streams_always:
-        await sender.whole(first)
+    if not sender.takes_parts:
+        await sender.whole(await _joined(first, stream))
         return
     await sender.begin(first)
     part: Response | None = first

@@ -62,6 +62,11 @@ ERRORS: Mapping[int, ErrorCode] = {
         "RequestEntityTooLargeException",
         "The request's body is larger than the 6553500 bytes that the setting max_request_size allows",
     ),
+    415: ErrorCode(
+        "The body is compressed.",
+        "UnsupportedMediaTypeException",
+        "Content-Encoding is 'gzip', but bodies must come uncompressed here",
+    ),
     431: ErrorCode("The request's headers are too large.", "BadRequestException", "exceeds max_header of 262144"),
     500: ErrorCode(
         "It failed; the message says why.",
@@ -204,6 +209,7 @@ MODEL_DESCRIPTION = _object(
         "startupTimeout": SECONDS,
         "maxRetryTimeoutInSec": SECONDS,
         "clientTimeoutInMills": MILLISECONDS,
+        "queueTimeoutInMills": MILLISECONDS,
         "parallelType": TEXT,
         "parallelLevel": WHOLE,
         "deviceType": TEXT,

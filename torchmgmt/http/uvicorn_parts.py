@@ -83,7 +83,7 @@ class Exchange:
 
     def cut(self) -> None:
         """End the connection in the middle of the answer, so that nobody takes it for a whole one."""
-        self._cycle.keep_alive = False
+        self._protocol.on_disconnect = None
         self._cycle.transport.close()
 
 
