@@ -200,7 +200,7 @@ def _of_list(value: Sequence[Any]) -> Tensor | None:
         return None
     try:
         return Tensor(name, shape, torch.tensor(flat, dtype=TORCH_TYPES[name]).reshape(shape))
-    except (RuntimeError, OverflowError):  # numbers that no datatype can hold
+    except (RuntimeError, OverflowError, ValueError):  # numbers that no datatype can hold
         return None
 
 
