@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from tests.http.conftest import parse_raw
+from tests.http.fakes import FakeStream
+from torchmgmt import Response
+from torchmgmt.http import create_inference_app
 from torchmgmt.http.addresses import Role
 from torchmgmt.http.tokens import fixed_keys
 from torchmgmt.settings import Settings
@@ -331,3 +335,46 @@ def test_an_error_in_a_raw_answer_has_the_headers_of_all(rows):
         rows.raw(b"POST /predictions/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     )
     assert (code, item["code"], headers["connection"], headers["pragma"]) == (404, 404, "close", "no-cache")
+
+
+def scope_of(path: str) -> dict:
+    return {
+        "type": "http",
+        "method": "POST",
+        "http_version": "1.1",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+        "client": ("127.0.0.1", 1),
+    }
+
+
+def test_any_asgi_server_can_serve_them(manager):
+    """With what ASGI has: a whole answer, and the end of the request when the client goes."""
+    app = create_inference_app(manager)
+
+    async def ask(stream, *messages) -> list[dict]:
+        manager.stream = lambda *_args, **_more: stream
+        waiting, sent = list(messages), []
+
+        async def receive() -> dict:
+            return waiting.pop(0) if waiting else await asyncio.Event().wait()
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        await app(scope_of("/predictions/noop"), receive, send)
+        return sent
+
+    class Endless(FakeStream):
+        async def next_body(self):
+            await asyncio.Event().wait()
+
+    body = {"type": "http.request", "body": b"x", "more_body": False}
+    start, end = asyncio.run(ask(FakeStream(Response(body=b"answer")), body))
+    assert (start["status"], end["body"]) == (200, b"answer")
+    endless = Endless()
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(ask(endless, body, {"type": "http.disconnect"}))
+    assert endless.is_closed

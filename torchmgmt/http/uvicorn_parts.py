@@ -338,7 +338,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self.on_disconnect = None
         self._unanswered -= 1
         self._began = self.loop.time()
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            # As uvicorn has it, but for its timer: check_deadlines ends idle connections, and a timer for each request is dear.
+            self.flow.resume_reading()
+            if self.pipeline:
+                cycle, app = self.pipeline.pop()
+                self._start_asgi_task(cycle, app)
         if self._refusal is not None and not self._is_answering:
             self._send_refusal()
 
