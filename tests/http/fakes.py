@@ -143,7 +143,7 @@ class KeepingManager(FakeManager):
         version = "2.0" if "2" in url else "1.0"
         if any(info.version == version for info in present):
             raise AlreadyRegistered(name, version)
-        workers = kwargs["initial_workers"] or 0
+        workers = kwargs.get("initial_workers") or kwargs.get("default_workers") or 0
         info = attrs.evolve(self._scaled(info_of(name, version), workers, workers), is_default=not present)
         self.infos.append(attrs.evolve(info, spec=attrs.evolve(info.spec, url=url)))
         self.done["register"] += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torchmgmt.http.operation import KeyName, Operation
+from torchmgmt.http.operation import NAME, KeyName, Operation
+from torchmgmt.http.parameters import Kind, Parameter
 
 __all__ = ["PREDICTIONS", "SERVED_INFERENCE"]
 
@@ -49,7 +50,7 @@ READY_MODEL = Operation(
 )
 
 
-def _predictions(id: str, path: str, summary: str) -> tuple[Operation, ...]:
+def _predictions(id: str, path: str, summary: str, *parameters: Parameter) -> tuple[Operation, ...]:
     """Return an operation for each method: TorchServe's clients use all of them."""
     return tuple(
         Operation(
@@ -57,6 +58,7 @@ def _predictions(id: str, path: str, summary: str) -> tuple[Operation, ...]:
             method,
             path,
             summary,
+            parameters,
             key=KeyName.INFERENCE,
             tag="Inference",
             answers={},
@@ -76,7 +78,15 @@ EXPLAIN_VERSION = _predictions(
 INVOCATIONS = _predictions(
     "invocations",
     "/invocations",
-    "Ask the model that the query names as model_name, or the only one that is registered.",
+    "Ask the model that the query names.",
+    Parameter(
+        "model_name",
+        Kind.TEXT,
+        "The model's name; where only one is registered, it may be left out.",
+        forbidden=NAME,
+        required=True,
+        example="noop",
+    ),
 )
 INVOKE = _predictions("invoke", "/models/{model_name}/invoke", "Ask the default version of a model.")
 

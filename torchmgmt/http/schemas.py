@@ -209,7 +209,6 @@ MODEL_DESCRIPTION = _object(
         "startupTimeout": SECONDS,
         "maxRetryTimeoutInSec": SECONDS,
         "clientTimeoutInMills": MILLISECONDS,
-        "queueTimeoutInMills": MILLISECONDS,
         "parallelType": TEXT,
         "parallelLevel": WHOLE,
         "deviceType": TEXT,
@@ -226,6 +225,7 @@ MODEL_DESCRIPTION = _object(
         "jobQueueStatus": ref("JobQueueStatus"),
         "state": _one_of((state.value for state in VersionState), description="FAILED: see lastError."),
         "defaultVersion": TRUTH,
+        "queueTimeoutInMills": MILLISECONDS,
         "shareWeights": _one_of(one.value for one in ShareWeights),
         "weightsShared": {
             **TRUTH,
