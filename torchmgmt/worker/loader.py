@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.envelopes import enveloped
 from torchmgmt.worker.declarations import declare_metrics
 
 if TYPE_CHECKING:
@@ -102,13 +103,13 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
     if callable(entry_point := getattr(module, function, None)):
         # The protocol of a function: the first call has no data and is the time to load.
         entry_point(None, context)
-        return Handler(entry_point, context, **limits)
+        return Handler(enveloped(spec.envelope, entry_point), context, **limits)
     if function != "handle":
         raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")
     service = _handler_class(module, spec.handler)()
     if callable(initialize := getattr(service, "initialize", None)):
         initialize(context)
-    return Handler(service.handle, context, service, **limits)
+    return Handler(enveloped(spec.envelope, service.handle), context, service, **limits)
 
 
 def load_module(name: str, folder: Path, import_file: ImportFile | None = None) -> ModuleType:
