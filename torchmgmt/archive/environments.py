@@ -110,7 +110,8 @@ class Environments:
         if status != 0:
             what = f"took longer than install_py_dep_timeout ({self._timeout_s:g} s)" if status is None else "failed"
             raise Refused(
-                f"installing what {wanted.requirements} asks for {what}; pip's log ends with:\n{_end_of(log)}"
+                f"installing what {wanted.requirements} asks for {what}. It must go with what workers have imported"
+                f" already ({', '.join(wanted.pins)}). pip's log ends with:\n{_end_of(log)}"
             )
         _log.info("Installed what %s of %s asks for in %.1f s", wanted.requirements, source, took_s)
 
