@@ -44,6 +44,7 @@ __all__ = [
     "WorkerRequest",
     "backend_name",
     "check_number",
+    "check_pattern",
     "check_text",
     "check_truth",
     "envelope_name",
@@ -88,6 +89,19 @@ def check_text(argument: str, value: object, *, forbidden: str = "/\0") -> None:
     if not isinstance(value, str) or not value.strip() or any(char in value for char in forbidden):
         listed = " or ".join(repr(char) for char in forbidden)
         raise InvalidArgument(argument, value, f"text that is not blank and has no {listed} in it")
+
+
+def check_pattern(argument: str, value: object) -> None:
+    """Raise :class:`InvalidArgument` unless ``value`` is the text of a regular expression, or None."""
+    if value is None:
+        return
+    try:
+        if isinstance(value, str):
+            re.compile(value)
+            return
+    except (re.error, OverflowError, RecursionError):
+        pass
+    raise InvalidArgument(argument, value, "a regular expression, or None")
 
 
 def check_truth(argument: str, value: object) -> None:

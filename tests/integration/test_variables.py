@@ -9,6 +9,7 @@ import pytest
 
 from tests.handlers import EVAL, write_folder
 from torchmgmt import ModelManager, ProcessBackend, Settings
+from torchmgmt.errors import InvalidArgument
 
 ALL = "sorted(os.environ)"
 INITIAL = "open('/proc/self/environ').read()"
@@ -56,3 +57,9 @@ def test_the_processes_of_a_managers_own_backend_never_had_them(tmp_path: Path) 
         assert "secret-1" not in found
         assert "secret-2" in found
         assert model.predict("os.environ['OMP_NUM_THREADS']") == "3"
+
+
+def test_what_is_no_regular_expression_is_refused() -> None:
+    """Where the backend is made, and nothing is started."""
+    with pytest.raises(InvalidArgument, match="blacklist_env_vars is '\\*', but must be a regular expression, or None"):
+        ProcessBackend("*")

@@ -80,6 +80,20 @@ class SilentIndex:
 
 
 @pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What installs is a program that takes the requirements file itself for the one package that it asks for."""
+    program = """
+import json, pathlib, shutil, sys
+job = json.loads(sys.argv[1])
+packages = pathlib.Path(job["target"], "packages")
+packages.mkdir()
+shutil.copy(pathlib.Path(job["folder"], job["requirements"]), packages)
+"""
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.setattr("torchmgmt.archive.environments._PROGRAM", tmp_path / "program.py")
+
+
+@pytest.fixture
 def silent() -> Iterator[SilentIndex]:
     index = SilentIndex()
     yield index
@@ -150,9 +164,10 @@ def test_a_killed_program_takes_pip_along_and_leaves_nothing_half(
     assert not any("." in name for name in left)
 
 
-def test_it_is_kept_for_a_while_after_its_last_use(tmp_path: Path, index: Path, caplog: Logs) -> None:
+@pytest.mark.usefixtures("quick")
+def test_it_is_kept_for_a_while_after_its_last_use(tmp_path: Path, caplog: Logs) -> None:
     """In a cache_dir the next program finds it; one that nobody has used for long is removed."""
-    folder, cache = model(tmp_path / "m", requirements(index, "tinypkg")), tmp_path / "cache"
+    folder, cache = model(tmp_path / "m", "tinypkg\n"), tmp_path / "cache"
     with caplog.at_level(logging.INFO):
         first = opened(folder, cache).packages
         assert opened(folder, cache).packages == first
@@ -160,15 +175,15 @@ def test_it_is_kept_for_a_while_after_its_last_use(tmp_path: Path, index: Path, 
         assert first is not None
         old = time.time() - KEEP_S - 60
         os.utime(first.parent, (old, old))
-        make_wheel(index, "other", "1.0", "")
-        opened(model(tmp_path / "n", requirements(index, "other")), cache)
+        opened(model(tmp_path / "n", "other\n"), cache)
     assert not first.exists()
 
 
-def test_another_content_is_another_environment(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+def test_another_content_is_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever can change what pip does, other than the index, gives a folder of its own; the rest of a model does not."""
-    folder, cache = model(tmp_path / "m", "-r more.txt  # and / all . of it\n", more=""), tmp_path / "cache"
-    more = f"{requirements(index, 'tinypkg')}./wheels/local-1.0-py3-none-any.whl\n"
+    folder, cache = model(tmp_path / "m", "-r more.txt  # and / all . of it\n"), tmp_path / "cache"
+    more = "tinypkg\n./wheels/local-1.0-py3-none-any.whl\n"
     (folder / "more.txt").write_text(more)
     make_wheel(folder / "wheels", "local", "1.0", "VALUE = 1\n")
     found = [opened(folder, cache).packages]
@@ -180,11 +195,25 @@ def test_another_content_is_another_environment(tmp_path: Path, index: Path, mon
     found.append(opened(folder, cache).packages)
     monkeypatch.setattr("torchmgmt.archive.environments.PINNED", ("torch",))
     found.append(opened(folder, cache).packages)
-    assert len(set(found)) == 5
-    assert [(place / "local.py").read_text() for place in found if place] == ["VALUE = 1\n"] * 3 + ["VALUE = 2\n"] * 2
-    assert all((place / "tinypkg.py").is_file() for place in found if place)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    (tmp_path / "site" / "added-1.0.dist-info").mkdir(parents=True)
+    found.append(opened(folder, cache).packages)
+    assert len(set(found)) == 6
     (folder / "weights.bin").write_text("of no interest")
     assert opened(folder, cache).packages == found[-1]
+
+
+def test_what_lies_in_the_models_folder_is_found(tmp_path: Path) -> None:
+    """Paths in the file are relative to it: wheels, folders of wheels, and other files of requirements."""
+    text = "--no-index\n--find-links wheels\none\n./wheels/two-1.0-py3-none-any.whl\n-r more.txt\n"
+    folder = model(tmp_path / "m", text, more="wheels/three-1.0-py3-none-any.whl\n")
+    for name in ("one", "two", "three"):
+        make_wheel(folder / "wheels", name, "1.0", "")
+    sources = ModelSources(None, installing=Installing())
+    with sources.open(folder) as found:
+        assert found.packages is not None
+        assert {place.stem for place in found.packages.glob("*.py")} == {"one", "two", "three"}
+    sources.close()
 
 
 def test_what_pip_says_is_in_the_error(tmp_path: Path, index: Path) -> None:
@@ -240,6 +269,17 @@ def test_the_environment_of_pip(tmp_path: Path, index: Path, monkeypatch: pytest
     with pytest.raises(InvalidArchive, match="No matching distribution"):
         opened(folder, blacklist_env_vars="MY_.*")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_program_without_pip_has_that_of_python(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in environments made by other tools; nothing of it stays in the model's packages."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not list(Path(entry).glob("pip-*.dist-info"))])
+    sources = ModelSources(None, installing=Installing())
+    with sources.open(model(tmp_path / "m", requirements(index, "tinypkg"))) as found:
+        assert found.packages is not None
+        names = {place.name.partition("-")[0].partition(".")[0] for place in found.packages.iterdir()}
+    sources.close()
+    assert names - {"__pycache__"} == {"tinypkg"}
 
 
 def test_a_file_of_the_model_stands_in_for_none_of_pip(tmp_path: Path, index: Path) -> None:

@@ -96,6 +96,9 @@ def test_version_2_has_shapes_and_types(tmp_path: Path) -> None:
         (KServev2Envelope, {"inputs": [5]}, "name, shape, datatype and data"),
         (KServev2Envelope, {"inputs": [{"shape": [3], "datatype": "INT8", "data": [1]}]}, "3 elements, but data has 1"),
         (KServev2Envelope, {"inputs": [{"shape": [1], "datatype": "INT9", "data": [1]}]}, "'INT9'"),
+        (KServev2Envelope, {"inputs": [{"shape": [1], "datatype": [], "data": [1]}]}, "not []"),
+        (KServev2Envelope, {"inputs": [{"shape": [1], "datatype": "BYTES", "data": 1}]}, "data must be a list"),
+        (KServev2Envelope, b"[" * 100_000, "must be JSON"),
         (KServev2Envelope, {"inputs": [{"shape": "x", "datatype": "INT8", "data": [1]}]}, "whole numbers"),
     ],
 )
@@ -111,3 +114,45 @@ def test_an_envelope_loads_its_handler(tmp_path: Path) -> None:
     seen: list[Any] = []
     assert JSONEnvelope(lambda data, context: seen.append(data)).handle(None, None) is None
     assert seen == [None]
+
+
+def test_no_items_are_no_work(tmp_path: Path) -> None:
+    """Without any the handler is not called; a tensor without elements is not laid out, however large its shape says."""
+    assert through(KServeEnvelope, tmp_path, lambda data, context: 1 / 0, {"instances": []}) == [{"predictions": []}]
+    seen: list[Any] = []
+
+    def handle(data: Any, context: Any) -> Any:
+        seen.extend(each["data"] for each in data)
+        return [0] * len(data)
+
+    empty = {"name": "a", "shape": [1_000_000_000, 0], "datatype": "INT8", "data": []}
+    through(KServev2Envelope, tmp_path, handle, {"inputs": [empty]})
+    assert seen == [[]]
+
+
+def test_more_outputs_than_inputs_are_an_error(tmp_path: Path) -> None:
+    """Each output has the name of an input; the error says both numbers."""
+    tensor = {"name": "a", "shape": [1], "datatype": "INT8", "data": [1]}
+    with pytest.raises(ValueError, match="2 outputs for 1 inputs"):
+        through(KServev2Envelope, tmp_path, lambda data, context: [1, 2], {"inputs": [tensor]})
+
+
+def test_an_error_that_names_items_names_their_requests(tmp_path: Path) -> None:
+    """With the reason of each; what it says of items that there are not is not taken for requests."""
+
+    class Refused(Exception):
+        def __init__(self) -> None:
+            self.indexes: Any = (1, 2, 4)
+            self.errors: Any = {2: ValueError("second"), 4: ValueError("fourth")}
+
+    def handle(data: Any, context: Any) -> Any:
+        raise Refused
+
+    bodies = ({"instances": [1]}, {"instances": [2, 3]}, {"instances": []}, {"instances": [4, 5]})
+    with pytest.raises(Refused) as caught:
+        through(JSONEnvelope, tmp_path, handle, *bodies)
+    assert caught.value.indexes == (1, 3)
+    assert {index: str(error) for index, error in caught.value.errors.items()} == {1: "second", 3: "fourth"}
+    with pytest.raises(Refused) as caught:
+        through(JSONEnvelope, tmp_path, handle, *bodies[:2])
+    assert caught.value.indexes == ()

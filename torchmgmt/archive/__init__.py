@@ -27,7 +27,7 @@ from torchmgmt.archive.url_memory import OwnMemory, SharedMemory, UrlMemory
 from torchmgmt.archive.urls import Source
 from torchmgmt.errors import DownloadFailed, InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
-from torchmgmt.records import check_number, without_matching
+from torchmgmt.records import check_number, check_pattern, without_matching
 
 if TYPE_CHECKING:
     from torchmgmt.archive.environments import Environments
@@ -59,12 +59,20 @@ def __getattr__(name: str) -> object:
 
 @frozen
 class Installing:
-    """That requirements files are installed, and how."""
+    """That requirements files are installed, and how.
+
+    Raises:
+        InvalidArgument: a value has the wrong type or range.
+    """
 
     timeout_s: float = 600
-    """How long that may take for one of them, in s."""
+    """How long that may take for one of them, in s, at least 0.001."""
     blacklist_env_vars: str | None = None
     """A regular expression: pip gets no environment variable whose whole name matches."""
+
+    def __attrs_post_init__(self) -> None:
+        check_number("timeout_s", self.timeout_s, minimum=1e-3, unit="seconds", whole=False)
+        check_pattern("blacklist_env_vars", self.blacklist_env_vars)
 
 
 @frozen(eq=False)

@@ -31,11 +31,10 @@ def main() -> int:
     job: Mapping[str, Any] = json.loads(sys.argv[1])
     target, folder = Path(job["target"]), Path(job["folder"])
     scratch = target / "venv"
-    has_pip = importlib.machinery.PathFinder.find_spec("pip", job["path"]) is not None
-    venv.EnvBuilder(symlinks=True, with_pip=not has_pip).create(scratch)
-    packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(scratch)}))
+    path = [*job["path"], *_path_of_pip(job["path"], scratch / "pip")]
+    packages = _make_environment(scratch)
     inherited = packages / "inherited.pth"
-    inherited.write_text("".join(f"{entry}\n" for entry in job["path"]), encoding="utf-8")
+    inherited.write_text("".join(f"{entry}\n" for entry in path), encoding="utf-8")
     pins = scratch / "pins.txt"
     pins.write_text("".join(f"{pin}\n" for pin in job["pins"]), encoding="utf-8")
     status = _pip(scratch, ["-c", str(pins), "-r", str(folder / job["requirements"])], folder)
@@ -43,6 +42,23 @@ def main() -> int:
     packages.rename(target / "packages")
     shutil.rmtree(scratch)
     return status
+
+
+def _make_environment(place: Path, *, with_pip: bool = False) -> Path:
+    """Make a virtual environment and return its folder of packages."""
+    venv.EnvBuilder(symlinks=True, with_pip=with_pip).create(place)
+    return Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(place)}))
+
+
+def _path_of_pip(path: Sequence[str], place: Path) -> list[str]:
+    """Return where pip is besides; nowhere if it is on the path. Python brings one, which is unpacked to ``place``."""
+    if importlib.machinery.PathFinder.find_spec("pip", path) is not None:
+        return []
+    packages = _make_environment(place, with_pip=True)
+    for each in packages.glob("*"):
+        if not each.name.startswith("pip"):  # setuptools comes along, and would not be installed for who asks for it
+            shutil.rmtree(each, ignore_errors=True)
+    return [str(packages)]
 
 
 def _pip(scratch: Path, what: Sequence[str], folder: Path) -> int:
