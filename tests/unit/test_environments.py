@@ -292,11 +292,16 @@ def test_a_file_of_the_model_stands_in_for_none_of_pip(tmp_path: Path, index: Pa
 
 @pytest.mark.parametrize(
     "text, says",
-    [(None, "'needs.txt', which is not in it"), ("-e .\n", "editable"), ("x" * (1 << 20) + "y", "larger than")],
+    [
+        (None, "'needs.txt', which is not in it"),
+        ("-e .\n", "editable"),
+        ("-r more.txt\n", "'more.txt' asks for something editable"),
+        ("x" * (1 << 20) + "y", "larger than"),
+    ],
 )
 def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, text: str | None, says: str) -> None:
     """The error names it and says why."""
-    folder = model(tmp_path / "m", text or "")
+    folder = model(tmp_path / "m", text or "", more="-e .\n")
     if text is None:
         (folder / "needs.txt").unlink()
     with pytest.raises(InvalidArchive, match=says):

@@ -40,6 +40,8 @@ _MAX_LOG_LINES = 30
 _MAX_LOG_CHARACTERS = 4000
 _POLL_S = 0.05
 _COMMENT = re.compile(r"(?:^|\s)#.*", re.MULTILINE)
+# What packages print must not move the cursor of who reads it.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _EDITABLE = re.compile(r"^\s*(-e|--editable)\b", re.MULTILINE)
 _SHORT_OPTION = re.compile(r"^-[rcf]")
 _BETWEEN_WORDS = re.compile(r"[\s=;@'\"]+")
@@ -154,7 +156,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_of(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")
+    text = _CONTROL.sub(" ", log.read_text(encoding="utf-8", errors="replace"))
     return "\n".join(text.splitlines()[-_MAX_LOG_LINES:])[-_MAX_LOG_CHARACTERS:]
 
 
@@ -165,10 +167,6 @@ def _wanted(folder: Path, requirements: str) -> _Wanted:
         raise Refused(f"its manifest names the requirements file {quote(requirements)}, which is not in it")
     if file.stat().st_size > _MAX_REQUIREMENTS_BYTES:
         raise Refused(f"{quote(requirements)} is larger than the allowed {_MAX_REQUIREMENTS_BYTES} bytes")
-    if _EDITABLE.search(_text_of(file)):
-        raise Refused(
-            f"{quote(requirements)} asks for something editable (-e), but what is installed outlives the folder"
-        )
     path = [str(entry) for entry in map(Path.absolute, map(Path, sys.path)) if entry.is_dir()]
     pins = [f"{name}=={version}" for name in PINNED if (version := _version_of(name)) is not None]
     facts = [
@@ -197,16 +195,23 @@ def _distributions(path: Sequence[str]) -> Iterator[str]:
 
 
 def _contents(folder: Path, file: Path, seen: dict[Path, str]) -> list[tuple[str, str]]:
-    """Return the digests of a requirements file and of all in the model's folder that it names, by their names there."""
+    """Return the digests of a requirements file and of all in the model's folder that it names, by their names there.
+
+    Raises Refused if one of them asks for what cannot be installed for good.
+    """
     _add_contents(folder.resolve(), file.resolve(), seen)
-    return [(str(path.relative_to(folder.resolve())), digest) for path, digest in seen.items()]
+    return [(os.path.relpath(path, folder.resolve()), digest) for path, digest in seen.items()]
 
 
 def _add_contents(folder: Path, file: Path, seen: dict[Path, str]) -> None:
     seen[file] = _digest_of(file)
-    if file.suffix not in {".txt", ".in"} or file.stat().st_size > _MAX_REQUIREMENTS_BYTES:
+    is_list = len(seen) == 1 or file.suffix in {".txt", ".in"}
+    if not is_list or file.stat().st_size > _MAX_REQUIREMENTS_BYTES:
         return  # a wheel or a source, and no list that could name others
-    for word in _BETWEEN_WORDS.split(_text_of(file)):
+    text = _text_of(file)
+    if _EDITABLE.search(text):
+        raise Refused(f"{quote(file.name)} asks for something editable (-e), but what is installed outlives the folder")
+    for word in _BETWEEN_WORDS.split(text):
         name = _SHORT_OPTION.sub("", word).removeprefix("file:")
         for base in (file.parent, folder) if name else ():
             for path in _files_at(folder, base / name):
