@@ -119,7 +119,7 @@ class ModelManager:
         self.settings = Settings() if settings is None else settings
         self._announcer = Announcer(check_listeners(listeners))
         self._sources = sources_of(model_store, self.settings, self._announcer.tell)
-        self._backend: Backend = ProcessBackend() if backend is None else backend
+        self._backend: Backend = ProcessBackend(self.settings.blacklist_env_vars) if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
         self._worker_ids = itertools.count(FIRST_WORKER_ID)

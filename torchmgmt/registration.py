@@ -17,7 +17,7 @@ from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
-from torchmgmt.archive import DownloadLimits, ModelFolder, ModelSources
+from torchmgmt.archive import DownloadLimits, Installing, ModelFolder, ModelSources
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
 from torchmgmt.records import (
@@ -123,6 +123,9 @@ def sources_of(model_store: str | os.PathLike[str] | None, settings: Settings, l
             timeout_s=settings.download_timeout,
             stall_s=settings.download_stall_timeout,
         ),
+        installing=Installing(settings.install_py_dep_timeout, settings.blacklist_env_vars)
+        if settings.install_py_dep_per_model
+        else None,
         allowed_urls=settings.allowed_urls,
         listener=listener,
     )
@@ -142,6 +145,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
 
     Raises:
         InvalidArchive: a value in the archive is wrong, or nobody names the model or the handler.
+        InvalidArgument: its backend cannot give it the packages of its own that it asks for.
     """
     key, manifest = key_of(folder, wishes), folder.manifest
     _warn_of_unknown(key, settings)
@@ -154,6 +158,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
         wish = getattr(wishes, argument, None)
         return config.get(CONFIG_KEYS[argument], default) if wish is None else wish
 
+    packages = _packages_of(folder, value("backend", "process"))
     with _blaming_the_source(folder, key, settings):
         return ModelSpec(
             key=key,
@@ -163,6 +168,9 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             manifest=manifest.raw if manifest else _made_up_manifest(key, handler),
             config=folder.config,
             runtime=(wishes.runtime or (manifest.runtime if manifest else "python")).lower(),
+            envelope=(manifest.envelope if manifest else None) or settings.service_envelope,
+            packages=packages,
+            blacklist_env_vars=settings.blacklist_env_vars,
             batch_size=value("batch_size", 1),
             max_batch_delay_ms=value("max_batch_delay", 100),
             response_timeout_s=value("response_timeout", settings.default_response_timeout),
@@ -183,6 +191,19 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             is_sealed=folder.is_sealed,
             loaded_at_startup=wishes.loaded_at_startup,
         )
+
+
+def _packages_of(folder: ModelFolder, backend: str) -> str | None:
+    """Return where the model's own packages are; raise InvalidArgument if its workers could not have any."""
+    if folder.packages is None:
+        return None
+    if backend == "thread":
+        allowed = (
+            "process: its requirements file asks for packages that this program does not have, and threads of it have no"
+            " packages of their own; or install them beside torchmgmt"
+        )
+        raise InvalidArgument("backend", backend, allowed)
+    return str(folder.packages)
 
 
 def scale_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> Scale:

@@ -131,6 +131,9 @@ assert handler._is_explain()
 (folder / "mine.py").write_text("def handle(data, context):\\n    return data and [context.model_name for row in data]\\n")
 service = ModelLoaderFactory.get_model_loader().load("m", str(folder), "mine.py", None, 4)
 assert service.entry_point([{}, {}], service.context) == ["m", "m"]
+service = ModelLoaderFactory.get_model_loader().load("m", str(folder), "mine.py", None, 1, "kserve")
+service.context.begin_batch(["1"], [{}])
+assert service.entry_point([{"body": {"instances": [1, 2]}}], service.context) == [{"predictions": ["m", "m"]}]
 import shutil
 shutil.rmtree(folder)
 print("well")

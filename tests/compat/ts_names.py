@@ -154,6 +154,16 @@ NAMES: dict[str, dict[str, list[str] | None]] = {
     "ts.torch_handler.image_classifier": {"ImageClassifier": []},
     "ts.torch_handler.image_segmenter": {"ImageSegmenter": []},
     "ts.torch_handler.object_detector": {"ObjectDetector": []},
+    "ts.torch_handler.request_envelope.base": {
+        "BaseEnvelope": ["handle_fn"],
+        "BaseEnvelope.handle": ["data", "context"],
+        "BaseEnvelope.parse_input": ["data"],
+        "BaseEnvelope.format_output": ["data"],
+    },
+    "ts.torch_handler.request_envelope.body": {"BodyEnvelope": ["handle_fn"]},
+    "ts.torch_handler.request_envelope.json": {"JSONEnvelope": ["handle_fn"]},
+    "ts.torch_handler.request_envelope.kserve": {"KServeEnvelope": ["handle_fn"]},
+    "ts.torch_handler.request_envelope.kservev2": {"KServev2Envelope": ["handle_fn"]},
     "ts.torch_handler.text_classifier": {"TextClassifier": [], "TextClassifier.ngrams": None},
     "ts.torch_handler.text_handler": {
         "TextHandler": [],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.envelopes import enveloped
 from torchmgmt.worker.declarations import declare_metrics
 from torchmgmt.worker.parts import NO_MORE
 
@@ -137,13 +138,13 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
         started = entry_point(None, context)
         if isinstance(started, GeneratorType):  # one that answers in parts runs only when they are asked for
             deque(started, maxlen=0)
-        return Handler(entry_point, context, **limits)
+        return Handler(enveloped(spec.envelope, entry_point), context, **limits)
     if function != "handle":
         raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")
     service = _handler_class(module, spec.handler)()
     if callable(initialize := getattr(service, "initialize", None)):
         initialize(context)
-    return Handler(service.handle, context, service, **limits)
+    return Handler(enveloped(spec.envelope, service.handle), context, service, **limits)
 
 
 def load_module(name: str, folder: Path, import_file: ImportFile | None = None) -> ModuleType:

@@ -30,6 +30,7 @@ from torchmgmt.records import (
     RawMetric,
     WorkerFault,
     WorkerJob,
+    without_matching,
 )
 from torchmgmt.segments import BrokenSegment
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
@@ -39,8 +40,10 @@ from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.process import (
     EXIT_NOT_LOADED,
     EXIT_STOPPED,
+    add_packages,
     be_process,
     die_with,
+    hide_variables,
     keep_standard_streams_open,
     redirect_output,
     reseed,
@@ -126,13 +129,14 @@ class WorkerProcess:
     def _take_over_process(self) -> None:
         if self._loaded is None:
             be_process(self._output_fd)
+            hide_variables(self._job.spec.blacklist_env_vars)
         else:
             # The template has done the rest, and the handler may have changed it to its liking since.
             redirect_output(self._output_fd)
             signal.signal(signal.SIGCHLD, self._loaded.on_child_end or signal.SIG_DFL)
             with contextlib.suppress(PermissionError):  # one that was the template leads its session already
                 os.setsid()
-        restore_environment(self._environment)
+        restore_environment(without_matching(self._environment, self._job.spec.blacklist_env_vars))
         os.environ[WORKER_VARIABLE] = str(os.getpid())
         reseed()
         die_with(self._root_pidfd)
@@ -156,6 +160,8 @@ def load_model(spec: ModelSpec, threads: int | None = None) -> Handler:
     context.system_properties["threads"] = threads
     make_current(context.recorder)
     os.chdir(spec.model_dir)
+    if spec.packages is not None:
+        add_packages(spec.packages)
     sys.path.insert(0, spec.model_dir)
     before = dict(sys.modules)
     try:

@@ -50,22 +50,29 @@ class ModelLoader:
             handler: which handler; None: the one that the manifest names.
             gpu_id: what the context says of accelerators.
             batch_size: what the context says of batches.
-            envelope: not supported here; None.
+            envelope: which request envelope stands around the handler; None: the one that the manifest names, if any.
             limit_max_image_pixels: what the context says of pictures.
             metrics_cache: where the handler's figures go.
 
         Raises:
-            ValueError: no handler is named, or an envelope.
+            ValueError: no handler is named.
+            InvalidArgument: there is no such envelope.
             Exception: whatever importing and initialising the handler raise.
         """
         folder = Path(model_dir)
         manifest = _manifest_of(folder)
-        named = handler or manifest.get("model", {}).get("handler")
-        if not named or envelope:
-            raise ValueError(f"a handler must be named and no envelope; given were {named!r} and {envelope!r}")
+        model = manifest.get("model", {})
+        named = handler or model.get("handler")
+        if not named:
+            raise ValueError(f"the manifest in {model_dir} names no handler; give handler=...")
         config = _config_of(folder, manifest)
         spec = ModelSpec(
-            key=ModelKey(model_name, "1.0"), model_dir=str(folder), handler=named, manifest=manifest, config=config
+            key=ModelKey(model_name, "1.0"),
+            model_dir=str(folder),
+            handler=named,
+            envelope=envelope or model.get("envelope") or None,
+            manifest=manifest,
+            config=config,
         )
         context = Context(
             model_name,

@@ -22,7 +22,7 @@ from torchmgmt.worker import fitness
 from torchmgmt.worker.batch import fault_of
 from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper, dying_with
 from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
-from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, run_to_exit
+from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, hide_variables, run_to_exit
 
 __all__ = ["TemplateProcess"]
 
@@ -56,6 +56,7 @@ class TemplateProcess:
 
     def _run(self) -> int:
         be_process(self._output_fd)
+        hide_variables(self._spec.blacklist_env_vars)
         become_subreaper()
         os.environ[WORKER_VARIABLE] = str(os.getpid())
         control = socket.socket(fileno=self._channel_fd)
