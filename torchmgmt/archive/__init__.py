@@ -30,6 +30,7 @@ from torchmgmt.records import check_number
 
 if TYPE_CHECKING:
     from torchmgmt.archive.packing import inspect, pack, verify
+    from torchmgmt.live import LiveObject
 
 __all__ = ["DownloadLimits", "Manifest", "ModelFolder", "ModelSources", "UnpackLimits", "inspect", "pack", "verify"]
 
@@ -61,6 +62,8 @@ class ModelFolder:
     digest: str | None
     """SHA-256 of the archive in hexadecimal; None for a plain folder, which is used in place."""
     _lease: Lease | None = field(default=None, repr=False)
+    live: LiveObject | None = None
+    """What is registered in place of an archive; released with the folder, which is the working directory alone."""
 
     @property
     def is_sealed(self) -> bool:
@@ -73,6 +76,8 @@ class ModelFolder:
         """
         if self._lease is not None:
             self._lease.release()
+        if self.live is not None:
+            self.live.release()
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -138,6 +143,15 @@ class ModelSources:
     def model_store(self) -> Path | None:
         """The folder in which bare names are looked up, absolute."""
         return self._model_store
+
+    def find(self, url: str | os.PathLike[str]) -> Path | None:
+        """Return the file or folder on this machine that ``url`` stands for; None if it must be fetched.
+
+        For the library's own callers. Raises as :meth:`open` does for what cannot be found. Looks at the file system; any
+        thread.
+        """
+        source = Source.parse(url)
+        return None if source.is_remote else resolve(source, model_store=self._model_store)
 
     def open(self, url: str | os.PathLike[str], *, trusted: bool = True, may_fetch: bool = False) -> ModelFolder:
         """Return the model's folder, unpacked if it is an archive; the caller releases it.
