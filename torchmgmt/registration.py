@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
@@ -21,7 +21,7 @@ from attrs.validators import optional
 from torchmgmt.archive import DownloadLimits, ModelFolder, ModelSources
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
-from torchmgmt.live import HANDLER, MODEL_FILES, Batching, is_live, live_file, live_object
+from torchmgmt.live import HANDLER, MODEL_FILES, Batching, live_file, live_object
 from torchmgmt.records import (
     ModelKey,
     ModelSpec,
@@ -141,26 +141,27 @@ def open_source(sources: ModelSources, url: object, wishes: Wishes) -> ModelFold
     The caller releases it. Blocks and raises as :meth:`ModelSources.open` does; raises InvalidArgument, too, for a live
     object that is none, or arguments that do not go with it.
     """
-    if wishes.trusted and is_live(url):
+    if wishes.trusted and not isinstance(url, (str, bytes, os.PathLike)):
+        live = live_object(url, wishes.batching)
         _check_goes_with_live(wishes)
         if wishes.model_class is not None:
             raise InvalidArgument(
                 "model_class", wishes.model_class, "None, unless the path of a file of weights is given"
             )
-        live, shown = live_object(url, wishes.batching)
-        return ModelFolder(Path.cwd(), shown, manifest=None, config={}, digest=None, live=live)
-    file = sources.find(url) if wishes.trusted and _names_model_file(url) else None  # type: ignore[arg-type]
+        return ModelFolder(Path.cwd(), live.shown, manifest=None, config={}, digest=None, live=live)
+    place = cast("str | os.PathLike[str]", url)  # what is neither is refused by who opens it
+    file = sources.find(place) if wishes.trusted and _names_model_file(url) else None
     if file is None or file.is_dir():
         _check_is_for_live(wishes)
-        return sources.open(url, trusted=wishes.trusted, may_fetch=wishes.may_fetch)  # type: ignore[arg-type]
+        return sources.open(place, trusted=wishes.trusted, may_fetch=wishes.may_fetch)
     _check_goes_with_live(wishes)
     live = live_file(file, wishes.model_class, wishes.batching)
-    return ModelFolder(file.parent, os.fspath(url), manifest=None, config={}, digest=None, live=live)  # type: ignore[call-overload]
+    return ModelFolder(file.parent, os.fspath(place), manifest=None, config={}, digest=None, live=live)
 
 
 def shown(url: object) -> str:
     """Return how a source is called; a live object tells nothing of itself that could not be something else tomorrow."""
-    return "a live object" if is_live(url) else str(url)
+    return str(url) if isinstance(url, (str, os.PathLike)) else "a live object"
 
 
 def _names_model_file(url: object) -> bool:

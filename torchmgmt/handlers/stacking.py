@@ -48,8 +48,8 @@ class Group:
         return _built(self.values[0].form, leaves)
 
 
-def stackable(value: object) -> Stackable:
-    """Return ``value`` as tensors in a form.
+def stackable(row: Mapping[str, Any]) -> Stackable:
+    """Return the row of a request as tensors in a form.
 
     Arrays, numbers and lists of nothing but numbers become tensors; bytes are read as files of numpy.save or torch.save.
 
@@ -58,7 +58,9 @@ def stackable(value: object) -> Stackable:
         InputRefused: bytes are neither.
     """
     leaves: list[Tensor] = []
-    return Stackable(_form_of(value, "data", leaves), leaves)
+    if row.keys() == {"body"}:
+        return Stackable((dict, ("body", _form_of(row["body"], "data", leaves))), leaves)
+    return Stackable(_form_of(row, "fields", leaves), leaves)
 
 
 def _form_of(value: Any, where: str, leaves: list[Tensor]) -> Form:
@@ -174,7 +176,7 @@ def _check(found: int, count: int, what: str) -> None:
         )
 
 
-def grouped(rows: Sequence[object]) -> tuple[list[Group], dict[int, Exception]]:
+def grouped(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Group], dict[int, Exception]]:
     """Return the groups that ``rows`` form, and by position why one is in none."""
     groups: dict[Form, tuple[list[int], list[Stackable]]] = {}
     refused: dict[int, Exception] = {}

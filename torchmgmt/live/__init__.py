@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from torchmgmt.errors import InvalidArgument
 
-__all__ = ["HANDLER", "MODEL_FILES", "Batching", "LiveObject", "Role", "is_live", "live_file", "live_object"]
+__all__ = ["HANDLER", "MODEL_FILES", "Batching", "LiveObject", "Role", "live_file", "live_object"]
 
 T = TypeVar("T")
 
@@ -61,13 +61,17 @@ class LiveObject:
 
     Args:
         role: what it is.
+        shown: how it is shown.
         target: the object; of WEIGHTS what makes the module, of FILE None.
         batching: what it is called with; None for handlers.
         file: the file of FILE and WEIGHTS.
     """
 
-    def __init__(self, role: Role, target: object, batching: Batching | None, file: Path | None = None) -> None:
+    def __init__(
+        self, role: Role, shown: str, target: object, batching: Batching | None, file: Path | None = None
+    ) -> None:
         self.role = role
+        self.shown = shown
         self.batching = batching
         self.file = file
         self.isolates_errors = False
@@ -78,17 +82,18 @@ class LiveObject:
         """The object itself, in the process that registered it, for workers that are threads there; else None."""
         self._fd: int | None = None
         self._lock = threading.Lock()
-        self._is_initialized = False  # guarded by _lock
+        self._initializing = threading.Lock()
+        self._is_initialized = False  # guarded by _initializing
 
     def __repr__(self) -> str:
-        return f"<LiveObject: {self.role.value}>"
+        return f"<LiveObject: {self.role.value}, {self.shown}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("role", "batching", "file", "isolates_errors", "is_written")
+        kept = ("role", "shown", "batching", "file", "isolates_errors", "is_written")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["role"], None, state["batching"], state["file"])  # type: ignore[misc]
+        self.__init__(state["role"], state["shown"], None, state["batching"], state["file"])  # type: ignore[misc]
         vars(self).update(state)
 
     @property
@@ -109,7 +114,7 @@ class LiveObject:
         elif self.target is not None:
             from torchmgmt.live.snapshot import write_snapshot
 
-            self._fd = write_snapshot(self.target)
+            self._fd = write_snapshot(self.target, self.shown)
             self.is_written, self.target = True, None
 
     def descriptors(self) -> tuple[int, ...]:
@@ -142,21 +147,14 @@ class LiveObject:
 
     def initialize_once(self, initialize: Any, context: Any) -> None:
         """Call ``initialize``, unless that was done: threads share one handler. Blocks while another one does it."""
-        with self._lock:
+        with self._initializing:
             if not self._is_initialized:
                 initialize(context)
                 self._is_initialized = True
 
 
-def is_live(source: object) -> bool:
-    """Whether ``source`` is meant itself, and not what it names."""
-    return not isinstance(source, (str, bytes, os.PathLike)) and (
-        callable(source) or _is_program(source) or _handles(source)
-    )
-
-
-def live_object(source: object, batching: str | None) -> tuple[LiveObject, str]:
-    """Return a live object, and how it is shown.
+def live_object(source: object, batching: str | None) -> LiveObject:
+    """Return what ``source`` is as a live object.
 
     Raises:
         InvalidArgument: it is nothing that can be run, or ``batching`` is nothing for it.
@@ -165,9 +163,9 @@ def live_object(source: object, batching: str | None) -> tuple[LiveObject, str]:
     if role in {Role.HANDLER, Role.HANDLER_CLASS}:
         if batching is not None:
             raise InvalidArgument("batching", batching, "None for a handler, which is always given the whole batch")
-        return LiveObject(role, source, None), _shown(source)
+        return LiveObject(role, _shown(source), source, None)
     default = Batching.LIST if role is Role.FUNCTION else Batching.STACK
-    return LiveObject(role, source, default if batching is None else Batching(batching)), _shown(source)
+    return LiveObject(role, _shown(source), source, default if batching is None else Batching(batching))
 
 
 def live_file(path: Path, model_class: object, batching: str | None) -> LiveObject:
@@ -181,7 +179,7 @@ def live_file(path: Path, model_class: object, batching: str | None) -> LiveObje
     if model_class is not None and not callable(model_class):
         raise InvalidArgument("model_class", model_class, "a class, or another callable, that makes a torch.nn.Module")
     role = Role.FILE if model_class is None else Role.WEIGHTS
-    return LiveObject(role, model_class, Batching.STACK if batching is None else Batching(batching), path)
+    return LiveObject(role, path.name, model_class, Batching.STACK if batching is None else Batching(batching), path)
 
 
 def _role_of(source: object) -> Role:
@@ -235,4 +233,4 @@ def _shown(source: object) -> str:
 def _check_not_training(live: LiveObject) -> None:
     if live.role is Role.MODULE and getattr(live.target, "training", False):
         allowed = 'in evaluation mode (call its eval()) for backend="thread", which uses the module itself'
-        raise InvalidArgument("url", _shown(live.target), allowed)
+        raise InvalidArgument("url", live.shown, allowed)

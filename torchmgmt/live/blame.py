@@ -41,7 +41,7 @@ def _culprit(target: object, error: Exception, dumps: Callable[[object], object]
                 break
         else:
             break
-    return path.removeprefix("."), target, error
+    return path.strip(" ."), target, error
 
 
 def _parts(target: object) -> Iterator[tuple[str, object]]:

@@ -55,8 +55,10 @@ class Header:
     """Where modules are found that the pickle names."""
 
 
-def write_snapshot(target: object) -> int:
+def write_snapshot(target: object, shown: str) -> int:
     """Return the descriptor of memory that holds ``target``; nothing changes it any more. Blocks; any thread.
+
+    Errors call it ``shown``.
 
     Raises:
         InvalidArgument: it cannot be pickled; says which part of it, and what to do.
@@ -67,7 +69,7 @@ def write_snapshot(target: object) -> int:
     try:
         pickler.dump(target)
     except Exception as error:  # whatever a __reduce__ raises
-        raise InvalidArgument("url", target, why_not(target, error, dumps)) from error
+        raise InvalidArgument("url", shown, why_not(target, error, dumps)) from error
     return _write(file.getbuffer(), pickler.memory, pickler.buffers)
 
 
