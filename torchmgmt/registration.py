@@ -165,7 +165,8 @@ def shown(url: object) -> str:
 
 
 def _names_model_file(url: object) -> bool:
-    return isinstance(url, (str, os.PathLike)) and Path(os.fspath(url)).suffix.lower() in MODEL_FILES
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    return isinstance(text, str) and Path(text).suffix.lower() in MODEL_FILES
 
 
 def _check_goes_with_live(wishes: Wishes) -> None:

@@ -13,13 +13,11 @@ import threading
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from torchmgmt.errors import InvalidArgument
 
 __all__ = ["HANDLER", "MODEL_FILES", "Batching", "LiveObject", "Role", "live_file", "live_object"]
-
-T = TypeVar("T")
 
 HANDLER = "torchmgmt.handlers.live"
 """The handler that runs it."""
