@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -387,11 +390,22 @@ with ModelManager() as manager:
     assert (done.returncode, done.stdout, done.stderr) == (0, "TEXT False\n", "")
 
 
+def test_the_example_does_what_it_shows(repository: Path) -> None:
+    """It runs as a file, too, from wherever it is started."""
+    done = subprocess.run(
+        [sys.executable, repository / "examples" / "live" / "demo.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a module: 100 answers by 2" in done.stdout
+    assert "a file of weights: 32 of 32 digits are right" in done.stdout
+
+
 def test_a_module_that_workers_cannot_import_is_named(manager: ModelManager, tmp_path: Path) -> None:
     """With what to do about it."""
-    import importlib.util
-    import sys
-
     (tmp_path / "hidden.py").write_text("def same(values):\n    return values\n")
     spec = importlib.util.spec_from_file_location("hidden_live_module", tmp_path / "hidden.py")
     assert spec is not None

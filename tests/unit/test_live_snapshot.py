@@ -96,6 +96,20 @@ def test_kinds_of_state_come_out_as_they_were(copied: Callable[[Any], Any]) -> N
     assert net.hook() == 10
 
 
+def test_parametrized_modules_come_out_as_they_were(copied: Callable[[Any], Any]) -> None:
+    """Weight norm and its like, of which torch itself pickles the state alone."""
+    net = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Linear(2, 2))
+    torch.nn.utils.parametrizations.orthogonal(net[1])
+    again = copied(net).eval()
+    item = torch.randn(1, 3)
+    assert torch.allclose(again(item), net.eval()(item))
+    assert again.state_dict().keys() == net.state_dict().keys()
+    assert torch.nn.utils.parametrize.is_parametrized(again[0], "weight")
+    assert type(again[0]).__name__ == "ParametrizedLinear"
+    torch.nn.utils.parametrize.remove_parametrizations(again[0], "weight")
+    assert torch.allclose(again(item), net(item))
+
+
 def test_large_state_stays_out_of_the_pickle() -> None:
     """What is written is as large as the numbers in it, once, though two names lead there."""
     net = nn.Linear(1000, 1000)

@@ -27,6 +27,7 @@ from attrs import field, frozen
 
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.live.blame import why_not
+from torchmgmt.live.parametrized import original_class, reduce_parametrized
 from torchmgmt.tensors import memory_at
 
 __all__ = ["PLACE", "PROGRAM", "SCRIPT", "STORAGE", "Header", "write_snapshot"]
@@ -101,6 +102,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
         if issubclass(kind, self._program):
             return PROGRAM, self._number_of_saved(obj, "torch.export")
         return None
+
+    def reducer_override(self, obj: object) -> Any:
+        """Return how an object is pickled of a kind that cannot pickle itself; as cloudpickle does it for all else."""
+        original = original_class(type(obj))
+        return super().reducer_override(obj) if original is None else reduce_parametrized(obj, original)
 
     def _number_of_storage(self, storage: Any) -> int:
         if storage._cdata in self._numbers:
