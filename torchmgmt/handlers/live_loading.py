@@ -123,10 +123,13 @@ def _load_weights(file: Path, model_class: Callable[[], Any]) -> nn.Module:
             return read_safetensors(str(file), _CPU)
         return read_state_dict(str(file), map_location="cpu", weights_only=True, is_sealed=False)
 
-    module = make_and_load(lambda: model_class, read)  # type: ignore[arg-type, return-value]
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"model_class made an object of type {type(module).__qualname__}, not a torch.nn.Module")
-    return module.eval()
+    def make() -> nn.Module:
+        module = model_class()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model_class made an object of type {type(module).__qualname__}, not a torch.nn.Module")
+        return module
+
+    return make_and_load(lambda: make, read).eval()
 
 
 def _load_file(file: Path) -> Any:
