@@ -295,7 +295,7 @@ def test_a_model_file_that_cannot_be_used_says_what_is_missing(manager: ModelMan
     weights(file, nn.Linear(3, 2))
     with pytest.raises(WorkerStartFailed, match="register it with model_class="):
         manager.register(file, model_name="m")
-    with pytest.raises(WorkerStartFailed, match="made an object of type int, not a torch.nn.Module"):
+    with pytest.raises(WorkerStartFailed, match="made an object of type int, not"):
         manager.register(file, model_name="m", model_class=lambda: 5)
     with pytest.raises(InvalidArgument, match="model_class is 5"):
         manager.register(file, model_name="m", model_class=5)
