@@ -11,13 +11,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from attrs import Attribute, define, field, frozen
 from attrs.validators import optional
 
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
+
+if TYPE_CHECKING:
+    from torchmgmt.live import LiveObject
 
 __all__ = [
     "BACKENDS",
@@ -277,6 +280,8 @@ class ModelSpec:
         default=600, validator=number("template_idle_timeout", 0, "seconds", whole=False)
     )
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
+    live: LiveObject | None = None
+    """What was registered in place of an archive, if it was no archive."""
 
 
 @frozen

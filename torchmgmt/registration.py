@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
@@ -20,6 +21,7 @@ from attrs.validators import optional
 from torchmgmt.archive import DownloadLimits, Installing, ModelFolder, ModelSources
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
+from torchmgmt.live import HANDLER, MODEL_FILES, Batching, live_file, live_object
 from torchmgmt.records import (
     ModelKey,
     ModelSpec,
@@ -34,7 +36,7 @@ from torchmgmt.records import (
 )
 from torchmgmt.settings import Settings
 
-__all__ = ["Wishes", "key_of", "scale_of", "sources_of", "spec_of"]
+__all__ = ["Wishes", "key_of", "open_source", "scale_of", "shown", "sources_of", "spec_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,11 @@ def _runtime(_instance: object, _attribute: Attribute[Any], value: object) -> No
         raise InvalidArgument("runtime", value, "python, python3 or LSP, in any case")
 
 
+def _batching(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+    if value not in {each.value for each in Batching}:
+        raise InvalidArgument("batching", value, "stack or list")
+
+
 @frozen(kw_only=True)
 class Wishes:
     """The arguments of ``ModelManager.register`` beside the url; None is what the call leaves open."""
@@ -101,6 +108,8 @@ class Wishes:
     template_idle_timeout: float | None = field(
         default=None, validator=optional(number("template_idle_timeout", 0, "seconds", whole=False))
     )
+    batching: str | None = field(default=None, validator=optional(_batching))
+    model_class: object = None
     synchronous: bool = field(default=True, validator=truth("synchronous"))
     default_workers: int = field(default=1, validator=number("default_workers", 0))
     trusted: bool = field(default=True, validator=truth("trusted"))
@@ -131,6 +140,58 @@ def sources_of(model_store: str | os.PathLike[str] | None, settings: Settings, l
     )
 
 
+def open_source(sources: ModelSources, url: object, wishes: Wishes) -> ModelFolder:
+    """Return the folder of an archive, or a live object, or a model file, with the folder that it is to be run in.
+
+    The caller releases it. Blocks and raises as :meth:`ModelSources.open` does; raises InvalidArgument, too, for a live
+    object that is none, or arguments that do not go with it.
+    """
+    if wishes.trusted and not isinstance(url, (str, bytes, os.PathLike)):
+        live = live_object(url, wishes.batching)
+        _check_goes_with_live(wishes)
+        if wishes.model_class is not None:
+            raise InvalidArgument(
+                "model_class", wishes.model_class, "None, unless the path of a file of weights is given"
+            )
+        return ModelFolder(Path.cwd(), live.shown, manifest=None, config={}, digest=None, live=live)
+    place = cast("str | os.PathLike[str]", url)  # what is neither is refused by who opens it
+    file = sources.find(place) if wishes.trusted and _names_model_file(url) else None
+    if file is None or file.is_dir():
+        _check_is_for_live(wishes)
+        return sources.open(place, trusted=wishes.trusted, may_fetch=wishes.may_fetch)
+    _check_goes_with_live(wishes)
+    live = live_file(file, wishes.model_class, wishes.batching)
+    return ModelFolder(file.parent, os.fspath(place), manifest=None, config={}, digest=None, live=live)
+
+
+def shown(url: object) -> str:
+    """Return how a source is called; a live object tells nothing of itself that could not be something else tomorrow."""
+    return str(url) if isinstance(url, (str, os.PathLike)) else "a live object"
+
+
+def _names_model_file(url: object) -> bool:
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    return isinstance(text, str) and Path(text).suffix.lower() in MODEL_FILES
+
+
+def _check_goes_with_live(wishes: Wishes) -> None:
+    """Raise InvalidArgument for what an archive has and a live object has not, or the other way round."""
+    if wishes.model_name is None:
+        raise InvalidArgument("model_name", None, "given: a live object or model file has no manifest that names it")
+    if wishes.handler is not None:
+        raise InvalidArgument("handler", wishes.handler, "None: a live object or model file needs none")
+
+
+def _check_is_for_live(wishes: Wishes) -> None:
+    """Raise InvalidArgument for what an archive cannot be given."""
+    for name in ("batching", "model_class"):
+        if (given := getattr(wishes, name)) is not None:
+            suffixes = ", ".join(sorted(MODEL_FILES))
+            raise InvalidArgument(
+                name, given, f"None for an archive: it is for live objects and model files ({suffixes})"
+            )
+
+
 def key_of(folder: ModelFolder, wishes: Wishes) -> ModelKey:
     """Return the name and version to register; raise InvalidArchive if nobody names the model."""
     manifest = folder.manifest
@@ -150,7 +211,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
     key, manifest = key_of(folder, wishes), folder.manifest
     _warn_of_unknown(key, settings)
     config = {**_parameters(key, settings), **folder.config}
-    handler = wishes.handler or (manifest.handler if manifest else None)
+    handler = HANDLER if folder.live else wishes.handler or (manifest.handler if manifest else None)
     if handler is None:
         raise InvalidArchive(folder.url, "it names no handler; give handler=...")
 
@@ -190,6 +251,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             template_idle_timeout_s=value("template_idle_timeout", settings.template_idle_timeout),
             is_sealed=folder.is_sealed,
             loaded_at_startup=wishes.loaded_at_startup,
+            live=folder.live,
         )
 
 

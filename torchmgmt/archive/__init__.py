@@ -32,6 +32,7 @@ from torchmgmt.records import check_number, check_pattern, without_matching
 if TYPE_CHECKING:
     from torchmgmt.archive.environments import Environments
     from torchmgmt.archive.packing import inspect, pack, verify
+    from torchmgmt.live import LiveObject
 
 __all__ = [
     "DownloadLimits",
@@ -95,6 +96,8 @@ class ModelFolder:
     packages: Path | None = None
     """Where the packages are that it asks for and this program does not have; None: nowhere."""
     _leases: Sequence[Lease] = field(default=(), repr=False)
+    live: LiveObject | None = None
+    """What is registered in place of an archive; released with the folder, which is the working directory alone."""
 
     @property
     def is_sealed(self) -> bool:
@@ -107,6 +110,8 @@ class ModelFolder:
         """
         for lease in self._leases:
             lease.release()
+        if self.live is not None:
+            self.live.release()
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -178,6 +183,15 @@ class ModelSources:
     def model_store(self) -> Path | None:
         """The folder in which bare names are looked up, absolute."""
         return self._model_store
+
+    def find(self, url: str | os.PathLike[str]) -> Path | None:
+        """Return the file or folder on this machine that ``url`` stands for; None if it must be fetched.
+
+        For the library's own callers. Raises as :meth:`open` does for what cannot be found. Looks at the file system; any
+        thread.
+        """
+        source = Source.parse(url)
+        return None if source.is_remote else resolve(source, model_store=self._model_store)
 
     def open(self, url: str | os.PathLike[str], *, trusted: bool = True, may_fetch: bool = False) -> ModelFolder:
         """Return the model's folder, unpacked if it is an archive; the caller releases it.

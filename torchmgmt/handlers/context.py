@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchmgmt.handlers.metrics import Metrics
 from torchmgmt.handlers.recorder import Recorder
 from torchmgmt.records import ModelSpec, ResponseProperties
+
+if TYPE_CHECKING:
+    from torchmgmt.live import LiveObject
 
 __all__ = ["Context", "RequestProcessor", "StreamingNotPossible"]
 
@@ -105,6 +108,8 @@ class Context:
         self.request_ids: dict[int, str] = {}
         self.request_processor: list[RequestProcessor] = []
         self.stopping_criteria: Any = None
+        self.live: LiveObject | None = None
+        """What was registered in place of an archive, if it was no archive."""
         self.send_partial: Callable[[Sequence[Any]], None] | None = None
         """Sends a part of the answer to each request of the batch; None where whole answers are wanted."""
         self.header_key_sequence_id = os.environ.get("TS_REQUEST_SEQUENCE_ID", "ts_request_sequence_id")
@@ -125,7 +130,7 @@ class Context:
     @classmethod
     def for_model(cls, spec: ModelSpec) -> Context:
         """Make the context of a worker that serves ``spec``."""
-        return cls(
+        context = cls(
             spec.key.name,
             spec.model_dir,
             spec.manifest,
@@ -136,6 +141,8 @@ class Context:
             weights_only=spec.weights_only,
             is_sealed=spec.is_sealed,
         )
+        context.live = spec.live
+        return context
 
     @property
     def system_properties(self) -> dict[str, Any]:

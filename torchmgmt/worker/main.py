@@ -78,8 +78,8 @@ class WorkerProcess:
 
     Args:
         job: what to load, and how many threads to use.
-        fds: the socket to the embedding process, where stdout and stderr go, and the page of shared memory in which it
-            writes the number of the batch that it begins.
+        fds: the socket to the embedding process, where stdout and stderr go, the page of shared memory in which it
+            writes the number of the batch that it begins, and a live object that was written down.
         root_pidfd: the embedding process; -1 where there are no pidfds.
         environment: variables that the torch-only process needed otherwise than the program had them.
         loaded: the model, if it was forked from a template; None: it loads the model itself.
@@ -94,7 +94,9 @@ class WorkerProcess:
         loaded: Loaded | None = None,
     ) -> None:
         self._job = job
-        self._channel_fd, self._output_fd, self._page_fd = fds
+        self._channel_fd, self._output_fd, self._page_fd, *snapshot = fds
+        if job.spec.live is not None:
+            job.spec.live.attach(tuple(snapshot))
         self._root_pidfd = root_pidfd
         self._environment = environment
         self._loaded = loaded
@@ -146,6 +148,8 @@ class WorkerProcess:
         if self._loaded is None:
             torch.set_num_threads(threads)
             return load_model(self._job.spec, threads)
+        if self._job.spec.live is not None:
+            self._job.spec.live.release()  # the template has loaded it
         _prove_threads(self._loaded.threads or threads)
         return self._loaded.handler
 

@@ -34,7 +34,7 @@ class TemplateProcess:
 
     Args:
         job: what it is the template of.
-        fds: the socket to the embedding process, and where stdout and stderr go.
+        fds: the socket to the embedding process, where stdout and stderr go, and a live object that was written down.
         root_pidfd: the embedding process; -1 where there are no pidfds.
         environment: variables that the torch-only process needed otherwise than the program had them. They stay as they
             are while the model is loaded: what makes more than one thread makes a template unfit.
@@ -44,7 +44,9 @@ class TemplateProcess:
         self, job: TemplateJob, fds: Sequence[int], root_pidfd: int, environment: Mapping[str, str | None]
     ) -> None:
         self._spec = job.spec
-        self._channel_fd, self._output_fd = fds
+        self._channel_fd, self._output_fd, *snapshot = fds
+        if self._spec.live is not None:
+            self._spec.live.attach(tuple(snapshot))
         self._root_pidfd = root_pidfd
         self._environment = environment
         self._parent_pid = os.getpid()  # it is made before the fork
