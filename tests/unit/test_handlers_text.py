@@ -145,7 +145,7 @@ def test_without_unk_unknown_tokens_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_manifest_may_name_the_vocabulary(tmp_path: Path) -> None:
-    """As torch-model-archiver --source-vocab writes it."""
+    """As archives have it whose manifest was written by hand or by older tools."""
     classifier(tmp_path)
     (tmp_path / "source_vocab.pt").rename(tmp_path / "words.bin")
     handler = TextClassifier()
@@ -179,7 +179,7 @@ def test_a_vocabulary_that_is_none_is_refused(tmp_path: Path, vocabulary: Any) -
 
 def test_without_vocabulary_and_tokenizer_loading_fails(tmp_path: Path) -> None:
     """With the ways to give one."""
-    with pytest.raises(ValueError, match=r"--source-vocab.*tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"source_vocab\.pt among the extra files.*tokenizer\.json"):
         initialised(TextClassifier, tmp_path, BAG)
 
 

@@ -13,6 +13,7 @@ from torchmgmt.handlers.inputs import read_each
 from torchmgmt.handlers.outputs import labelled, main_tensor
 from torchmgmt.handlers.text_handler import TextHandler
 from torchmgmt.handlers.texts import ngrams
+from torchmgmt.handlers.timing import timed
 
 __all__ = ["TextClassifier"]
 
@@ -43,6 +44,7 @@ class TextClassifier(TextHandler):
             names = getattr(getattr(self.model, "config", None), "id2label", None) or {}
             self.mapping = {str(number): name for number, name in names.items()} or None
 
+    @timed
     def preprocess(self, data: Sequence[Any]) -> Any:
         """Return the tokens of the batch: ``(numbers, offsets)``, or a mapping from a tokenizer of transformers.
 
@@ -60,6 +62,7 @@ class TextClassifier(TextHandler):
             torch.tensor(starts, dtype=torch.int64, device=self.device),
         )
 
+    @timed
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the batch."""
         with torch.inference_mode():
@@ -67,6 +70,7 @@ class TextClassifier(TextHandler):
                 return self.model(*args, **data, **kwargs)
             return self.model(*data, *args, **kwargs)
 
+    @timed
     def postprocess(self, data: Any) -> list[Any]:
         """Make an answer for each text of the model's output.
 

@@ -62,8 +62,8 @@ class TextHandler(BaseHandler):
             )
         else:
             raise ValueError(
-                f"{type(self).__name__} needs the vocabulary of its model (torch-model-archiver --source-vocab, or"
-                f" source_vocab.pt among the extra files) or a tokenizer of transformers ({' or '.join(_TOKENIZER_FILES)});"
+                f"{type(self).__name__} needs the vocabulary of its model (source_vocab.pt among the extra files, or"
+                f" what sourceVocab in the manifest names) or a tokenizer of transformers ({' or '.join(_TOKENIZER_FILES)});"
                 " the archive has neither"
             )
 

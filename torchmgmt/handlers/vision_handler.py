@@ -13,6 +13,7 @@ from torchmgmt.handlers.images import MAX_PIXELS, ImagePreset, allow_pixels, rea
 from torchmgmt.handlers.inputs import decode_base64, numbers_of, payload_of, read_each, stacked
 from torchmgmt.handlers.optional import needed
 from torchmgmt.handlers.options import Options
+from torchmgmt.handlers.timing import timed
 
 __all__ = ["VisionHandler"]
 
@@ -49,6 +50,7 @@ class VisionHandler(BaseHandler):
         if isinstance(self.image_processing, ImagePreset):
             self.image_processing = self.image_processing.changed(self.options)
 
+    @timed
     def preprocess(self, data: Sequence[Any]) -> Any:
         """Return a tensor [batch, channels, height, width]; a list of tensors where they differ in shape.
 
@@ -57,6 +59,7 @@ class VisionHandler(BaseHandler):
         """
         return stacked(read_each(data, self._tensor_of), self.device)
 
+    @timed
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model; on a list, on each by itself: what the others of its batch sent changes nobody's answer."""
         run = super().inference

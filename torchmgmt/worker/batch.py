@@ -21,7 +21,10 @@ __all__ = ["RequestHead", "attempt", "fault_of", "own_buffers", "run_batch"]
 _DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
 """Where it stands since torch 2.5, and where it stood before."""
 _OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
-
+# A GPU that is nearly full fails in many ways that are called only this; TorchServe answers all of them alike, too.
+_CUDA_ERROR = "CUDA error"
+# Not all ways to write them: it is asked of each request, and a client's library writes names in one of these.
+_ASKING = frozenset(form for name in ("explain", "describe") for form in (name, name.title(), name.upper()))
 
 RequestHead: TypeAlias = tuple[str, Mapping[str, str] | None, int, float | None]
 """Of one request: its id, its headers, the number of its segments, and when nobody waits for it any more (monotonic, s)."""
@@ -38,11 +41,40 @@ def run_batch(
     A batch that raised is run again without the requests that the error names; if it names none and the handler isolates
     errors, request by request. Nothing is run again that is past its deadline, or that could take longer than
     ``handler.limit_s`` with all that was run before.
+
+    A request whose headers ask for an explanation or a description is run alone: a handler looks at the first one's only, and
+    answers the whole batch so.
     """
     began = time.monotonic()
+    asking = _asking(requests)
+    if not asking or len(requests) == 1:
+        return _run_together(handler, requests, segments, began)
+    others = [position for position in range(len(requests)) if position not in asking]
+    parts = _parts(requests, segments)
+    outcomes: dict[int, Outcome] = {}
+    # The others last: they may be run again, in what time is left.
+    for positions in [*([position] for position in asking), others]:
+        own = [segment for position in positions for segment in parts[position]]
+        ended = _run_together(handler, [requests[position] for position in positions], own, began) if positions else ()
+        outcomes.update(zip(positions, ended, strict=True))
+    return [outcomes[position] for position in range(len(requests))]
+
+
+def _asking(requests: Sequence[RequestHead]) -> Collection[int]:
+    """Return the positions of the requests that ask for something else than a prediction."""
+    return [
+        position for position, (_, headers, *_) in enumerate(requests) if headers and not _ASKING.isdisjoint(headers)
+    ]
+
+
+def _run_together(
+    handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer], began: float
+) -> list[Outcome]:
+    started = time.monotonic()
     end = _run(handler, requests, segments)
     if isinstance(end, _Failure):
-        end = _Repetition(handler, requests, segments, began, end).outcomes()
+        lasted_s = time.monotonic() - started
+        end = _Repetition(handler, requests, segments, (began, lasted_s), end).outcomes()
     return end
 
 
@@ -163,7 +195,7 @@ class _Repetition:
 
     Args:
         handler, requests, segments: what raised.
-        began: when it began, on the monotonic clock.
+        times: when the worker began with the batch, on the monotonic clock, and how long these ran, in s.
         failure: how it ended.
     """
 
@@ -172,16 +204,16 @@ class _Repetition:
         handler: Handler,
         requests: Sequence[RequestHead],
         segments: Sequence[Buffer],
-        began: float,
+        times: tuple[float, float],
         failure: _Failure,
     ) -> None:
         self._handler = handler
         self._requests = requests
         self._parts = _parts(requests, segments)
-        self._began = began
+        self._began, lasted_s = times
         self._failure = failure
         self._outcomes = list(failure.outcomes)
-        self._longest_s = (time.monotonic() - began) / len(requests)
+        self._longest_s = lasted_s / len(requests)
 
     def outcomes(self) -> list[Outcome]:
         """Run again what may be, and return an outcome for each request."""
@@ -249,12 +281,13 @@ def fault_of(error: BaseException) -> WorkerFault:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     code = _attribute(error, "error_code")
+    text = _text_of(error)
     return WorkerFault(
         error_type=name,
-        reason=f"{name}: {_text_of(error)}",
+        reason=f"{name}: {text}",
         traceback=_traceback_of(error),
         error_code=code if isinstance(code, int) else None,
-        out_of_memory=isinstance(error, _OUT_OF_MEMORY),
+        out_of_memory=isinstance(error, _OUT_OF_MEMORY) or (isinstance(error, RuntimeError) and _CUDA_ERROR in text),
     )
 
 
