@@ -113,11 +113,40 @@ class Micro(BaseHandler):
     def postprocess(self, data):
         return [self.words[number] for number, part in data if part is not None]
 """
+CLASS_OF_MODEL = """
+from net import Words
+from ts.torch_handler.base_handler import BaseHandler
+
+class Finder(BaseHandler):
+    '''A model file that the handler imports, too, and what is set beside the answers.'''
+
+    def initialize(self, context):
+        super().initialize(context)
+        assert type(self.model) is Words and self.model_yaml_config["handler"]["profile"]
+
+    def preprocess(self, data):
+        return [int(row["body"]) for row in data]
+
+    def inference(self, data, *args, **kwargs):
+        return [self.model(number) for number in data]
+
+    def postprocess(self, data):
+        for index in range(len(data)):
+            self.context.set_response_content_type(index, "text/plain")
+        return data
+"""
+NET = """
+import torch
+
+class Words(torch.nn.Module):
+    def forward(self, number):
+        return ["zero", "one", "two"][number]
+"""
 CONFIG = (
     "handler:\n  prefix: ''\n  profile: true\nmicro_batching:\n  micro_batch_size: 1\n  parallelism: {inference: 2}\n"
 )
 FILES: Mapping[str, str | Path] = {"words.txt": "zero one two", "words.py": "WORDS = ['zero', 'one', 'two']\n"}
-STYLES = {"service": SERVICE, "class": ABC_CLASS, "function": FUNCTION, "micro": MICRO}
+STYLES = {"imported": CLASS_OF_MODEL, "service": SERVICE, "class": ABC_CLASS, "function": FUNCTION, "micro": MICRO}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +163,8 @@ def manager(packer: Packer, backend: ProcessBackend) -> Iterator[ModelManager]:
 @pytest.mark.parametrize("style", STYLES)
 def test_a_handler_of_each_style_answers_batches(manager: ModelManager, packer: Packer, style: str) -> None:
     """Each style finds its files, its configuration and its siblings; its model is shared by the workers' fork."""
-    archive = packer.pack(style, STYLES[style], None, config=CONFIG, files=FILES)
+    model_file = NET if style == "imported" else ""
+    archive = packer.pack(style, STYLES[style], None, model=model_file, config=CONFIG, files=FILES)
     handler = "handler:entry" if style == "function" else None
     model = manager.register(archive.name, handler=handler, initial_workers=2, batch_size=4, max_batch_delay=50)
     assert list(model.map([2, 0, 1, 2, 2])) == ["two", "zero", "one", "two", "two"]

@@ -87,7 +87,7 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
             self.map_location if self.map_location in {"cpu", "mps"} else f"{self.map_location}:{gpu}"
         )
         folder = Path(properties["model_dir"])
-        self.model = self._settled(self._load(folder, self.manifest.get("model", {})))
+        self.model = self._settled(self._load_by_manifest(folder, self.manifest.get("model", {})))
         self.model = compiled(self.model, self.model_yaml_config.get("pt2"))
         self.mapping = load_label_mapping(folder / "index_to_name.json")
         self.initialized = True
@@ -171,7 +171,7 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
     def _is_describe(self) -> bool:
         return bool(self.context) and self.context.get_request_header(0, "describe") == "True"
 
-    def _load(self, folder: Path, model: Mapping[str, Any]) -> Any:
+    def _load_by_manifest(self, folder: Path, model: Mapping[str, Any]) -> Any:
         serialized, model_file = model.get("serializedFile"), model.get("modelFile")
         path = self.model_pt_path = str(folder / serialized) if serialized else None
         if model_file:
@@ -291,6 +291,9 @@ def _import_file(file: Path, prefix: str = "") -> ModuleType:
     if not file.is_file():
         raise RuntimeError(f"the manifest names the modelFile {file.name}, but the archive does not hold it")
     name = prefix + file.stem  # workers that are threads share their modules with the whole program
+    known = sys.modules.get(name)
+    if known is not None and getattr(known, "__file__", None) == str(file):
+        return known  # the handler has imported it, and its model shall be of the class that the handler knows
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"the modelFile {file.name} is not a Python file")

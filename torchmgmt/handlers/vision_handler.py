@@ -29,13 +29,13 @@ class VisionHandler(BaseHandler):
     """
 
     image_processing: Any = ImagePreset()
+    _ig: Any = None
 
     def __init__(self) -> None:
         super().__init__()
         self.options = Options({})
         self.max_image_pixels: int | None = MAX_PIXELS
         self._upright = False
-        self._ig: Any = None
 
     def initialize(self, context: Any) -> None:
         """Load the model and read the options. Raises whatever loading raises, and ValueError for a wrong option."""
@@ -78,6 +78,10 @@ class VisionHandler(BaseHandler):
         if self._ig is None:
             self._ig = needed("captum.attr", "captum", "explaining a prediction").IntegratedGradients(self.model)
         return self._ig
+
+    @ig.setter
+    def ig(self, ig: Any) -> None:
+        self._ig = ig
 
     def _tensor_of(self, row: Any) -> Tensor:
         value = payload_of(row, "image", "b64")
