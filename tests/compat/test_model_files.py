@@ -19,23 +19,6 @@ from torchmgmt.errors import HandlerFailed, WorkerStartFailed
 NET = model_files.NET
 # What stands in for a package that is not there, or for one that is.
 ABSENT = "raise ModuleNotFoundError('No module named ' + repr(__name__), name=__name__)\n"
-ONNXRUNTIME = """
-class SessionOptions:
-    intra_op_num_threads = 0
-
-class InferenceSession:
-    '''Multiplies by what the file says, as a session of one input and one output.'''
-
-    def __init__(self, path, providers, sess_options):
-        assert providers == ["CPUExecutionProvider"]
-        self.factor = float(open(path).read())
-
-    def get_inputs(self):
-        return [type("Input", (), {"name": "x"})]
-
-    def run(self, outputs, inputs):
-        return [inputs["x"] * self.factor]
-"""
 CAPTUM = """
 class IntegratedGradients:
     def __init__(self, model):
@@ -126,11 +109,11 @@ class Handler(BaseHandler):
     assert served.describe().sharing.is_shared
 
 
-def test_a_model_of_onnx_runs_where_onnxruntime_is(packer: Packer, manager: ModelManager, tmp_path: Path) -> None:
+def test_a_model_of_onnx_runs_where_onnxruntime_is(files: Path, packer: Packer, manager: ModelManager) -> None:
     """Its session takes the batch as its first input and gives the answers as its first output."""
-    (tmp_path / "model.onnx").write_text("3")
-    archive = packer.pack("o", "base_handler", tmp_path / "model.onnx", files={"onnxruntime.py": ONNXRUNTIME})
-    assert manager.register(archive).predict([1.0, 2.0]) == [3.0, 6.0]
+    archive = packer.pack("o", "base_handler", files / "model.onnx")
+    served = manager.register(archive, initial_workers=2, batch_size=4, max_batch_delay=50)
+    assert list(served.map([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])) == [[3.0, 6.0], [9.0, 12.0], [15.0, 18.0]]
 
 
 @pytest.mark.parametrize(
