@@ -114,6 +114,8 @@ def test_a_model_of_onnx_runs_where_onnxruntime_is(files: Path, packer: Packer, 
     archive = packer.pack("o", "base_handler", files / "model.onnx")
     served = manager.register(archive, initial_workers=2, batch_size=4, max_batch_delay=50)
     assert list(served.map([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])) == [[3.0, 6.0], [9.0, 12.0], [15.0, 18.0]]
+    with pytest.raises(HandlerFailed, match="gives no gradients"):
+        served.predict([1.0, 2.0], headers={"explain": "True"})
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,9 @@ def test_a_prediction_is_explained_with_captum(
     served = manager.register(with_it)
     assert served.predict(fields=row, headers={"Explain": "True"}) == [301.0, 601.0]
     assert served.predict(fields=row) == [3.0, 6.0]
+    for sent in ({"target": bytearray(b"2")}, {"target": "2"}):
+        assert served.predict(fields={"data": [1.0, 2.0]} | sent, headers={"explain": "True"}) == [302.0, 602.0]
+    assert served.predict(fields={"data": [1.0, 2.0]}, headers={"explain": "True"}) == [300.0, 600.0]
     without = packer.pack("without", "base_handler", files / "script.pt", files={"captum.py": ABSENT})
     with pytest.raises(HandlerFailed, match="explaining a prediction needs captum"):
         manager.register(without).predict(fields=row, headers={"explain": "True"})

@@ -152,6 +152,8 @@ def test_a_text_is_explained_by_what_each_word_adds(tmp_path: Path) -> None:
 
     wanted = [share(1, 2, 3) - share(*left) for left in ((2, 3), (1, 3), (1, 2))]
     assert insight["importances"] == pytest.approx(wanted, abs=1e-5)
+    handler.context.begin_batch(["0"], [{"explain": "True"}])
+    assert handler.handle([{"body": {"text": "film was good", "target": 2}}], handler.context) == [insight]
     for wrong in (3, -1, "Business", None):
         with pytest.raises(InputRefused, match="target must be the number of a class, from 0 to 2"):
             handler.get_insights(handler.preprocess([{"body": "film"}]), None, wrong)

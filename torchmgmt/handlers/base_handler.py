@@ -122,18 +122,22 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
         return answer_batch(self, data, context, lambda rows: self.postprocess(self.inference(self.preprocess(rows))))
 
     def explain_handle(self, data_preprocess: Any, raw_data: Any) -> Any:
-        """Explain the answers to a batch: :meth:`get_insights` for the class that the first row names as its ``target``."""
-        row, inputs, target = raw_data[0], None, 0
-        if isinstance(row, dict):
-            inputs, target = _body(row), row.get("target") or 0
-        return self.get_insights(data_preprocess, inputs, target)
+        """Explain the answers to a batch: :meth:`get_insights` for the class that the first row, or its JSON, has as ``target``."""
+        row = raw_data[0]
+        inputs = _body(row) if isinstance(row, dict) else None
+        return self.get_insights(data_preprocess, inputs, _target_of(row, inputs))
 
     def get_insights(self, tensor_data: Any, _: Any, target: Any = 0) -> Any:
         """Return how much each number of the input adds to the output ``target``; a subclass overrides it.
 
         Raises:
             ImportError: captum is not installed.
+            TypeError: the model gives no gradients.
         """
+        if not callable(self.model):
+            raise TypeError(
+                "a session of ONNX Runtime gives no gradients to explain a prediction by; override get_insights"
+            )
         captum = needed("captum.attr", "captum", "explaining a prediction")
         insights = captum.IntegratedGradients(self.model).attribute(tensor_data, target=target, n_steps=_INSIGHT_STEPS)
         return insights.tolist()
@@ -285,6 +289,14 @@ def _body(row: Any) -> Any:
     if not isinstance(row, dict):
         return row
     return row["data"] if "data" in row else row.get("body")
+
+
+def _target_of(*sent: Any) -> Any:
+    """Return the first ``target`` of the dictionaries in ``sent``, 0 if there is none; forms send numbers as text."""
+    target = next((each["target"] for each in sent if isinstance(each, dict) and each.get("target")), 0)
+    if isinstance(target, (bytes, bytearray)):
+        target = target.decode("utf-8", "replace")
+    return int(target) if isinstance(target, str) and target.isdecimal() else target
 
 
 def _import_file(file: Path, prefix: str = "") -> ModuleType:
