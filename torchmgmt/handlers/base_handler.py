@@ -304,8 +304,9 @@ def _import_file(file: Path, prefix: str = "") -> ModuleType:
         raise RuntimeError(f"the manifest names the modelFile {file.name}, but the archive does not hold it")
     name = prefix + file.stem  # workers that are threads share their modules with the whole program
     known = sys.modules.get(name)
-    if known is not None and getattr(known, "__file__", None) == str(file):
-        return known  # the handler has imported it, and its model shall be of the class that the handler knows
+    # A handler that has imported it knows its class, and the model shall be of that. Threads may see it half imported.
+    if not prefix and known is not None and getattr(known, "__file__", None) == str(file):
+        return known
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"the modelFile {file.name} is not a Python file")

@@ -112,11 +112,8 @@ class TextClassifier(TextHandler):
             starts = torch.arange(count, device=self.device) * length
             return self._share((numbers[kept.to(self.device)].flatten(), starts), target)
 
-        names = (
-            {number: token for token, number in self.source_vocab.items()}
-            if isinstance(self.source_vocab, Mapping)
-            else {}
-        )
+        vocabulary = self.source_vocab if isinstance(self.source_vocab, Mapping) else {}
+        names = {number: token for token, number in vocabulary.items()}
         words = [str(names.get(number, number)) for number in numbers.tolist()]
         return {"words": words, "importances": ablated(score, len(words), range(len(words)))}
 
@@ -129,8 +126,8 @@ class TextClassifier(TextHandler):
             return self._share({name: tensor[kept.to(self.device)] for name, tensor in own.items()}, target)
 
         tokenizer: Any = self.tokenizer
-        numbers = own["input_ids"].tolist()
-        places = [place for place, number in enumerate(numbers) if number not in tokenizer.all_special_ids]
+        numbers, special = own["input_ids"].tolist(), frozenset(tokenizer.all_special_ids)
+        places = [place for place, number in enumerate(numbers) if number not in special]
         words = self.get_word_token(tokenizer.convert_ids_to_tokens([numbers[place] for place in places]))
         return {"words": words, "importances": ablated(score, len(numbers), places)}
 
