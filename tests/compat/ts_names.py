@@ -132,7 +132,21 @@ NAMES: dict[str, dict[str, list[str] | None]] = {
     "ts.protocol.otf_message_handler": {
         "send_intermediate_predict_response": ["ret", "req_id_map", "message", "code", "context"]
     },
-    "ts.service": {"emit_metrics": ["metrics"], "PREDICTION_METRIC": None},
+    "ts.service": {
+        "emit_metrics": ["metrics"],
+        "PREDICTION_METRIC": None,
+        "Service": [
+            "model_name",
+            "model_dir",
+            "manifest",
+            "entry_point",
+            "gpu",
+            "batch_size",
+            "limit_max_image_pixels",
+            "metrics_cache",
+        ],
+        "Service._entry_point": None,
+    },
     "ts.torch_handler.base_handler": {
         "BaseHandler": [],
         "BaseHandler.initialize": ["context"],

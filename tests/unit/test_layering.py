@@ -14,7 +14,7 @@ PACKAGE = "torchmgmt"
 
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
-    1: frozenset({"errors", "lifecycle", "records", "exchange", "events", "forks"}),
+    1: frozenset({"errors", "lifecycle", "records", "exchange", "events", "forks", "redaction"}),
     2: frozenset(
         {
             "settings",
@@ -76,7 +76,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "events", "exchange", "records", "settings"})
+PUBLIC = frozenset({FACE, "errors", "events", "exchange", "records", "redaction", "settings"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})

@@ -17,15 +17,11 @@ from torchmgmt.records import ModelSpec, ResponseProperties
 if TYPE_CHECKING:
     from torchmgmt.live import LiveObject
 
-__all__ = ["Context", "RequestProcessor", "StreamingNotPossible"]
+__all__ = ["Context", "RequestProcessor"]
 
 SERVER_NAME = "torchmgmt"
 # What TorchServe hands to image handlers unless configured otherwise: Pillow's own bound on decompression bombs.
 _LIMIT_IMAGE_PIXELS = True
-
-
-class StreamingNotPossible(RuntimeError):
-    """A handler sends a part of an answer to somebody who takes whole answers only."""
 
 
 class RequestProcessor:
@@ -110,8 +106,8 @@ class Context:
         self.stopping_criteria: Any = None
         self.live: LiveObject | None = None
         """What was registered in place of an archive, if it was no archive."""
-        self.send_partial: Callable[[Sequence[Any]], None] | None = None
-        """Sends a part of the answer to each request of the batch; None where whole answers are wanted."""
+        self.send_partial: Callable[[Sequence[Any]], None] = _drop
+        """Sends a part of the answer to each request of the batch."""
         self.header_key_sequence_id = os.environ.get("TS_REQUEST_SEQUENCE_ID", "ts_request_sequence_id")
         self.header_key_sequence_start = os.environ.get("TS_REQUEST_SEQUENCE_START", "ts_request_sequence_start")
         self.header_key_sequence_end = os.environ.get("TS_REQUEST_SEQUENCE_END", "ts_request_sequence_end")
@@ -174,14 +170,11 @@ class Context:
     def send_intermediate(self, answers: Sequence[Any]) -> None:
         """Send a part of the answer to each request of the batch, before the rest is known.
 
+        Who takes an answer whole gets all parts together; outside a worker, as in people's unit tests, nobody gets them.
+
         Raises:
-            StreamingNotPossible: the answers go to somebody who takes them whole.
+            ValueError: ``answers`` has not as many parts as there are requests.
         """
-        if self.send_partial is None:
-            raise StreamingNotPossible(
-                "the handler sends an answer in parts, but this one is taken whole, as every answer in this version of"
-                " torchmgmt is: collect the parts, and return them together"
-            )
         self.send_partial(answers)
 
     def get_request_id(self, idx: int = 0) -> str | None:
@@ -233,6 +226,10 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of {self.model_name}: {len(self.request_ids)} requests>"
+
+
+def _drop(_parts: Sequence[Any]) -> None:
+    """Take parts that nobody waits for."""
 
 
 def _found(headers: Mapping[str, str], key: str) -> str | None:
