@@ -49,7 +49,7 @@ from torchmgmt.records import (
     check_number,
     check_truth,
 )
-from torchmgmt.registration import Wishes, is_default_version, scale_of, sources_of, spec_of
+from torchmgmt.registration import Wishes, is_default_version, open_source, scale_of, shown, sources_of, spec_of
 from torchmgmt.registry import Registry
 from torchmgmt.request import new_request
 from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore, in_parallel, stored_of, wishes_of
@@ -119,7 +119,7 @@ class ModelManager:
         self.settings = Settings() if settings is None else settings
         self._announcer = Announcer(check_listeners(listeners))
         self._sources = sources_of(model_store, self.settings, self._announcer.tell)
-        self._backend: Backend = ProcessBackend() if backend is None else backend
+        self._backend: Backend = ProcessBackend(self.settings.blacklist_env_vars) if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
@@ -203,11 +203,13 @@ class ModelManager:
 
     def register(
         self,
-        url: str | os.PathLike[str],
+        url: object,
         *,
         model_name: str | None = None,
         version: str | None = None,
         handler: str | None = None,
+        model_class: object = None,
+        batching: str | None = None,
         runtime: str | None = None,
         batch_size: int | None = None,
         max_batch_delay: int | None = None,
@@ -239,10 +241,15 @@ class ModelManager:
         Args:
             url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path, or
                 a URL, ``file://`` or ``http(s)://``, or with the extra ``remote`` ``s3://`` and the like. ``#sha256=``
-                and its digest after it: no other archive will do.
-            model_name: the name, without ``/``; default: the manifest's.
+                and its digest after it: no other archive will do. Or a live object, as it is now: a ``torch.nn.Module``,
+                a function, an exported program, a handler or a class of handlers; or a model file (``.pt``, ``.pth``,
+                ``.pt2``, ``.safetensors``). ``docs/live.md`` says what becomes of them.
+            model_name: the name, without ``/``; default: the manifest's. Live objects and model files need one.
             version: the version, without ``/``; default: the manifest's, else "1.0".
             handler: ``module``, ``module.py``, ``module:function``, or a shipped handler; default: the manifest's.
+            model_class: what makes the module that the weights in a model file belong to: a class, or another callable.
+            batching: what a module or function is called with: "stack" (default for modules): the tensors of the requests,
+                stacked along a new dimension 0; "list" (default for functions): the list of what the requests brought.
             runtime: python, python3 or LSP, in any case; default: the manifest's.
             batch_size: the most requests in a batch, at least 1; default 1.
             max_batch_delay: the longest that a request waits for others, in ms, at least 0; default 100.
@@ -289,6 +296,8 @@ class ModelManager:
             model_name=model_name,
             version=version,
             handler=handler,
+            model_class=model_class,
+            batching=batching,
             runtime=runtime,
             batch_size=batch_size,
             max_batch_delay=max_batch_delay,
@@ -726,19 +735,21 @@ class ModelManager:
             return False
         return True
 
-    def _register(self, url: str | os.PathLike[str], wishes: Wishes, stored: StoredVersion | None = None) -> ModelKey:
+    def _register(self, url: object, wishes: Wishes, stored: StoredVersion | None = None) -> ModelKey:
         """Register a version, as ``stored`` if it was before; remember what failed if it was to be there from the start."""
         self._warm_for(wishes)
         spec: ModelSpec | None = None
         try:
             with contextlib.ExitStack() as undo:
-                folder = undo.enter_context(self._sources.open(url, trusted=wishes.trusted, may_fetch=wishes.may_fetch))
+                folder = undo.enter_context(open_source(self._sources, url, wishes))
                 if stored is None:
                     stored = stored_of(folder, wishes, scale_of(folder, wishes, self.settings), self.model_store)
                 else:
                     folder = evolve(folder, url=stored.url)
                     check_is_same(folder, wishes, stored)
                 spec = spec_of(folder, wishes, self.settings)
+                if spec.live is not None:
+                    spec.live.prepare(spec.backend, isolates_errors=spec.isolate_errors)
                 served = self._add(spec, folder, stored.scale)
                 undo.pop_all()  # from here on the version owns the folder
             if wishes.synchronous:
@@ -747,10 +758,10 @@ class ModelManager:
             raise
         except Exception as error:
             if wishes.loaded_at_startup:
-                self._remember(str(url), error, spec, wishes)
+                self._remember(shown(url), error, spec, wishes)
             raise
         with self._lock:
-            self._failed_loads.settle(spec.key, str(url))
+            self._failed_loads.settle(spec.key, shown(url))
             is_default_again = self._keep_locked(served, evolve(stored, digest=folder.digest))
         self._record()
         if is_default_again:
@@ -818,6 +829,9 @@ class ModelManager:
         key = stored.key
         if not self._is_current_locked(served):
             return False  # somebody has unregistered it already
+        if served.spec.live is not None and not served.spec.live.is_restorable:
+            self._desired.remove(key)  # the program that made the object makes it again
+            return False
         was_wanted = self._desired.find(key) is not None
         self._desired.put(evolve(stored, scale=served.pool.wanted))
         for outdated in self._outdated_locked(stored):

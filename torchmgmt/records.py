@@ -6,11 +6,12 @@ parse; their source is TorchServe's Management API.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from attrs import Attribute, define, field, frozen
 from attrs.validators import optional
@@ -18,8 +19,12 @@ from attrs.validators import optional
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
 
+if TYPE_CHECKING:
+    from torchmgmt.live import LiveObject
+
 __all__ = [
     "BACKENDS",
+    "ENVELOPES",
     "EXPIRED",
     "NUMBER_BYTES",
     "AnswerHead",
@@ -45,13 +50,18 @@ __all__ = [
     "WorkerRequest",
     "backend_name",
     "check_number",
+    "check_pattern",
     "check_text",
     "check_truth",
+    "envelope_name",
     "number",
     "share_weights_of",
     "text",
     "truth",
+    "without_matching",
 ]
+
+T = TypeVar("T")
 
 NUMBER_BYTES = 8
 """In so many bytes, the lowest first, a worker writes down the number of the batch that it begins, and the embedding process
@@ -86,6 +96,19 @@ def check_text(argument: str, value: object, *, forbidden: str = "/\0") -> None:
     if not isinstance(value, str) or not value.strip() or any(char in value for char in forbidden):
         listed = " or ".join(repr(char) for char in forbidden)
         raise InvalidArgument(argument, value, f"text that is not blank and has no {listed} in it")
+
+
+def check_pattern(argument: str, value: object) -> None:
+    """Raise :class:`InvalidArgument` unless ``value`` is the text of a regular expression, or None."""
+    if value is None:
+        return
+    try:
+        if isinstance(value, str):
+            re.compile(value)
+            return
+    except (re.error, OverflowError, RecursionError):
+        pass
+    raise InvalidArgument(argument, value, "a regular expression, or None")
 
 
 def check_truth(argument: str, value: object) -> None:
@@ -124,6 +147,12 @@ def truth(argument: str) -> Validator:
     return validate
 
 
+def without_matching(variables: Mapping[str, T], pattern: str | None) -> dict[str, T]:
+    """Return the environment variables whose whole names do not match a regular expression; None: all."""
+    found = re.compile(pattern) if pattern is not None else None
+    return {name: value for name, value in variables.items() if found is None or not found.fullmatch(name)}
+
+
 @frozen(order=True)
 class ModelKey:
     """The name and version that identify a model version."""
@@ -154,6 +183,16 @@ def backend_name(_instance: object, _attribute: Attribute[Any], value: object) -
     """Check, as an attrs validator, that ``value`` names a backend; raise InvalidArgument otherwise."""
     if value not in BACKENDS:
         raise InvalidArgument("backend", value, " or ".join(BACKENDS))
+
+
+ENVELOPES = ("body", "json", "kserve", "kservev2")
+"""In which forms a request may be wrapped before a handler gets it; TorchServe's."""
+
+
+def envelope_name(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+    """Check, as an attrs validator, that ``value`` names an envelope; raise InvalidArgument otherwise."""
+    if value not in ENVELOPES:
+        raise InvalidArgument("envelope", value, f"one of {', '.join(ENVELOPES)}")
 
 
 class ShareWeights(Enum):
@@ -201,6 +240,12 @@ class ModelSpec:
     config: Mapping[str, Any] = field(factory=dict)
     """``model-config.yaml``, as found; empty if there is none."""
     runtime: str = "python"
+    envelope: str | None = field(default=None, validator=optional(envelope_name))
+    """What stands around the handler and unwraps its requests: one of :data:`ENVELOPES`; None: nothing."""
+    packages: str | None = None
+    """A folder with packages of its own, which its workers import before those of the program; None if it has none."""
+    blacklist_env_vars: str | None = None
+    """A regular expression: no environment variable whose whole name matches is in its workers. None: all are."""
     batch_size: int = field(default=1, validator=number("batch_size", 1))
     max_batch_delay_ms: int = field(default=100, validator=number("max_batch_delay", 0, "milliseconds"))
     response_timeout_s: float = field(default=120, validator=number("response_timeout", 1e-3, "seconds", whole=False))
@@ -235,6 +280,8 @@ class ModelSpec:
         default=600, validator=number("template_idle_timeout", 0, "seconds", whole=False)
     )
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
+    live: LiveObject | None = None
+    """What was registered in place of an archive, if it was no archive."""
 
 
 @frozen
@@ -479,7 +526,7 @@ class ModelInfo:
             "deviceType": "cpu",
             "continuousBatching": False,
             "useJobTicket": False,
-            "useVenv": False,
+            "useVenv": spec.packages is not None,
             "stateful": False,
             "sequenceMaxIdleMSec": 0,
             "sequenceTimeoutMSec": 0,

@@ -30,6 +30,18 @@ def test_an_answer_that_has_the_protocols_form_stays(predicting):
     assert response.json() == {"predictions": [1], "more": 1}
 
 
+def test_an_archive_with_the_envelope_gets_the_instances(predicting):
+    """The envelope kserve makes each one an item of the batch."""
+    made = predicting("def handle(data, context):\n    return data\n")
+    made.register(
+        "wrapped", "def handle(data, context):\n    return data and [each + 1 for each in data]\n", envelope="kserve"
+    )
+    assert made.client.post("/v1/models/wrapped:predict", json={"instances": [1, 2]}).json() == {"predictions": [2, 3]}
+    assert made.client.post("/v1/models/wrapped:explain", json={"instances": [1]}).json() == {"explanations": [2]}
+    refused = made.client.post("/v1/models/wrapped:predict", json={})
+    assert (refused.status_code, "instances" in refused.json()["error"]) == (400, True)
+
+
 def test_explanations_have_their_own_key(predicting):
     """And the header that asks BaseHandler for them."""
     response = predicting(EXPLAINS).client.post("/v1/models/model:explain", json={"instances": []})

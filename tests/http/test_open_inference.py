@@ -247,20 +247,20 @@ def test_health_and_metadata(predicting, connect):
         client.infer("model", [given("x", np.zeros(1, np.float32), "FP32")], model_version="2")
 
 
-def test_an_archive_with_the_envelope_gets_what_torchserve_hands_to_it(predicting, connect):
-    """The request's JSON as the body, with all data in it; what it answers in the protocol's form stays."""
-    code = (
-        "def handle(data, context):\n"
-        "    if data is None: return None\n"
-        "    inputs = data[0]['body']['inputs']\n"
-        "    first = {'name': 'predict', 'shape': [1], 'datatype': 'BYTES', 'data': [repr(inputs)]}\n"
-        "    return [{'id': 'own', 'model_name': 'm', 'outputs': [first]}]\n"
-    )
+def test_an_archive_with_the_envelope_works_with_binary_data(predicting, connect):
+    """The envelope kservev2 opens the request's JSON, with all data in it; what it answers stays, and can be binary."""
     made = predicting("def handle(data, context):\n    return data\n")
+    code = (
+        "def handle(data, context):\n    return data and [[2 * each for each in tensor['data']] for tensor in data]\n"
+    )
     made.register("wrapped", code, envelope="kservev2")
-    result = connect(made.client).infer("wrapped", [given("x", np.arange(2, dtype=np.int8), "INT8")])
-    assert eval(result.as_numpy("predict")[0]) == [{"name": "x", "shape": [2], "datatype": "INT8", "data": [0, 1]}]
-    assert result.get_response()["id"] == "own"
+    client = connect(made.client)
+    for binary in (True, False):
+        result = client.infer(
+            "wrapped", [given("x", np.arange(2, dtype=np.int32), "INT32", binary=binary)], request_id="7"
+        )
+        assert result.as_numpy("x").tolist() == [0, 2]
+        assert (result.get_response()["id"], result.get_response()["model_name"]) == ("7", "wrapped")
 
 
 def test_the_repository_loads_lists_and_unloads(backend, connect, tmp_path):

@@ -329,6 +329,21 @@ def test_a_client_that_asks_before_it_sends_is_told_to(rows):
     assert rows.raw(head + b"Connection: close\r\n\r\n1").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
 
 
+def test_a_client_that_asks_before_it_sends_too_much_is_refused(predicting):
+    """Without being told to send, and on a connection that ends: who knows whether it sends all the same."""
+    client = predicting(ROWS, settings=Settings(max_request_size=10)).client
+    head = b"POST /predictions/model HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 11\r\n\r\n"
+    code, headers, _ = parse_raw(client.raw(head))
+    assert (code, headers["connection"]) == (413, "close")
+
+
+def test_a_head_has_no_body(rows):
+    """Whatever it is answered."""
+    head = b"HEAD /predictions/model HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    first, _, body = rows.raw(head).partition(b"\r\n\r\n")
+    assert (first.startswith(b"HTTP/1.1 405 "), body) == (True, b"")
+
+
 def test_an_error_in_a_raw_answer_has_the_headers_of_all(rows):
     """No-cache, the id, and the connection's end where the client wants that."""
     code, headers, item = parse_raw(

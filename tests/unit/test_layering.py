@@ -14,7 +14,7 @@ PACKAGE = "torchmgmt"
 
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
-    1: frozenset({"errors", "lifecycle", "records", "exchange", "events", "forks"}),
+    1: frozenset({"errors", "lifecycle", "records", "exchange", "events", "forks", "redaction"}),
     2: frozenset(
         {
             "settings",
@@ -32,6 +32,8 @@ LAYERS: dict[int, frozenset[str]] = {
             "loops",
             "channel",
             "encoding",
+            "tensors",
+            "live",
             "segments",
             "dispatcher",
         }
@@ -61,6 +63,8 @@ NEIGHBOURS = {
     "desired": {"state"},
     "channel": {"encoding", "segments"},
     "answer_future": {"encoding", "loops"},
+    "encoding": {"tensors"},
+    "live": {"tensors"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
@@ -72,7 +76,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "events", "exchange", "records", "settings"})
+PUBLIC = frozenset({FACE, "errors", "events", "exchange", "records", "redaction", "settings"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})
@@ -93,6 +97,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "urllib3": frozenset({"archive"}),
     "fsspec": frozenset({"archive"}),
     "javaproperties": frozenset({"properties"}),
+    "cloudpickle": frozenset({"live"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
     "falcon": frozenset({"http"}),
     "python_multipart": frozenset({"worker"}),  # of the extra http: only what came over HTTP is a form

@@ -317,12 +317,15 @@ class ProcessWorker:
             undo.callback(os.close, writer)
             output = self._parent.open_output(reader, self._job)
             undo.callback(output.close)
+            snapshot = self._job.spec.live.descriptors() if self._job.spec.live is not None else ()
+            for fd in snapshot:
+                undo.callback(os.close, fd)
             page_fd, page = _shared_page()
             undo.pop_all()
         ours.setblocking(False)
         self._channel, self._output, self._page = Channel(ours, self._watch_writable), output, page
         self._is_open = True
-        return theirs.detach(), writer, page_fd
+        return theirs.detach(), writer, page_fd, *snapshot
 
     def _send(self, frame: Frame) -> None:
         if self._is_open:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchmgmt import VersionState
 from torchmgmt.errors import InvalidArgument, ModelNotFound, SourceNotFound
-from torchmgmt.http.masking import masked_text
+from torchmgmt.redaction import redacted_text
 
 if TYPE_CHECKING:
     from torchmgmt import ModelManager
@@ -39,7 +39,7 @@ def index_of(manager: ModelManager, *, only_ready: bool) -> list[dict[str, Any]]
 
 
 def _item(info: ModelInfo) -> dict[str, Any]:
-    reason = masked_text(info.last_error.partition("\n")[0])
+    reason = redacted_text(info.last_error.partition("\n")[0])
     if not reason and info.state is VersionState.REGISTERED:
         reason = "it has no worker"
     return {

@@ -62,6 +62,11 @@ class Exchange:
             return
         if cycle.response_started:
             raise RuntimeError("this request has been answered already")
+        if cycle.waiting_for_100_continue:
+            # The client may or may not send its body now: only on a new connection is that clear.
+            cycle.keep_alive = cycle.waiting_for_100_continue = False
+        if cycle.scope["method"] == "HEAD":
+            body = b""
         first = f"HTTP/1.1 {status} {phrase}\r\n".encode("latin-1") if phrase else STATUS_LINE[status]
         lines: list[bytes | bytearray | memoryview] = [
             first,
@@ -75,7 +80,6 @@ class Exchange:
             cycle.transport.write(b"".join(lines))
             cycle.transport.write(body)
         cycle.response_started = cycle.response_complete = True
-        cycle.waiting_for_100_continue = False
         cycle.message_event.set()
         if not cycle.keep_alive:
             cycle.transport.close()
@@ -84,6 +88,7 @@ class Exchange:
     def cut(self) -> None:
         """End the connection in the middle of the answer, so that nobody takes it for a whole one."""
         self._protocol.on_disconnect = None
+        self._cycle.disconnected = True
         self._cycle.transport.close()
 
 

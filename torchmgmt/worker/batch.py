@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
-from attrs import evolve, frozen
+from attrs import define, evolve, frozen
 
 from torchmgmt.channel import Buffer, decode
 from torchmgmt.records import EXPIRED, BodyHead, Encoded, RequestHead, WorkerFault
@@ -23,7 +23,10 @@ __all__ = ["attempt", "fault_of", "own_buffers", "run_batch"]
 _DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
 """Where it stands since torch 2.5, and where it stood before."""
 _OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
-
+# A GPU that is nearly full fails in many ways that are called only this; TorchServe answers all of them alike, too.
+_CUDA_ERROR = "CUDA error"
+# Not all ways to write them: it is asked of each request, and a client's library writes names in one of these.
+_ASKING = frozenset(form for name in ("explain", "describe") for form in (name, name.title(), name.upper()))
 
 _TAKEN_WHOLE = PartSender()
 
@@ -42,14 +45,66 @@ def run_batch(
     A batch that raised is run again without the requests that the error names; if it names none and the handler isolates
     errors, request by request. Nothing is run again that is past its deadline, or that could take longer than
     ``handler.limit_s`` with all that was run before, and nothing of a batch of which a part was sent.
+
+    A request whose headers ask for an explanation or a description is run alone: a handler looks at the first one's only, and
+    answers the whole batch so.
     """
     began = time.monotonic()
-    end = _run(handler, requests, segments, sender, range(len(requests)))
-    if isinstance(end, _Failure) and end.is_final:
+    asked = _Asked(requests, _split(requests, segments), range(len(requests)), sender)
+    asking = _asking(requests) if len(requests) > 1 else ()
+    if not asking:
+        return _run_together(handler, asked, began)
+    others = [position for position in asked.places if position not in asking]
+    outcomes: dict[int, Outcome] = {}
+    # The others last: they may be run again, in what time is left.
+    for positions in [*([position] for position in asking), *([others] if others else [])]:
+        ended = _run_together(handler, asked.some(positions), began)
+        outcomes.update(zip(positions, ended, strict=True))
+    return [outcomes[position] for position in asked.places]
+
+
+def _asking(requests: Sequence[RequestHead]) -> Collection[int]:
+    """Return the positions of the requests that ask for something else than a prediction."""
+    return [
+        position for position, (_, headers, *_) in enumerate(requests) if headers and not _ASKING.isdisjoint(headers)
+    ]
+
+
+def _split(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[Sequence[Buffer]]:
+    """Return the segments of each request."""
+    parts = []
+    start = 0
+    for _, _, count, _, _, _ in requests:
+        parts.append(segments[start : start + count])
+        start += count
+    return parts
+
+
+@define
+class _Asked:
+    """Some requests of a batch. Not frozen, which would cost a microsecond for each batch."""
+
+    heads: Sequence[RequestHead]
+    segments: Sequence[Sequence[Buffer]]
+    places: Sequence[int]
+    """Where they stand in the batch as it came."""
+    sender: PartSender
+
+    def some(self, positions: Sequence[int]) -> _Asked:
+        """Return those at ``positions`` among these."""
+        heads, segments = [self.heads[at] for at in positions], [self.segments[at] for at in positions]
+        return _Asked(heads, segments, [self.places[at] for at in positions], self.sender)
+
+
+def _run_together(handler: Handler, asked: _Asked, began: float) -> list[Outcome]:
+    """Run requests as one batch, and again what may be; ``began`` is when the worker began with all of them."""
+    started = time.monotonic()
+    end = _run(handler, asked)
+    if not isinstance(end, _Failure):
+        return end
+    if end.is_final:
         return [end.fault if outcome is None else outcome for outcome in end.outcomes]
-    if isinstance(end, _Failure):
-        end = _Repetition(handler, requests, segments, sender, began, end).outcomes()
-    return end
+    return _Repetition(handler, asked, (began, time.monotonic() - started), end).outcomes()
 
 
 @frozen
@@ -65,38 +120,27 @@ class _Failure:
     """Whether nothing may be run again, since a part of an answer is with its caller."""
 
 
-def _run(
-    handler: Handler,
-    requests: Sequence[RequestHead],
-    segments: Sequence[Buffer],
-    sender: PartSender,
-    places: Sequence[int],
-) -> Ended:
-    """Run requests as one batch, once, but for those that are past their deadlines or cannot be read.
-
-    ``places`` says where they stand in the batch as it came.
-    """
+def _run(handler: Handler, asked: _Asked) -> Ended:
+    """Run requests as one batch, once, but for those that are past their deadlines or cannot be read."""
     # What a handler writes into the arrays that it is given must not be there when they are run again.
-    copies = handler.isolates_errors and len(requests) > 1
+    copies = handler.isolates_errors and len(asked.heads) > 1
     outcomes: list[Outcome | None] = []
     rows, given = [], []
-    start = 0
-    for request in requests:
-        _, _, count, deadline, body, _ = request
-        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count], body, handler, copies)
-        start += count
+    for (_, _, _, deadline, body, _), segments in zip(asked.heads, asked.segments, strict=True):
+        row = EXPIRED if _is_over(deadline) else _row(segments, body, handler, copies)
         if isinstance(row, WorkerFault):
             outcomes.append(row)
             continue
         given.append(len(outcomes))
         outcomes.append(None)
         rows.append(row)
-    asked = [requests[index] for index in given]
+    heads = [asked.heads[index] for index in given]
+    places = [asked.places[index] for index in given]
     # Only the row of an inference request says something of the answer; the handler may replace it.
     wishes = [getattr(row, "asked", None) if type(row) is not dict else None for row in rows]
-    parts = Parts(asked, [places[index] for index in given], sender, handler.response_properties, wishes)
+    parts = Parts(heads, places, asked.sender, handler.response_properties, wishes)
     try:
-        answers = iter(_answered(handler, asked, rows, parts) if rows else ())
+        answers = iter(_answered(handler, heads, rows, parts) if rows else ())
     except BatchAbandoned:
         return [EXPIRED if outcome is None else outcome for outcome in outcomes]
     except Exception as error:
@@ -177,42 +221,22 @@ def _fault_at(index: int, error: Exception, fault: WorkerFault) -> WorkerFault:
     return fault_of(own) if isinstance(own, BaseException) else fault
 
 
-def _parts(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[Sequence[Buffer]]:
-    """Return the segments of each request."""
-    parts = []
-    start = 0
-    for _, _, count, _, _, _ in requests:
-        parts.append(segments[start : start + count])
-        start += count
-    return parts
-
-
 class _Repetition:
     """Runs what is left of a batch that raised again: what an error named is left out, or each request runs alone.
 
     Args:
-        handler, requests, segments, sender: what raised.
-        began: when it began, on the monotonic clock.
+        asked: what raised.
+        times: when the worker began with the batch, on the monotonic clock, and how long these ran, in s.
         failure: how it ended.
     """
 
-    def __init__(
-        self,
-        handler: Handler,
-        requests: Sequence[RequestHead],
-        segments: Sequence[Buffer],
-        sender: PartSender,
-        began: float,
-        failure: _Failure,
-    ) -> None:
+    def __init__(self, handler: Handler, asked: _Asked, times: tuple[float, float], failure: _Failure) -> None:
         self._handler = handler
-        self._requests = requests
-        self._parts = _parts(requests, segments)
-        self._sender = sender
-        self._began = began
+        self._asked = asked
+        self._began, lasted_s = times
         self._failure = failure
         self._outcomes = list(failure.outcomes)
-        self._longest_s = (time.monotonic() - began) / len(requests)
+        self._longest_s = lasted_s / len(asked.heads)
 
     def outcomes(self) -> list[Outcome]:
         """Run again what may be, and return an outcome for each request."""
@@ -251,9 +275,7 @@ class _Repetition:
     def _run(self, positions: Sequence[int]) -> _Failure | None:
         """Run some requests as one batch, note what that settles, and return the failure if they raised."""
         began = time.monotonic()
-        segments = [segment for position in positions for segment in self._parts[position]]
-        requests = [self._requests[position] for position in positions]
-        end = _run(self._handler, requests, segments, self._sender, positions)
+        end = _run(self._handler, self._asked.some(positions))
         self._longest_s = max(self._longest_s, (time.monotonic() - began) / len(positions))
         settled = end.outcomes if isinstance(end, _Failure) else end
         for position, outcome in zip(positions, settled, strict=True):
@@ -274,12 +296,13 @@ def fault_of(error: BaseException) -> WorkerFault:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     code = _attribute(error, "error_code")
+    text = _text_of(error)
     return WorkerFault(
         error_type=name,
-        reason=f"{name}: {_text_of(error)}",
+        reason=f"{name}: {text}",
         traceback=_traceback_of(error),
         error_code=code if isinstance(code, int) else None,
-        out_of_memory=isinstance(error, _OUT_OF_MEMORY),
+        out_of_memory=isinstance(error, _OUT_OF_MEMORY) or (isinstance(error, RuntimeError) and _CUDA_ERROR in text),
     )
 
 

@@ -18,6 +18,7 @@ from attrs import frozen
 
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.envelopes import enveloped
 from torchmgmt.worker.declarations import declare_metrics
 from torchmgmt.worker.parts import NO_MORE
 
@@ -145,7 +146,7 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
     name, _, function = spec.handler.partition(":")
     module = load_module(name, Path(spec.model_dir), import_file)
     function = function or "handle"
-    served_as = ServedAs(spec.key.name, spec.key.version, str(spec.manifest.get("model", {}).get("envelope") or ""))
+    served_as = ServedAs(spec.key.name, spec.key.version, spec.envelope or "")
     limits: dict[str, Any] = {
         "isolates_errors": spec.isolate_errors,
         "limit_s": spec.response_timeout_s,
@@ -156,13 +157,13 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
         started = entry_point(None, context)
         if isinstance(started, GeneratorType):  # one that answers in parts runs only when they are asked for
             deque(started, maxlen=0)
-        return Handler(entry_point, context, **limits)
+        return Handler(enveloped(spec.envelope, entry_point), context, **limits)
     if function != "handle":
         raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")
     service = _handler_class(module, spec.handler)()
     if callable(initialize := getattr(service, "initialize", None)):
         initialize(context)
-    return Handler(service.handle, context, service, **limits)
+    return Handler(enveloped(spec.envelope, service.handle), context, service, **limits)
 
 
 def load_module(name: str, folder: Path, import_file: ImportFile | None = None) -> ModuleType:

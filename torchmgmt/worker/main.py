@@ -30,6 +30,7 @@ from torchmgmt.records import (
     RawMetric,
     WorkerFault,
     WorkerJob,
+    without_matching,
 )
 from torchmgmt.segments import BrokenSegment
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
@@ -39,8 +40,10 @@ from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.process import (
     EXIT_NOT_LOADED,
     EXIT_STOPPED,
+    add_packages,
     be_process,
     die_with,
+    hide_variables,
     keep_standard_streams_open,
     redirect_output,
     reseed,
@@ -75,8 +78,8 @@ class WorkerProcess:
 
     Args:
         job: what to load, and how many threads to use.
-        fds: the socket to the embedding process, where stdout and stderr go, and the page of shared memory in which it
-            writes the number of the batch that it begins.
+        fds: the socket to the embedding process, where stdout and stderr go, the page of shared memory in which it
+            writes the number of the batch that it begins, and a live object that was written down.
         root_pidfd: the embedding process; -1 where there are no pidfds.
         environment: variables that the torch-only process needed otherwise than the program had them.
         loaded: the model, if it was forked from a template; None: it loads the model itself.
@@ -91,7 +94,9 @@ class WorkerProcess:
         loaded: Loaded | None = None,
     ) -> None:
         self._job = job
-        self._channel_fd, self._output_fd, self._page_fd = fds
+        self._channel_fd, self._output_fd, self._page_fd, *snapshot = fds
+        if job.spec.live is not None:
+            job.spec.live.attach(tuple(snapshot))
         self._root_pidfd = root_pidfd
         self._environment = environment
         self._loaded = loaded
@@ -126,13 +131,14 @@ class WorkerProcess:
     def _take_over_process(self) -> None:
         if self._loaded is None:
             be_process(self._output_fd)
+            hide_variables(self._job.spec.blacklist_env_vars)
         else:
             # The template has done the rest, and the handler may have changed it to its liking since.
             redirect_output(self._output_fd)
             signal.signal(signal.SIGCHLD, self._loaded.on_child_end or signal.SIG_DFL)
             with contextlib.suppress(PermissionError):  # one that was the template leads its session already
                 os.setsid()
-        restore_environment(self._environment)
+        restore_environment(without_matching(self._environment, self._job.spec.blacklist_env_vars))
         os.environ[WORKER_VARIABLE] = str(os.getpid())
         reseed()
         die_with(self._root_pidfd)
@@ -142,6 +148,8 @@ class WorkerProcess:
         if self._loaded is None:
             torch.set_num_threads(threads)
             return load_model(self._job.spec, threads)
+        if self._job.spec.live is not None:
+            self._job.spec.live.release()  # the template has loaded it
         _prove_threads(self._loaded.threads or threads)
         return self._loaded.handler
 
@@ -156,6 +164,8 @@ def load_model(spec: ModelSpec, threads: int | None = None) -> Handler:
     context.system_properties["threads"] = threads
     make_current(context.recorder)
     os.chdir(spec.model_dir)
+    if spec.packages is not None:
+        add_packages(spec.packages)
     sys.path.insert(0, spec.model_dir)
     before = dict(sys.modules)
     try:

@@ -191,7 +191,7 @@ def written(answer: Any, asked: Asked) -> Encoded:
     if asked.id is not None:
         head["id"] = asked.id
     if _is_response(answer):  # an envelope's, or that of a handler that knows the protocol
-        head = {**head, **answer}
+        head |= {key: value for key, value in answer.items() if value is not None}
         outputs = [(each["name"], _given(each)) for each in answer["outputs"]]
     else:
         outputs = [(name, tensor_of(value)) for name, value in _named(answer, asked)]
