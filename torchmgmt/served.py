@@ -11,6 +11,7 @@ from attrs import frozen
 from torchmgmt.archive import ModelFolder
 from torchmgmt.batcher import Batcher
 from torchmgmt.errors import DeadlineExceeded, ModelNotFound, TorchmgmtError
+from torchmgmt.lifecycle import VersionState
 from torchmgmt.pool import WorkerPool
 from torchmgmt.records import CloseReport, Encoded, ModelInfo, ModelSpec, WorkerRequest
 
@@ -25,6 +26,11 @@ class ServedVersion:
     folder: ModelFolder
     batcher: Batcher[WorkerRequest, Encoded]
     pool: WorkerPool
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it shall have workers at all times, or has failed."""
+        return self.pool.wanted.min_workers > 0 or self.pool.state is VersionState.FAILED
 
     def refuse(self) -> None:
         """Take no new request; what was accepted is still run."""

@@ -43,17 +43,11 @@ def health_of(manager: ModelManager, *, is_loading: bool = False) -> Health:
 
     ``is_loading`` is whether there are models still to come, which nobody can see in ``manager`` yet.
     """
-    wanting = _wanting(manager)
+    wanting = manager.wanted()
     unready = [info for info in wanting if info.state is not VersionState.READY]
     if not unready and not is_loading:
         return Health.HEALTHY
     return Health.PARTIAL if len(unready) < len(wanting) else Health.UNHEALTHY
-
-
-def _wanting(manager: ModelManager) -> list[ModelInfo]:
-    """Return every version that shall have workers."""
-    infos = [info for model in manager.models() for info in _versions(manager, model.name)]
-    return [info for info in infos if info.scale.min_workers > 0 or info.state is VersionState.FAILED]
 
 
 def create_inference_app(
@@ -122,7 +116,7 @@ class Ready:
         """Answer 200 while all that shall be served is, else 503 with what is not."""
         is_loading = self.is_loading()
         unready = [
-            f"{info.name}:{info.version}" for info in _wanting(self.manager) if info.state is not VersionState.READY
+            f"{info.name}:{info.version}" for info in self.manager.wanted() if info.state is not VersionState.READY
         ]
         is_ready = not (unready or is_loading)
         status = "Ready" if is_ready else "Not Ready"
