@@ -70,6 +70,7 @@ class FakeManager:
         return tuple(infos[start : None if limit is None else start + limit])
 
     def wanted(self) -> tuple[ModelInfo, ...]:
+        self._note("wanted")
         return tuple(each for each in self.infos if each.scale.min_workers or each.state is VersionState.FAILED)
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
