@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -26,6 +27,8 @@ __all__ = ["run"]
 
 SIZES = (1, 100, 1000, 5000)
 MOST = SIZES[-1]
+_ARCHIVES = 1000
+"""So many archives, each with another content, are unpacked."""
 _CALLS = 300
 _HTTP_CALLS = 400
 _PAGE = 100
@@ -75,10 +78,10 @@ def fill(manager: ModelManager, source: str | Path, count: int, prefix: str = "m
 
 
 def _write_archives(folder: Path) -> Path:
-    """Write as many small archives as there are models at most, each with another content."""
+    """Write small archives, each with another content."""
     folder.mkdir()
     manifest = {"runtime": "python", "model": {"modelName": "noop", "modelVersion": "1.0", "handler": "noop.py"}}
-    for number in range(MOST):
+    for number in range(_ARCHIVES):
         with zipfile.ZipFile(folder / f"{number}.mar", "w") as archive:
             archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
             archive.writestr("noop.py", f"def handle(data, context):\n    return data and [{number} for _ in data]\n")
@@ -86,37 +89,30 @@ def _write_archives(folder: Path) -> Path:
 
 
 def _memory(folder: Path, archives: Path, scratch: Path, runs: int) -> Table:
-    cached = json.dumps({"state_file": str(scratch / "weighed.json")})
+    states = (json.dumps({"state_file": str(scratch / f"weighed-{number}.json")}) for number in itertools.count())
     variants: dict[str, Callable[[], Sample]] = {
-        "folder": lambda: _weigh(folder, "{}"),
-        "archives": lambda: _weigh(archives, "{}"),
-        "state": lambda: _weigh(folder, cached),
+        f"{MOST:,} from one folder": lambda: _weigh(folder, MOST, "{}"),
+        f"{MOST:,} from one folder, with a state file": lambda: _weigh(folder, MOST, next(states)),
+        f"{_ARCHIVES:,} from an archive each": lambda: _weigh(archives, _ARCHIVES, "{}"),
     }
-    result = interleave("control, memory", variants, runs, warm_ups=0, at_most={"state": 1})
-    names = {
-        "folder": "from one folder",
-        "archives": "from an archive each",
-        "state": "from one folder, with a state file",
-    }
+    result = interleave("control, memory", variants, min(runs, 3), warm_ups=0)
     rows = []
-    for variant, name in names.items():
-        rows.append(Row(f"a version, {name}", result.series(variant, "memory", "kB"), goal=Goal(50)))
-        rows.append(Row(f"descriptors of {MOST}, {name}", result.series(variant, "descriptors", ""), goal=Goal(0)))
-        rows.append(Row(f"threads of {MOST}, {name}", result.series(variant, "threads", ""), goal=Goal(0)))
-    notes = (
-        f"Growth of the program's PSS over the registration of {MOST:,} versions without workers, by their number.",
-    )
-    return Table(f"{MOST:,} versions without workers", rows, notes)
+    for name in variants:
+        rows.append(Row(f"{name}: memory of each", result.series(name, "memory", "kB"), goal=Goal(50)))
+        rows.append(Row(f"{name}: descriptors of all", result.series(name, "descriptors", ""), goal=Goal(0)))
+        rows.append(Row(f"{name}: threads of all", result.series(name, "threads", ""), goal=Goal(0)))
+    notes = ("Growth of the program over the registrations: of its PSS by their number, of the others in all.",)
+    return Table("Versions without workers", rows, notes)
 
 
-def _weigh(source: Path, options: str) -> Sample:
-    process = start(_WEIGH, source, str(MOST), options)
+def _weigh(source: Path, count: int, options: str) -> Sample:
+    process = start(_WEIGH, source, str(count), options)
     try:
         wait_ready(process)
         size, descriptors, threads = json.loads(process.stdout.readline() if process.stdout else "")
     finally:
         end(process)
-    return {"memory": size / MOST / 1e3, "descriptors": descriptors, "threads": threads}
+    return {"memory": size / count / 1e3, "descriptors": descriptors, "threads": threads}
 
 
 def _calls(folder: Path, runs: int) -> list[Table]:

@@ -20,6 +20,7 @@ class Desired:
         self._models: dict[str, dict[str, StoredVersion]] = {}
         self._defaults: dict[str, str] = {}
         self._seen: set[str] = set()
+        self._stored: dict[str, StoredModel] = {}  # those that have not changed since they were last to be stored
 
     def __repr__(self) -> str:
         return f"<Desired: {sum(map(len, self._models.values()))} model versions>"
@@ -32,10 +33,11 @@ class Desired:
             for version in model.versions:
                 known.setdefault(version.key.version, version)
             self._defaults.setdefault(model.name, model.default)
+            self._stored.pop(model.name, None)
 
     def state(self) -> DesiredState:
         """Return what is to be stored."""
-        models = [StoredModel(self._defaults[name], tuple(found.values())) for name, found in self._models.items()]
+        models = [self._stored.get(name) or self._store(name) for name in self._models]
         return DesiredState(tuple(models), tuple(sorted(self._seen)))
 
     def find(self, key: ModelKey) -> StoredVersion | None:
@@ -64,6 +66,7 @@ class Desired:
         key = version.key
         self._models.setdefault(key.name, {})[key.version] = version
         self._defaults.setdefault(key.name, key.version)
+        self._stored.pop(key.name, None)
         if version.loaded_at_startup:
             self._seen.add(version.item)
 
@@ -72,18 +75,25 @@ class Desired:
         version = self.find(key)
         if version is not None:
             self._models[key.name][key.version] = attrs.evolve(version, scale=scale)
+            self._stored.pop(key.name, None)
 
     def set_default(self, key: ModelKey) -> None:
         """Make a version the default, if it is wanted at all."""
         if self.find(key) is not None:
             self._defaults[key.name] = key.version
+            self._stored.pop(key.name, None)
 
     def remove(self, key: ModelKey) -> None:
         """Want a version no more; the oldest one that is left becomes the default if this one was. Idempotent."""
         found = self._models.get(key.name, {})
         if found.pop(key.version, None) is None:
             return
+        self._stored.pop(key.name, None)
         if not found:
             del self._models[key.name], self._defaults[key.name]
         elif self._defaults[key.name] == key.version:
             self._defaults[key.name] = next(iter(found))
+
+    def _store(self, name: str) -> StoredModel:
+        model = self._stored[name] = StoredModel(self._defaults[name], tuple(self._models[name].values()))
+        return model
