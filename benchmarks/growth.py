@@ -1,4 +1,4 @@
-"""control: what managing models costs at 1, 100, 1,000 and 5,000 of them, in process and over HTTP, and 100 starts at once."""
+"""growth: what managing models costs at 1, 100, 1,000 and 5,000 of them, in process and over HTTP, and 100 starts at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LOAD_S = 0.2
 # In a process of its own, so that what is weighed is what the models cost, and nothing that the suites left.
 _WEIGH = f"""
 import gc, json, os, sys, threading
-from benchmarks.control import fill
+from benchmarks.growth import fill
 from benchmarks.measure import pss_mb
 from torchmgmt import ModelManager
 with ModelManager(**json.loads(sys.argv[3])) as manager:
@@ -95,7 +95,7 @@ def _memory(folder: Path, archives: Path, scratch: Path, runs: int) -> Table:
         f"{MOST:,} from one folder, with a state file": lambda: _weigh(folder, MOST, next(states)),
         f"{_ARCHIVES:,} from an archive each": lambda: _weigh(archives, _ARCHIVES, "{}"),
     }
-    result = interleave("control, memory", variants, min(runs, 3), warm_ups=0)
+    result = interleave("growth, memory", variants, min(runs, 3), warm_ups=0)
     rows = []
     for name in variants:
         rows.append(Row(f"{name}: memory of each", result.series(name, "memory", "kB"), goal=Goal(50)))
@@ -212,7 +212,7 @@ def _starts(scratch: Path, runs: int) -> Table:
     (slow / "slow.py").write_text((slow / "slow.py").read_text().replace("time.monotonic", "time.process_time"))
     cores = len(os.sched_getaffinity(0))
     variants: dict[str, Callable[[], Sample]] = {"start": lambda: _start_many(slow)}
-    result = interleave("control, starts", variants, min(runs, 3), warm_ups=0)
+    result = interleave("growth, starts", variants, min(runs, 3), warm_ups=0)
     one = result.series("start", "one", "s", scale=_STARTS / cores)
     bound = Row(f"1 model, times {_STARTS} over {cores} cores", one, short="one load")
     many = Row(f"{_STARTS} models at once", result.series("start", "many", "s"), bound, Goal(1.0, of_ratio=True))
