@@ -1,7 +1,7 @@
 """soak: ``python -m benchmarks.soak [--seconds 3600] [--seed N]``: whether it runs for as long as it has to.
 
-Clients ask all the time, with payloads of 10 bytes to 4 MB, while models are scaled, registered and unregistered and
-processes are killed and stopped at random: the storm of ``tests/faults``. At the end stands a verdict: no request was lost,
+Clients ask all the time, with payloads of 10 bytes to 4 MB, while models are scaled (also over HTTP), registered and
+unregistered and processes are killed and stopped at random: the storm of ``tests/faults``. At the end stands a verdict: no request was lost,
 nothing is left, and memory, descriptors, threads, processes and latency were at the end what they were after warming up.
 The exit status is 1 if one of that is not so.
 """
@@ -155,7 +155,7 @@ class Limits:
     """The most that the latency may become of what it was."""
 
 
-SHORT = Limits(parent=48.0, latency=4.0)
+SHORT = Limits(parent=48.0, descriptors=100.0, processes=24.0, latency=4.0)
 """For half a minute, in which all is still warming up, beside other tests on a busy machine."""
 SHORT_S = 120.0
 

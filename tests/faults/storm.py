@@ -25,11 +25,12 @@ from typing import TypeAlias
 import attrs
 import psutil
 
-from tests.faults.storm_actors import Assassin, Client, Steward, World, write_models
+from tests.faults.storm_actors import Assassin, Caller, Client, Steward, World, write_models
 from tests.faults.storm_audit import Audit
 from tests.leaks import MARK, carries, our_descriptors
 from torchmgmt import ModelManager
 from torchmgmt.errors import TorchmgmtError
+from torchmgmt.http import serve
 
 __all__ = ["Look", "Remains", "Report", "storm"]
 
@@ -95,6 +96,7 @@ class Report:
     outcomes: Mapping[str, int]
     kills: Mapping[str, int]
     steps: Mapping[str, int]
+    calls: Mapping[str, int]
     before: Remains
     after: Remains
     complaints: list[str]
@@ -105,6 +107,7 @@ class Report:
             f"  ends: {_listed(self.outcomes)}",
             f"  kills: {_listed(self.kills)}",
             f"  steps: {_listed(self.steps)}",
+            f"  over HTTP: {_listed(self.calls)}",
             f"  before: {_fields(self.before)}",
             f"  after: {_fields(self.after)}",
         ]
@@ -152,7 +155,17 @@ def storm(
                 f"only {audit.steady_answered} of {audit.steady} requests to models that are always there were answered"
             )
         return Report(
-            seconds, seed, audit.ended, audit.begun, audit.outcomes, world.kills, world.steps, before, after, wrong
+            seconds,
+            seed,
+            audit.ended,
+            audit.begun,
+            audit.outcomes,
+            world.kills,
+            world.steps,
+            world.calls,
+            before,
+            after,
+            wrong,
         )
     finally:
         shutil.rmtree(folder)
@@ -186,11 +199,12 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
 def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
     """Let everybody loose, then see whether all comes to rest; return what is wrong."""
     wrong: list[str] = []
-    with world.manager:
+    with world.manager, serve(world.manager, port=0) as server:
         steward = Steward(world, Random(f"{seed} steward"))
         steward.begin()
         actors = [Client(world, Random(f"{seed} client {number}"), number) for number in range(CLIENTS)]
-        threads = [threading.Thread(target=actor.run) for actor in (*actors, steward)]
+        caller = Caller(world, Random(f"{seed} caller"), server.url)
+        threads = [threading.Thread(target=actor.run) for actor in (*actors, steward, caller)]
         assassin = threading.Thread(target=Assassin(world, Random(f"{seed} assassin")).run)
         for thread in (*threads, assassin):
             thread.start()

@@ -1,4 +1,4 @@
-"""Who is loose in a storm: clients that ask, a steward who changes what there is, an assassin who kills."""
+"""Who is loose in a storm: clients that ask, a steward and a caller who change what there is, an assassin who kills."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import attrs
 import psutil
+import requests
 
 from tests.leaks import carries
 from torchmgmt import ModelManager
@@ -35,7 +36,7 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 
-__all__ = ["LONG_S", "STEADY", "Assassin", "Client", "Request", "Steward", "World", "write_models"]
+__all__ = ["LONG_S", "STEADY", "Assassin", "Caller", "Client", "Request", "Steward", "World", "write_models"]
 
 HANDLER = """
 import os, time, zlib
@@ -116,6 +117,8 @@ class World:
     """The numbers of rows that belong to no request of a client."""
     kills: Counter[str] = attrs.field(factory=Counter)
     steps: Counter[str] = attrs.field(factory=Counter)
+    calls: Counter[str] = attrs.field(factory=Counter)
+    """Over HTTP, by their method and the status of the answer."""
     wrong: list[str] = attrs.field(factory=list)
     _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
 
@@ -277,6 +280,41 @@ class Steward:
         name = self.random.choice(GUESTS)
         if name in self.world.manager:
             self.world.manager.unregister(name)
+
+
+@attrs.define
+class Caller:
+    """Lists, describes and scales over HTTP: what comes back is as it should be, whatever happens meanwhile."""
+
+    world: World
+    random: Random
+    url: str
+
+    def run(self) -> None:
+        with requests.Session() as session:
+            while not self.world.over.wait(self.random.uniform(0.02, 0.2)):
+                method, path, allowed = self._choose()
+                try:
+                    status = session.request(method, self.url + path, timeout=60).status_code
+                except requests.RequestException as error:
+                    self.world.wrong.append(f"{method} {path} failed with {error!r}")
+                    continue
+                self.world.calls[f"{method} {status}"] += 1
+                if status not in allowed:
+                    self.world.wrong.append(f"{method} {path} was answered with {status}")
+
+    def _choose(self) -> tuple[str, str, set[int]]:
+        steady, guest = self.random.choice([*STEADY]), self.random.choice(GUESTS)
+        least = self.random.randint(1, MOST_WORKERS)
+        return self.random.choice(
+            [
+                ("GET", f"/models?limit={self.random.randint(1, 5)}", {200}),
+                ("GET", f"/models/{steady}", {200}),
+                ("GET", f"/models/{guest}/all", {200, 404}),
+                ("GET", "/models/nobody", {404}),
+                ("PUT", f"/models/{steady}?min_worker={least}&max_worker={MOST_WORKERS}", {202}),
+            ]
+        )
 
 
 CHOICES: Sequence[tuple[str, signal.Signals, int]] = (

@@ -31,6 +31,7 @@ def test_a_short_soak_is_survived(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(report.kills.values()) > SECONDS
     assert report.requests > 10 * SECONDS
     assert report.outcomes["WorkerDied"] > 0
+    assert report.calls["PUT 202"] > 0
 
 
 def samples(seconds: int = 100, **slopes: float) -> list[Sample]:
@@ -51,7 +52,7 @@ def samples(seconds: int = 100, **slopes: float) -> list[Sample]:
 
 def report_with(*wrong: str) -> Report:
     remains = Remains(0, 5, 0, 0)
-    return Report(15.0, 42, 10, 9, {"answer": 10}, {"worker SIGKILL": 3}, {}, remains, remains, list(wrong))
+    return Report(15.0, 42, 10, 9, {"answer": 10}, {"worker SIGKILL": 3}, {}, {}, remains, remains, list(wrong))
 
 
 def test_a_soak_in_which_nothing_grows_is_well() -> None:
