@@ -99,13 +99,21 @@ class DesiredState:
         return (version for model in self.models for version in model.versions)
 
     def change_to(self, new: DesiredState) -> Change | None:
-        """Return what makes ``new`` of this; None if no change can, because the models stand in another order."""
-        before = {model.name: model for model in self.models}
-        # Most are the very same objects, which is quicker to see than that they are equal.
-        put = tuple(m for m in new.models if (was := before.get(m.name)) is not m and was != m)
-        removed = tuple(before.keys() - {model.name for model in new.models})
+        """Return what makes ``new`` of this; None if no change can, because the models stand in another order.
+
+        Quick where most of the models are the very same objects.
+        """
+        same = _length_of_same(self.models, new.models)
+        old_rest, new_rest = self.models[same:], new.models[same:]
+        same_end = _length_of_same(old_rest[::-1], new_rest[::-1])
+        old = DesiredState(old_rest[: len(old_rest) - same_end], self.seen)
+        wanted = DesiredState(new_rest[: len(new_rest) - same_end], new.seen)
+        before = {model.name: model for model in old.models}
+        put = tuple(model for model in wanted.models if before.get(model.name) != model)
+        removed = tuple(before.keys() - {model.name for model in wanted.models})
         change = Change(put, removed, None if new.seen == self.seen else new.seen)
-        return change if self.changed(change) == new else None
+        comes_last = not same_end or all(model.name in before for model in put)
+        return change if comes_last and old.changed(change) == wanted else None
 
     def changed(self, change: Change) -> DesiredState:
         """Return what a change makes of this."""
@@ -126,6 +134,12 @@ class Change:
     """The names of those that are no more."""
     seen: Sequence[str] | None = None
     """What ``seen`` is now; None: what it was."""
+
+
+def _length_of_same(some: Sequence[StoredModel], others: Sequence[StoredModel]) -> int:
+    """Return with how many of the same objects both begin."""
+    differing = (place for place, (one, other) in enumerate(zip(some, others, strict=False)) if one is not other)
+    return next(differing, min(len(some), len(others)))
 
 
 def to_json(state: DesiredState) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -89,6 +90,24 @@ def test_changes_make_of_one_state_the_next(first: DesiredState, others: list[De
         text, last = text + change_to_json(change), state
         assert from_json(text) == state
         assert from_json(text + b'{"models') == state
+
+
+@given(states(), st.randoms(use_true_random=False))
+def test_what_stays_the_same_object_is_no_part_of_a_change(state: DesiredState, random: Random) -> None:
+    """Among models that stay, some go, change and come: the change names these, and makes the new state."""
+    kept = [model for model in state.models if random.random() < 0.7]
+    new = [
+        StoredModel(m.default, m.versions[::-1]) if len(m.versions) > 1 and random.random() < 0.5 else m for m in kept
+    ]
+    more = [StoredModel("1", (StoredVersion(key=ModelKey("new!", "1"), url="", scale=Scale(0, 0)),))]
+    wanted = DesiredState((*new, *more), state.seen)
+    change = state.change_to(wanted)
+    assert change is not None
+    assert state.changed(change) == wanted
+    assert {model.name for model in change.models} == {m.name for m in new if m not in kept} | {"new!"}
+    assert set(change.removed) == {model.name for model in state.models} - {model.name for model in kept}
+    if kept:
+        assert state.change_to(DesiredState((*more, *kept), state.seen)) is None, "what is new comes last"
 
 
 def test_a_change_in_the_middle_that_is_none_is_refused() -> None:
