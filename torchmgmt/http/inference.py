@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ import falcon.asgi
 from attrs import frozen
 
 from torchmgmt import VersionState
-from torchmgmt.errors import ModelNotFound
 from torchmgmt.http import operations as ops
 from torchmgmt.http.access_log import AccessLog
 from torchmgmt.http.callers import CallerGuard, Guard
@@ -21,7 +20,6 @@ from torchmgmt.http.openapi import KeyRule, api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.render import Reply, render_error_async, render_reply
 from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
-from torchmgmt.records import ModelInfo
 from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
@@ -138,10 +136,3 @@ class ApiDescription:
         render_reply(req, resp, Reply(200, item))
 
     on_options_root = on_get
-
-
-def _versions(manager: ModelManager, name: str) -> Sequence[ModelInfo]:
-    try:
-        return manager.versions(name)
-    except ModelNotFound:  # unregistered since it was listed
-        return ()

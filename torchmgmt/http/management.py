@@ -160,9 +160,8 @@ class ManagementAPI:
     def list_models(self, values: Values, path: Mapping[str, str]) -> Reply:
         """GET /models."""
         start, limit = values["next_page_token"], min(values["limit"], self.contract.most_on_a_page)
-        infos = self.manager.models(
-            start=start, limit=limit + 1
-        )  # one more than the page shows: is there another page?
+        # One more than the page shows says whether there is another page.
+        infos = self.manager.models(start=start, limit=limit + 1)
         item: dict[str, object] = {}
         if len(infos) > limit:
             item["nextPageToken"] = str(start + limit)
