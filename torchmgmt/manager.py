@@ -178,7 +178,7 @@ class ModelManager:
         """The names of all models, sorted."""
         self._check_usable()
         with self._lock:
-            return iter(self._registry.names())
+            return iter(tuple(self._registry.names()))
 
     def __len__(self) -> int:
         """The number of models, whatever number of versions each has."""
@@ -375,18 +375,45 @@ class ModelManager:
         with self._lock:
             return [item for item in items if self._is_to_load_locked(item, over_state=over_state)]
 
-    def models(self) -> tuple[ModelInfo, ...]:
+    def models(self, *, start: int = 0, limit: int | None = None) -> tuple[ModelInfo, ...]:
         """Return the default version of every model, sorted by name. Does not block.
 
         A model of which nothing is registered because it could not be loaded at the start is there, too.
+
+        Args:
+            start: how many models to leave out at the beginning, at least 0.
+            limit: the most to return, at least 0; None: all. What a few cost does not depend on how many there are.
+        """
+        self._check_usable()
+        check_number("start", start, minimum=0)
+        if limit is not None:
+            check_number("limit", limit, minimum=0)
+        end = None if limit is None else start + limit
+        with self._lock:
+            names = self._registry.names()
+            missing = self._failed_loads.names() - self._registry.keys()
+            page = (sorted([*names, *missing]) if missing else names)[start:end]
+            found = [
+                self._failed_loads.versions(name)[0] if name in missing else self._registry.get(name) for name in page
+            ]
+        return tuple(each if isinstance(each, ModelInfo) else each.info(is_default=True) for each in found)
+
+    def wanted(self) -> tuple[ModelInfo, ...]:
+        """Return every version that shall have workers at all times, or has failed, in no order. Does not block.
+
+        Its cost depends little on how many others there are, so that it may be asked each second whether all is well.
         """
         self._check_usable()
         with self._lock:
-            versions = [self._registry.get(name) for name in self._registry.names()]
-            failed = [self._failed_loads.versions(name)[0] for name in self._failed_loads.names()]
-            failed = [info for info in failed if info.name not in self._registry]
-        infos = [*(version.info(is_default=True) for version in versions), *failed]
-        return tuple(sorted(infos, key=lambda info: info.name))
+            served = [each for each in self._registry if each.is_wanted]
+            defaults = {each.spec.key.name: self._registry.default(each.spec.key.name) for each in served}
+            failed = [
+                info
+                for info in self._failed_loads
+                if not self._is_registered_locked(info.name, info.version)  # a further attempt may be under way
+            ]
+        infos = [each.info(is_default=defaults[each.spec.key.name] == each.spec.key.version) for each in served]
+        return (*infos, *failed)
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
         """Return all versions of a model, oldest first; raise ModelNotFound. Does not block.

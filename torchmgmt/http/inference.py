@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ import falcon.asgi
 from attrs import frozen
 
 from torchmgmt import VersionState
-from torchmgmt.errors import ModelNotFound
 from torchmgmt.http import operations as ops
 from torchmgmt.http.access_log import AccessLog
 from torchmgmt.http.callers import CallerGuard, Guard
@@ -21,7 +20,6 @@ from torchmgmt.http.openapi import KeyRule, api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.render import Reply, render_error_async, render_reply
 from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
-from torchmgmt.records import ModelInfo
 from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
@@ -43,17 +41,11 @@ def health_of(manager: ModelManager, *, is_loading: bool = False) -> Health:
 
     ``is_loading`` is whether there are models still to come, which nobody can see in ``manager`` yet.
     """
-    wanting = _wanting(manager)
+    wanting = manager.wanted()
     unready = [info for info in wanting if info.state is not VersionState.READY]
     if not unready and not is_loading:
         return Health.HEALTHY
     return Health.PARTIAL if len(unready) < len(wanting) else Health.UNHEALTHY
-
-
-def _wanting(manager: ModelManager) -> list[ModelInfo]:
-    """Return every version that shall have workers."""
-    infos = [info for model in manager.models() for info in _versions(manager, model.name)]
-    return [info for info in infos if info.scale.min_workers > 0 or info.state is VersionState.FAILED]
 
 
 def create_inference_app(
@@ -122,7 +114,7 @@ class Ready:
         """Answer 200 while all that shall be served is, else 503 with what is not."""
         is_loading = self.is_loading()
         unready = [
-            f"{info.name}:{info.version}" for info in _wanting(self.manager) if info.state is not VersionState.READY
+            f"{info.name}:{info.version}" for info in self.manager.wanted() if info.state is not VersionState.READY
         ]
         is_ready = not (unready or is_loading)
         status = "Ready" if is_ready else "Not Ready"
@@ -144,10 +136,3 @@ class ApiDescription:
         render_reply(req, resp, Reply(200, item))
 
     on_options_root = on_get
-
-
-def _versions(manager: ModelManager, name: str) -> Sequence[ModelInfo]:
-    try:
-        return manager.versions(name)
-    except ModelNotFound:  # unregistered since it was listed
-        return ()
