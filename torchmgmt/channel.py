@@ -104,13 +104,28 @@ class AnswerFuture(Future[Any]):
     takes seconds the first time, and no other answer may have to wait for that.
     """
 
-    def __init__(self, key: ModelKey, keeps_alive: object = None) -> None:
-        """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future."""
+    def __init__(
+        self, key: ModelKey, keeps_alive: object = None, on_cancelled: Callable[[], object] | None = None
+    ) -> None:
+        """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future.
+
+        ``on_cancelled`` is called when the request is taken back, by whom that succeeds first.
+        """
         super().__init__()
+        self._on_cancelled = on_cancelled
         self._key = key
         self._keeps_alive = keeps_alive
         self._depth = forks.depth()
         self._answer: Any = _UNREAD
+
+    def cancel(self) -> bool:
+        """Take the request back if it was not started; return whether it is taken back. Does not block; any thread."""
+        is_cancelled = super().cancel()
+        if is_cancelled and self._on_cancelled is not None:
+            mine = object()
+            if self.__dict__.setdefault("_canceller", mine) is mine:  # one step, so that it is told once
+                self._on_cancelled()
+        return is_cancelled
 
     def result(self, timeout: float | None = None) -> Any:
         """Return the answer, waiting for at most ``timeout`` seconds; raise what ended the request otherwise.

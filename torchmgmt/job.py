@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import InvalidStateError
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torchmgmt.backends import Outcome
 from torchmgmt.channel import AnswerFuture
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
+from torchmgmt.events import BatchFinished
 from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
-__all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "answers_of", "error_of_death", "size_of"]
+__all__ = [
+    "Job",
+    "JobQueue",
+    "JobSource",
+    "OwnJob",
+    "Ran",
+    "answers_of",
+    "batch_finished",
+    "error_of_death",
+    "size_of",
+]
+
+
+Ran: TypeAlias = tuple[float, float, "float | None"]
+"""When a batch began and ended (``time.monotonic``), and how long its worker took; None if that did not end well."""
 
 
 class Job(Protocol):
@@ -23,11 +39,15 @@ class Job(Protocol):
     def items(self) -> Sequence[WorkerRequest]:
         """The requests."""
 
-    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
-        """Take one outcome for each request, in order."""
+    @property
+    def arrived(self) -> Sequence[float]:
+        """When each was accepted (``time.monotonic``)."""
 
-    def fail(self, error: BaseException) -> None:
-        """Take the error that ended all of them."""
+    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
+        """Take one outcome for each request, in order; return the places of those that nobody waits for any more."""
+
+    def fail(self, error: BaseException) -> Sequence[int]:
+        """Take the error that ended all of them; return as ``finish`` does."""
 
 
 class JobSource(Protocol):
@@ -112,24 +132,47 @@ class OwnJob:
     def __init__(self, key: ModelKey, items: Sequence[WorkerRequest] | None) -> None:
         self.is_description = items is None
         self.items = items or ()
+        self.arrived = [time.monotonic()] * len(self.items)
         self.future = AnswerFuture(key)
 
     def begin(self) -> bool:
         """Mark it as running; False if it was cancelled."""
         return self.future.set_running_or_notify_cancel()
 
-    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
+    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
         """Answer with the list of all outcomes, or fail with the first that is an error."""
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if errors:
             self.future.set_exception(errors[0])
         else:
             self.future.set_result(outcomes[0] if self.is_description else list(outcomes))
+        return ()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> Sequence[int]:
         """Fail, unless it was cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
+        return ()
+
+
+def batch_finished(
+    key: ModelKey,
+    worker_id: str,
+    job: Job,
+    ran: Ran,
+    answers: Sequence[object] = (),
+    abandoned: Sequence[int] = (),
+    error: BaseException | None = None,
+) -> BatchFinished:
+    """Return what listeners are told of a job that was answered with ``answers``, or ended with ``error``."""
+    requests, arrived = job.items, job.arrived
+    outcomes = answers if error is None else [error] * len(requests)
+    failed = {}
+    for place, outcome in enumerate(outcomes):
+        if isinstance(outcome, BaseException) and place not in abandoned:
+            failed[place] = type(outcome).__name__
+    began, ended, handler_s = ran
+    return BatchFinished(key, worker_id, requests, arrived, began, ended, handler_s, failed, abandoned)
 
 
 def answers_of(

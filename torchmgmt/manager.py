@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -26,14 +27,17 @@ from torchmgmt.channel import AnswerFuture
 from torchmgmt.desired import Desired
 from torchmgmt.errors import (
     AlreadyRegistered,
+    DeadlineExceeded,
     InvalidArgument,
     ManagerClosed,
     ModelNotFound,
     ModelVersionNotFound,
+    NoWorker,
+    QueueFull,
     TorchmgmtError,
     WouldWaitForever,
 )
-from torchmgmt.events import DefaultVersionSet, Listener, ModelRegistered, ModelUnregistered
+from torchmgmt.events import DefaultVersionSet, Listener, ModelRegistered, ModelUnregistered, RequestsDropped
 from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
 from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
@@ -581,13 +585,28 @@ class ModelManager:
         served = self._get(name, version)
         request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
         request = new_request(data, fields, headers, request_id, timeout)
-        future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
+        # A caller may hold nothing but the future.
+        future = AnswerFuture(served.spec.key, keeps_alive=self, on_cancelled=served.on_cancelled)
         try:
             served.pool.check_serving()
             served.batcher.submit(request, timeout=timeout, future=future)
         except (ManagerClosed, ModelNotFound):
             raise self._not_found(served) from None
+        except (NoWorker, QueueFull) as error:
+            _tell_dropped(self._announcer, served.spec.key, type(error).__name__)
+            raise
         return future
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have ``listener`` called with each event from now on; see :mod:`torchmgmt.events`. Does not block; any thread.
+
+        Raises InvalidArgument if it is not callable.
+        """
+        self._announcer.add(*check_listeners([listener]))
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Call ``listener`` no more, but for the events that are being told at this moment. Any thread; idempotent."""
+        self._announcer.remove(listener)
 
     def close(self, timeout: float = 30) -> CloseReport:
         """End everything within about ``timeout`` seconds and return what had to be done for it. Blocks; idempotent.
@@ -800,7 +819,7 @@ class ModelManager:
             spec,
             backend=backend,
             worker_ids=self._worker_ids,
-            listener=self._announcer.tell,
+            listener=self._announcer,
         )
         batcher: Batcher[WorkerRequest, Encoded] = Batcher(
             batch_size=spec.batch_size,
@@ -809,13 +828,15 @@ class ModelManager:
             name=f"model {key.name} version {key.version}",
             on_ready=pool.pump,
             call_at=backend.call_at,
+            on_expired=functools.partial(_tell_dropped, self._announcer, key, DeadlineExceeded.__name__),
         )
         pool.feed_from(batcher)
         with self._lock:
             if self._closed:
                 raise ManagerClosed
             self._registry.reserve(key)
-            served = ServedVersion(spec, folder, batcher, pool)
+            on_cancelled = functools.partial(_tell_dropped, self._announcer, key, "Cancelled", 1)
+            served = ServedVersion(spec, folder, batcher, pool, on_cancelled)
             is_default = self._registry.add(key, served)
         self._announcer.tell(ModelRegistered(key))
         if is_default:
@@ -890,6 +911,11 @@ class ModelManager:
             self._keeper.close()
         self._finalizer.detach()
         return total_of(time.monotonic() - started, reports)
+
+
+def _tell_dropped(announcer: Announcer, key: ModelKey, error: str, count: int = 1) -> None:
+    if announcer:
+        announcer.tell(RequestsDropped(key, error, count))
 
 
 _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()

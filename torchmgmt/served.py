@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -25,6 +25,8 @@ class ServedVersion:
     folder: ModelFolder
     batcher: Batcher[WorkerRequest, Encoded]
     pool: WorkerPool
+    on_cancelled: Callable[[], object] | None = None
+    """Told of each request that its caller takes back."""
 
     def refuse(self) -> None:
         """Take no new request; what was accepted is still run."""

@@ -355,7 +355,9 @@ class ThreadWorker:
         self._tell(self._listener.ready)
         self._tell_metrics(model)
         while (task := self._next_task()) is not None:
-            self._tell(functools.partial(self._listener.done, task.number, task.run(model)))
+            began = time.perf_counter()
+            outcomes = task.run(model)
+            self._tell(functools.partial(self._listener.done, task.number, outcomes, time.perf_counter() - began))
             self._tell_metrics(model)
         self._end("it was told to end")
 
