@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -63,6 +64,7 @@ from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
 
 if TYPE_CHECKING:
     from torchmgmt.state_file import StateKeeper
+    from torchmgmt.tracing import Tracing
 
 __all__ = ["ModelManager"]
 
@@ -121,6 +123,7 @@ class ModelManager:
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
         self._announcer = Announcer(check_listeners(listeners))
+        self._tracing = self._make_tracing()
         self._sources = sources_of(model_store, self.settings, self._announcer.tell)
         self._backend: Backend = ProcessBackend() if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
@@ -587,14 +590,16 @@ class ModelManager:
         request = new_request(data, fields, headers, request_id, timeout)
         # A caller may hold nothing but the future.
         future = AnswerFuture(served.spec.key, keeps_alive=self, on_cancelled=served.on_cancelled)
+        if self._tracing is not None:
+            self._tracing.begin(served.spec.key, request, future)
         try:
             served.pool.check_serving()
             served.batcher.submit(request, timeout=timeout, future=future)
-        except (ManagerClosed, ModelNotFound):
+        except (ManagerClosed, ModelNotFound, NoWorker, QueueFull) as error:
+            self._note_refused(served, request, error)
+            if isinstance(error, (NoWorker, QueueFull)):
+                raise
             raise self._not_found(served) from None
-        except (NoWorker, QueueFull) as error:
-            _tell_dropped(self._announcer, served.spec.key, type(error).__name__)
-            raise
         return future
 
     def add_listener(self, listener: Listener) -> None:
@@ -624,6 +629,27 @@ class ModelManager:
             return self._report
 
     # -- the rest is for this file -------------------------------------------------------------------------------------
+
+    def _note_refused(self, served: ServedVersion, request: WorkerRequest, error: TorchmgmtError) -> None:
+        if isinstance(error, (NoWorker, QueueFull)):  # else the version is gone, and what was counted of it, too
+            _tell_dropped(self._announcer, served.spec.key, type(error).__name__)
+        if self._tracing is not None:
+            self._tracing.refuse(request, error)
+
+    def _make_tracing(self) -> Tracing | None:
+        if self.settings.tracing == "off" or (self.settings.tracing == "auto" and "opentelemetry" not in sys.modules):
+            return None
+        try:
+            from torchmgmt.tracing import tracing_of  # most programs have no OpenTelemetry
+        except ImportError as error:
+            if self.settings.tracing == "auto":
+                return None
+            allowed = f"auto or off without {error.name}: pip install 'torchmgmt[otel]'"
+            raise InvalidArgument("tracing", self.settings.tracing, allowed) from error
+        tracing = tracing_of(self.settings.tracing)
+        if tracing is not None:
+            self._announcer.add(tracing.listen)
+        return tracing
 
     def _check_usable(self, name: object = "", version: object = None) -> None:
         """Raise ManagerClosed, or InvalidArgument for a name or version that can be none. Takes no lock."""

@@ -35,7 +35,9 @@ LAYERS: dict[int, frozenset[str]] = {
         }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
-    4: frozenset({"manager", "model", "registration", "failed_loads", "restoring", "announcer", "request", "served"}),
+    4: frozenset(
+        {"manager", "model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "tracing"}
+    ),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
 }
@@ -58,7 +60,7 @@ NEIGHBOURS = {
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration", "failed_loads", "restoring", "announcer", "request", "served"},
+    "manager": {"model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "tracing"},
     "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
@@ -66,7 +68,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "events", "records", "settings"})
+PUBLIC = frozenset({FACE, "errors", "events", "records", "settings", "metrics"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})
@@ -88,6 +90,8 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "fsspec": frozenset({"archive"}),
     "javaproperties": frozenset({"properties"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
+    "prometheus_client": frozenset({"metrics"}),
+    "opentelemetry": frozenset({"tracing"}),
     "falcon": frozenset({"http"}),
     "waitress": frozenset({"http"}),
     "uvicorn": frozenset({"http"}),
