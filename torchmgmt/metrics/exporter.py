@@ -119,13 +119,14 @@ class Metrics:
 
     def close(self) -> None:
         """Count nothing more, and leave the registry. Idempotent."""
+        with self._lock:
+            collector, self._collector = self._collector, None
+        if collector is None:
+            return
+        self.registry.unregister(collector)
         manager = self._manager()
         if manager is not None:
             manager.remove_listener(self._listen)
-        with self._lock:
-            collector, self._collector = self._collector, None
-        if collector is not None:
-            self.registry.unregister(collector)
 
     def count_response(self, code: int) -> None:
         """Count an answer that was given over HTTP, whatever it was to. To be called by whoever serves it."""
@@ -225,7 +226,7 @@ class Page:
     def __init__(self, accept: str = "") -> None:
         try:
             self._encode, self.content_type = choose_encoder(accept)
-        except ValueError:  # a version that is no number
+        except (TypeError, ValueError):  # of a version that is no number
             self._encode, self.content_type = choose_encoder("")
         self._is_open = self.content_type.startswith("application/openmetrics-text")
 
@@ -235,8 +236,7 @@ class Page:
         ``names``: of metrics, or of single samples; of one that there is not nothing is shown. Empty: all.
         """
         for metric in registry.collect():
-            shown = _restricted(metric, names) if names else metric
-            if shown is not None:
+            for shown in _restricted(metric, names) if names else [metric]:
                 yield self._part(shown)
         if self._is_open:
             yield b"# EOF\n"
@@ -258,12 +258,13 @@ class _Just(Collector):
         return [self._metric]
 
 
-def _restricted(metric: Metric, names: Collection[str]) -> Metric | None:
+def _restricted(metric: Metric, names: Collection[str]) -> list[Metric]:
+    """Return ``metric`` if it is named; else those of its samples that are, each name as a metric of no known kind."""
     if metric.name in names or f"{metric.name}_total" in names:
-        return metric
-    samples = [sample for sample in metric.samples if sample.name in names]
-    if not samples:
-        return None
-    restricted = Metric(metric.name, metric.documentation, metric.type)
-    restricted.samples = samples
-    return restricted
+        return [metric]
+    found: dict[str, Metric] = {}
+    for sample in metric.samples:
+        if sample.name in names:
+            alone = found.setdefault(sample.name, Metric(sample.name, metric.documentation, "unknown"))
+            alone.samples.append(sample)
+    return list(found.values())

@@ -128,5 +128,6 @@ def _add_figure(metric: Metric, name: str, labels: dict[str, str], value: float 
         return
     for bound, count in value.buckets():
         metric.add_sample(f"{name}_bucket", {**labels, "le": bound}, count)
-    metric.add_sample(f"{name}_count", labels, sum(value.counts))
-    metric.add_sample(f"{name}_sum", labels, value.total)
+    if value.total >= 0:  # what falls would be taken for a counter that began anew; and neither is there alone
+        metric.add_sample(f"{name}_count", labels, sum(value.counts))
+        metric.add_sample(f"{name}_sum", labels, value.total)

@@ -32,8 +32,8 @@ def legal_labels(dimensions: Mapping[str, str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for name, value in dimensions.items():
         legal = legal_name(name)
-        if legal.startswith("__"):
-            legal = "_" + legal.lstrip("_")
+        if legal == "_" or legal.startswith("__"):  # Prometheus' own, also once a number is added to the former
+            legal = f"x{legal}"
         if legal in _TAKEN_LABELS:
             legal += "_"
         free, number = legal, 2

@@ -84,7 +84,7 @@ class Recorded:
     def add(self, event: HandlerMetrics) -> None:
         """Take what a handler has measured; of a version that is not known there is no place for it."""
         for record in event.records:
-            if record.kind is MetricKind.GAUGE or math.isfinite(record.value):  # one NaN would spoil a whole sum
+            if _adds_up(record):
                 self._add(event.key, record)
 
     def families(self) -> dict[str, Family]:
@@ -132,6 +132,13 @@ class Recorded:
         if about not in self._warned and len(self._warned) < self._most_of_one:
             self._warned.add(about)
             log.warning("A metric of a handler: %s", what)
+
+
+def _adds_up(record: MetricRecord) -> bool:
+    """Whether the figure can be added to others: one NaN would spoil a whole sum, and what is counted does not shrink."""
+    if record.kind is MetricKind.GAUGE:
+        return True
+    return math.isfinite(record.value) and (record.kind is MetricKind.HISTOGRAM or record.value >= 0)
 
 
 def _note(
