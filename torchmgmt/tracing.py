@@ -80,12 +80,13 @@ class Tracing:
         """End the spans of the requests of a batch."""
         if not isinstance(event, BatchFinished):
             return
+        epoch_s = time.time() - time.monotonic()  # one for all times of a batch, or they would not fit together
         for place, request in enumerate(event.requests):
             with self._lock:
                 span = self._open.pop(request.request_id, None)
             if span is not None:
-                self._add_children(span, event, place)
-                _end(span, event.failed.get(place), _epoch_ns(event.ended))
+                self._add_children(span, event, place, epoch_s)
+                _end(span, event.failed.get(place), _ns(epoch_s + event.ended))
 
     def _on_settled(self, request_id: str, future: Future[Any]) -> None:
         """End the span if no batch is going to: the request was taken back, or failed without having been run."""
@@ -100,11 +101,11 @@ class Tracing:
         if span is not None:
             _end(span, error)
 
-    def _add_children(self, span: Span, batch: BatchFinished, place: int) -> None:
+    def _add_children(self, span: Span, batch: BatchFinished, place: int, epoch_s: float) -> None:
         """Add what became of the request: its times are all known now."""
         inside = trace.set_span_in_context(span)
-        began, ended = _epoch_ns(batch.began), _epoch_ns(batch.ended)
-        arrived = min(began, _epoch_ns(batch.arrived[place]))
+        began, ended = _ns(epoch_s + batch.began), _ns(epoch_s + batch.ended)
+        arrived = min(began, _ns(epoch_s + batch.arrived[place]))
         self._tracer.start_span("queue", context=inside, start_time=arrived).end(began)
         run = self._tracer.start_span(
             "batch",
@@ -114,7 +115,7 @@ class Tracing:
         )
         if batch.handler_s is not None:
             # How long it took is known, and when it began is not: as long after the batch went out as before it was back.
-            took = int(batch.handler_s * 1e9)
+            took = _ns(batch.handler_s)
             start = began + max(0, (ended - began - took) // 2)
             self._tracer.start_span("handler", context=trace.set_span_in_context(run), start_time=start).end(
                 start + took
@@ -130,5 +131,5 @@ def _end(span: Span, error: str | None, at_ns: int | None = None) -> None:
     span.end(at_ns)
 
 
-def _epoch_ns(monotonic_s: float) -> int:
-    return time.time_ns() + int((monotonic_s - time.monotonic()) * 1e9)
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)

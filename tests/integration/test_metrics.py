@@ -49,7 +49,7 @@ def test_answered_requests_are_measured(metrics: Metrics, deploy: Deployer, back
     handler, whole = samples("torchmgmt_handler_seconds_sum"), samples("torchmgmt_request_seconds_sum")
     queue = samples("torchmgmt_queue_seconds_sum")
     assert handler >= 0.04
-    assert whole >= 4 * handler + queue - 1e-6
+    assert whole >= handler + queue - 1e-6
     assert samples("torchmgmt_ready", model="m", version="1.0") == 1
     assert samples("torchmgmt_workers", state="READY") == 1
     assert samples("torchmgmt_workers_wanted", bound="min") == 1
@@ -61,7 +61,7 @@ def test_answered_requests_are_measured(metrics: Metrics, deploy: Deployer, back
 
 def test_every_request_is_counted_once_by_how_it_ended(metrics: Metrics, deploy: Deployer, gate: Gate) -> None:
     """Failed, died with its worker, refused, expired waiting and running, taken back; and answered."""
-    model = deploy(config="job_queue_size: 1\n", batches_in_flight=1)
+    model = deploy(config="jobQueueSize: 1\n", batches_in_flight=1)
     with pytest.raises(HandlerFailed):
         model.predict("1 / 0")
     with pytest.raises(WorkerDied):

@@ -87,7 +87,7 @@ def test_without_headers_the_span_is_below_the_callers_current_one(spans, deploy
 
 def test_every_span_ends_and_says_how_the_request_did(spans, manager, deploy: Deployer, gate: Gate) -> None:
     """Also of those that no worker has run; none is kept."""
-    model = deploy(config="job_queue_size: 1\n", batches_in_flight=1)
+    model = deploy(config="jobQueueSize: 1\n", batches_in_flight=1)
     with pytest.raises(HandlerFailed):
         model.predict("1 / 0")
     with pytest.raises(WorkerDied):
