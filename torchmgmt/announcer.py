@@ -28,10 +28,6 @@ class Announcer:
         """Whether anybody listens: if not, an event need not be made."""
         return bool(self.listeners)
 
-    def __call__(self, event: Event) -> None:
-        """As :meth:`tell`: an announcer is a listener itself."""
-        self.tell(event)
-
     def add(self, listener: Listener) -> None:
         """Have ``listener`` told of what happens from now on. Any thread; does not block."""
         with self._lock:
@@ -49,6 +45,9 @@ class Announcer:
                 listener(event)
             except Exception:
                 log.exception("A listener failed at %r", event)
+
+    __call__ = tell
+    """An announcer is a listener itself."""
 
 
 def check_listeners(listeners: object) -> tuple[Listener, ...]:

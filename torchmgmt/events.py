@@ -9,6 +9,7 @@ What it raises is logged and goes no further.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 from attrs import define, field, frozen
@@ -17,6 +18,7 @@ from torchmgmt.lifecycle import VersionState
 from torchmgmt.records import MetricRecord, ModelKey, WorkerExit, WorkerRequest
 
 __all__ = [
+    "NO_FAILURES",
     "BatchFinished",
     "DefaultVersionSet",
     "DownloadProgress",
@@ -30,6 +32,10 @@ __all__ = [
     "WorkerReady",
     "WorkerStopped",
 ]
+
+
+NO_FAILURES: Mapping[int, str] = MappingProxyType({})
+"""What :class:`BatchFinished` says where all went well."""
 
 
 @frozen
@@ -124,7 +130,7 @@ class BatchFinished:
     """When its answer was here, or the worker gone."""
     handler_s: float | None
     """How long the worker took: to read the requests, to run the handler, to write the answers; None: it ended."""
-    failed: Mapping[int, str] = field(factory=dict)
+    failed: Mapping[int, str] = NO_FAILURES
     """The class of the error of each request that failed, by its place in ``requests``."""
     abandoned: Sequence[int] = ()
     """The places of requests whose answers nobody got: they had expired or been taken back, as RequestsDropped has told."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Protocol, TypeAlias
 
 from torchmgmt.backends import Outcome
 from torchmgmt.channel import AnswerFuture
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
-from torchmgmt.events import BatchFinished
 from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
 __all__ = [
@@ -22,8 +21,8 @@ __all__ = [
     "OwnJob",
     "Ran",
     "answers_of",
-    "batch_finished",
     "error_of_death",
+    "failures_of",
     "size_of",
 ]
 
@@ -155,24 +154,13 @@ class OwnJob:
         return ()
 
 
-def batch_finished(
-    key: ModelKey,
-    worker_id: str,
-    job: Job,
-    ran: Ran,
-    answers: Sequence[object] = (),
-    abandoned: Sequence[int] = (),
-    error: BaseException | None = None,
-) -> BatchFinished:
-    """Return what listeners are told of a job that was answered with ``answers``, or ended with ``error``."""
-    requests, arrived = job.items, job.arrived
-    outcomes = answers if error is None else [error] * len(requests)
-    failed = {}
-    for place, outcome in enumerate(outcomes):
-        if isinstance(outcome, BaseException) and place not in abandoned:
-            failed[place] = type(outcome).__name__
-    began, ended, handler_s = ran
-    return BatchFinished(key, worker_id, requests, arrived, began, ended, handler_s, failed, abandoned)
+def failures_of(outcomes: Sequence[object], abandoned: Sequence[int]) -> Mapping[int, str]:
+    """Return the class of each outcome that is an error, by its place, but for those that nobody got."""
+    return {
+        place: type(outcome).__name__
+        for place, outcome in enumerate(outcomes)
+        if isinstance(outcome, BaseException) and place not in abandoned
+    }
 
 
 def answers_of(

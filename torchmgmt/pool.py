@@ -28,6 +28,8 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 from torchmgmt.events import (
+    NO_FAILURES,
+    BatchFinished,
     Event,
     HandlerMetrics,
     Listener,
@@ -36,7 +38,7 @@ from torchmgmt.events import (
     WorkerReady,
     WorkerStopped,
 )
-from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, Ran, answers_of, batch_finished, error_of_death, size_of
+from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, Ran, answers_of, error_of_death, failures_of, size_of
 from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState, advance_version
 from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
 from torchmgmt.records import (
@@ -690,10 +692,12 @@ class WorkerPool:
     def _answer(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome], ran: Ran) -> None:
         has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
         lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
-        answers = answers_of(self.spec.key, job.items, outcomes, lines)
+        items = job.items
+        answers = answers_of(self.spec.key, items, outcomes, lines)
         abandoned = job.finish(answers)
-        if self._listener and job.items:
-            self._listener(batch_finished(self.spec.key, worker.id, job, ran, answers, abandoned))
+        if self._listener and items:
+            failed = failures_of(answers, abandoned) if has_faults else NO_FAILURES
+            self._listener(BatchFinished(self.spec.key, worker.id, items, job.arrived, *ran, failed, abandoned))
 
     def _after_batch_locked(self, worker: PoolWorker) -> None:
         """Let a worker that has nothing more to do wait for the next batch, or go."""
@@ -751,9 +755,11 @@ class WorkerPool:
 
     def _fail_lost(self, worker: PoolWorker, job: Job, error: WorkerStartFailed | WorkerDied) -> None:
         abandoned = job.fail(error)
-        if self._listener and job.items:
+        items = job.items
+        if self._listener and items:
+            failed = failures_of([error] * len(items), abandoned)
             ran = (worker.began_at, time.monotonic(), None)
-            self._listener(batch_finished(self.spec.key, worker.id, job, ran, (), abandoned, error))
+            self._listener(BatchFinished(self.spec.key, worker.id, items, job.arrived, *ran, failed, abandoned))
 
     def _note_success_locked(self) -> None:
         """A worker has served: back-off begins anew, and once all that are wanted are there, all is well again."""

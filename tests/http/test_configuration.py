@@ -20,7 +20,6 @@ from torchmgmt.settings import Settings
 
 CONFIG = r"""# as TorchServe's documentation has it
 inference_address=http://127.0.0.1:0
-metrics_address=http://127.0.0.1:0
 management_address=http\://127.0.0.1\:0
 model_store=$$STORE_OF_THIS_TEST$$
 load_models=noop.mar, second=plain
@@ -44,6 +43,7 @@ models={\
     }\
   }\
 }
+metrics_address=http://127.0.0.1:0
 """
 
 

@@ -115,7 +115,7 @@ def test_the_start_lines_say_what_serves_where(start, tmp_path):
     assert f"Model store: {tmp_path / 'model_store'}" in program.lines
     assert "Registering and unregistering over HTTP: on" in program.lines
     ports = [int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", " ".join(program.lines))]
-    assert len(ports) == 2
+    assert len(ports) == 3
     assert 0 not in ports
     assert program.end() == 0
 

@@ -1,6 +1,6 @@
 """What was counted and measured of each model version, from events: cheap to fill, copied where it is read.
 
-A batch takes one lock, whatever its size. Only what events tell is here; how many workers there are and how many requests
+Only what events tell is here; how many workers there are and how many requests
 wait is asked of the manager when somebody looks.
 """
 
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 from torchmgmt.events import BatchFinished, RequestsDropped, WorkerReady, WorkerStopped
 from torchmgmt.metrics.histogram import SECONDS_BOUNDS, SIZE_BOUNDS, Histogram
 from torchmgmt.records import ModelKey
 
 __all__ = ["OTHER", "Figures", "VersionFigures"]
+
+_Batch: TypeAlias = tuple[ModelKey, Sequence[float], float, float, "float | None", Mapping[int, str], Sequence[int]]
+"""A BatchFinished without its requests: key, arrived, began, ended, handler_s, failed, abandoned."""
+# The more, the less each costs, and the longer takes the one that makes them so many.
+_AT_ONCE = 16
 
 OTHER = ModelKey("other", "other")
 """Stands for all versions above the most that have labels of their own."""
@@ -51,11 +58,12 @@ class VersionFigures:
             setattr(copied, name, getattr(self, name).copy())
         return copied
 
-    def add_batch(self, batch: BatchFinished) -> None:
+    def add_batch(self, batch: _Batch) -> None:
         """Count a batch and its requests."""
-        began, ended, size = batch.began, batch.ended, len(batch.arrived)
+        _, arrivals, began, ended, handler_s, failed, abandoned = batch
+        size = len(arrivals)
         queue, latency = self.queue, self.latency
-        for arrived in batch.arrived:
+        for arrived in arrivals:
             waited = began - arrived
             queue.counts[bisect_left(SECONDS_BOUNDS, waited)] += 1
             queue.total += waited
@@ -63,14 +71,13 @@ class VersionFigures:
             latency.counts[bisect_left(SECONDS_BOUNDS, took)] += 1
             latency.total += took
         self.batch_sizes.observe(size)
-        self.requests += size - len(batch.abandoned)
-        if batch.failed:
-            for error in batch.failed.values():
-                self.errors[error] = self.errors.get(error, 0) + 1
-        if batch.handler_s is not None:
-            self.handler.observe(batch.handler_s)
-            self.last_handler = batch.handler_s
-            self.last_queue = began - batch.arrived[0]
+        self.requests += size - len(abandoned)
+        for error in failed.values():
+            self.errors[error] = self.errors.get(error, 0) + 1
+        if handler_s is not None:
+            self.handler.observe(handler_s)
+            self.last_handler = handler_s
+            self.last_queue = began - arrivals[0]
             self.last_run = ended - began
             self.last_ended = ended
 
@@ -95,6 +102,7 @@ class Figures:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._pending: deque[_Batch] = deque()  # any thread appends, who has _lock takes
         self._lock = threading.Lock()
         # guarded by _lock
         self._by_key: dict[ModelKey, VersionFigures] = {}
@@ -115,6 +123,7 @@ class Figures:
     def remove_version(self, key: ModelKey) -> None:
         """Forget its figures, unless they are counted under others. Idempotent."""
         with self._lock:
+            self._count_pending_locked()
             self._by_key.pop(key, None)
             self._unnamed.discard(key)
 
@@ -122,30 +131,53 @@ class Figures:
         """Return the key by whose labels a version is shown: its own, or :data:`OTHER`."""
         return key if key in self._by_key else OTHER
 
-    def add(self, event: BatchFinished | RequestsDropped | WorkerReady | WorkerStopped) -> None:
+    def add_batch(self, batch: BatchFinished) -> None:
+        """Count a batch; as :meth:`add`, which is for all else.
+
+        Without its requests, which hold the data, and not at once: the thread that tells of it has to read the next
+        answer, and those who got theirs wait for the interpreter. Several at once take a third of the time.
+        """
+        pending = self._pending
+        pending.append(
+            (batch.key, batch.arrived, batch.began, batch.ended, batch.handler_s, batch.failed, batch.abandoned)
+        )
+        if len(pending) >= _AT_ONCE:
+            with self._lock:
+                self._count_pending_locked()
+
+    def add(self, event: RequestsDropped | WorkerReady | WorkerStopped) -> None:
         """Count what ``event`` tells; of a version that is not known, or not any more, it tells nothing."""
-        key = event.key
         with self._lock:
-            figures = self._by_key.get(key)
+            figures = self._by_key.get(event.key) or self._other_locked(event.key)
             if figures is None:
-                if key not in self._unnamed:
-                    return
-                figures = self._other
-            if isinstance(event, BatchFinished):
-                figures.add_batch(event)
-            elif isinstance(event, RequestsDropped):
+                return
+            if isinstance(event, RequestsDropped):
                 figures.add_dropped(event)
             elif isinstance(event, WorkerReady):
                 figures.add_ready(event)
             else:
                 figures.add_stopped(event)
 
+    def _count_pending_locked(self) -> None:
+        pending = self._pending
+        for _ in range(len(pending)):
+            batch = pending.popleft()
+            figures = self._by_key.get(batch[0]) or self._other_locked(batch[0])
+            if figures is not None:
+                figures.add_batch(batch)
+
+    def _other_locked(self, key: ModelKey) -> VersionFigures | None:
+        return self._other if key in self._unnamed else None
+
     def copies(self) -> Iterator[VersionFigures]:
         """Yield a copy of the figures of each version; of the others together last, once there have been any.
 
         Between two of them the lock is free: whoever counts does not wait for all.
         """
-        for figures in list(self._by_key.values()):
+        with self._lock:
+            self._count_pending_locked()
+            versions = list(self._by_key.values())
+        for figures in versions:
             with self._lock:
                 copied = figures.copy()
             yield copied
