@@ -95,6 +95,10 @@ class Batch(Generic[T, R]):
         """When each item was submitted, by the batcher's clock."""
         return [entry.since for entry in self._entries]
 
+    def is_over(self) -> bool:
+        """Whether every item has its outcome already: nobody waits for this batch any more."""
+        return all(entry.future.done() for entry in self._entries)
+
     def finish(self, outcomes: Sequence[R | BaseException]) -> Sequence[int]:
         """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
 

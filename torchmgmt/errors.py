@@ -197,7 +197,8 @@ class HandlerFailed(TorchmgmtError):
     """The handler raised, or answered with something that cannot be an answer.
 
     ``error_type`` is the qualified name of what it raised, ``error_code`` the code it asked for (``PredictionException``
-    carries one), ``out_of_memory`` whether it ran out of memory, on the host or on an accelerator.
+    carries one), ``out_of_memory`` whether it ran out of memory, on the host or on an accelerator; any "CUDA error" counts as
+    that, as for TorchServe: a GPU that is nearly full fails in many ways that are called only this.
     """
 
     name: str

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Protocol, TypeAlias
 
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import Outcome
-from torchmgmt.channel import AnswerFuture
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
@@ -41,6 +41,9 @@ class Job(Protocol):
     @property
     def arrived(self) -> Sequence[float]:
         """When each was accepted (``time.monotonic``)."""
+
+    def is_over(self) -> bool:
+        """Whether nobody waits for any of them any more."""
 
     def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
         """Take one outcome for each request, in order; return the places of those that nobody waits for any more."""
@@ -137,6 +140,10 @@ class OwnJob:
     def begin(self) -> bool:
         """Mark it as running; False if it was cancelled."""
         return self.future.set_running_or_notify_cancel()
+
+    def is_over(self) -> bool:
+        """Whether it was ended before there was an answer."""
+        return self.future.done()
 
     def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
         """Answer with the list of all outcomes, or fail with the first that is an error."""

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ from attrs import evolve
 
 from torchmgmt import forks
 from torchmgmt.announcer import Announcer, check_listeners
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.archive import ModelFolder, ModelSources
 from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.batcher import Batcher
-from torchmgmt.channel import AnswerFuture
 from torchmgmt.desired import Desired
 from torchmgmt.errors import (
     AlreadyRegistered,
@@ -54,13 +54,14 @@ from torchmgmt.records import (
     check_number,
     check_truth,
 )
-from torchmgmt.registration import Wishes, is_default_version, scale_of, sources_of, spec_of
+from torchmgmt.registration import Wishes, is_default_version, open_source, scale_of, shown, sources_of, spec_of
 from torchmgmt.registry import Registry
 from torchmgmt.request import new_request
 from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore, in_parallel, stored_of, wishes_of
 from torchmgmt.served import ServedVersion, total_of
 from torchmgmt.settings import Settings
 from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
+from torchmgmt.streams import AnswerStream
 
 if TYPE_CHECKING:
     from torchmgmt.state_file import StateKeeper
@@ -125,7 +126,7 @@ class ModelManager:
         self._announcer = Announcer(check_listeners(listeners))
         self._tracing = self._make_tracing()
         self._sources = sources_of(model_store, self.settings, self._announcer.tell)
-        self._backend: Backend = ProcessBackend() if backend is None else backend
+        self._backend: Backend = ProcessBackend(self.settings.blacklist_env_vars) if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
         self._owned_backends: list[Backend] = [self._backend] if backend is None else []
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
@@ -209,11 +210,13 @@ class ModelManager:
 
     def register(
         self,
-        url: str | os.PathLike[str],
+        url: object,
         *,
         model_name: str | None = None,
         version: str | None = None,
         handler: str | None = None,
+        model_class: object = None,
+        batching: str | None = None,
         runtime: str | None = None,
         batch_size: int | None = None,
         max_batch_delay: int | None = None,
@@ -245,10 +248,15 @@ class ModelManager:
         Args:
             url: an archive (``.mar``, ``.tgz``) or a folder with the same content: a name in the model store, a path, or
                 a URL, ``file://`` or ``http(s)://``, or with the extra ``remote`` ``s3://`` and the like. ``#sha256=``
-                and its digest after it: no other archive will do.
-            model_name: the name, without ``/``; default: the manifest's.
+                and its digest after it: no other archive will do. Or a live object, as it is now: a ``torch.nn.Module``,
+                a function, an exported program, a handler or a class of handlers; or a model file (``.pt``, ``.pth``,
+                ``.pt2``, ``.safetensors``). ``docs/live.md`` says what becomes of them.
+            model_name: the name, without ``/``; default: the manifest's. Live objects and model files need one.
             version: the version, without ``/``; default: the manifest's, else "1.0".
             handler: ``module``, ``module.py``, ``module:function``, or a shipped handler; default: the manifest's.
+            model_class: what makes the module that the weights in a model file belong to: a class, or another callable.
+            batching: what a module or function is called with: "stack" (default for modules): the tensors of the requests,
+                stacked along a new dimension 0; "list" (default for functions): the list of what the requests brought.
             runtime: python, python3 or LSP, in any case; default: the manifest's.
             batch_size: the most requests in a batch, at least 1; default 1.
             max_batch_delay: the longest that a request waits for others, in ms, at least 0; default 100.
@@ -295,6 +303,8 @@ class ModelManager:
             model_name=model_name,
             version=version,
             handler=handler,
+            model_class=model_class,
+            batching=batching,
             runtime=runtime,
             batch_size=batch_size,
             max_batch_delay=max_batch_delay,
@@ -538,6 +548,8 @@ class ModelManager:
         version: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
     ) -> Any:
         """Run one request and return what the handler answered to it. Blocks until then; arguments as in :meth:`submit`.
 
@@ -545,15 +557,35 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound, NoWorker, QueueFull, InvalidArgument, ManagerClosed: as :meth:`submit`.
             HandlerFailed: the handler raised, or answered wrongly; has its traceback and the worker's last lines.
             WorkerDied: the worker ended while it ran the request.
-            DeadlineExceeded: there was no answer within ``timeout``.
+            DeadlineExceeded: there was no answer within ``timeout``, or it was not begun within ``wait_timeout``.
         """
         self._check_may_wait("predict")
-        future = self.submit(name, data, fields=fields, version=version, headers=headers, timeout=timeout)
+        request = self._request(data, fields, headers)
+        future = self._submit(name, version, request, timeout, wait_timeout, priority)
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # the caller was interrupted, so nobody waits for it any more
+            future.abandon()  # the caller was interrupted, so nobody waits for it any more
             raise
+
+    async def apredict(
+        self,
+        name: str,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+    ) -> Any:
+        """Run one request and return what the handler answered to it, on the event loop that runs; never blocks it.
+
+        Arguments and errors are those of :meth:`predict`. A task that is cancelled takes its request back.
+        """
+        request = self._request(data, fields, headers)
+        return await self._submit(name, version, request, timeout, wait_timeout, priority)
 
     def submit(
         self,
@@ -564,20 +596,30 @@ class ModelManager:
         version: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
     ) -> AnswerFuture:
         """Queue one request and return the future of its answer. Does not block; any thread.
 
         Callbacks of the future run on the thread that reads all answers, so they must not wait for another one:
-        ``predict`` and other calls that wait raise WouldWaitForever there.
+        ``predict`` and other calls that wait raise WouldWaitForever there. ``await`` takes the future, too.
 
         Args:
             name: the model.
-            data: what the handler gets as ``{"body": data}``; must be picklable.
+            data: what the handler gets as ``{"body": data}``; must be picklable. Of an :class:`~torchmgmt.HttpBody` the
+                worker makes the row, and writes the answer as the future's ``response()``.
             fields: the whole row that the handler gets, in place of that.
             version: the version; default: the default one.
             headers: what the handler finds through ``context.get_request_header``.
-            timeout: seconds until the request fails with DeadlineExceeded, at least 0; None: no limit. One that was not
-                started by then never runs. ``Future.cancel`` takes a request back that was not started.
+            timeout: seconds until the request fails with DeadlineExceeded, at least 0; None: what the archive says
+                (``clientTimeoutInMills``), else no limit. One that was not started by then never runs.
+                ``Future.cancel`` takes a request back that was not started, ``abandon`` any.
+            wait_timeout: the same for one that was not started by then. None: what the archive says
+                (``queueTimeoutInMills``), else no limit but ``timeout``.
+            priority: from -10 to 10. A request goes before those that have waited for fewer seconds more than it has less
+                priority than they, so what has little waits longer, but not for ever.
+            request_id: what the handler finds as ``context.get_request_id``; None: one that no other request has.
 
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
@@ -585,22 +627,32 @@ class ModelManager:
             QueueFull: ``job_queue_size`` requests wait already.
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
-        served = self._get(name, version)
-        request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
-        request = new_request(data, fields, headers, request_id, timeout)
-        # A caller may hold nothing but the future.
-        future = AnswerFuture(served.spec.key, keeps_alive=self, on_cancelled=served.on_cancelled)
-        if self._tracing is not None:
-            self._tracing.begin(served.spec.key, request, future)
-        try:
-            served.pool.check_serving()
-            served.batcher.submit(request, timeout=timeout, future=future)
-        except (ManagerClosed, ModelNotFound, NoWorker, QueueFull) as error:
-            self._note_refused(served, request, error)
-            if isinstance(error, (NoWorker, QueueFull)):
-                raise
-            raise self._not_found(served) from None
-        return future
+        request = self._request(data, fields, headers, request_id)
+        return self._submit(name, version, request, timeout, wait_timeout, priority)
+
+    def stream(
+        self,
+        name: str,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> AnswerStream:
+        """Queue one request and return the parts of its answer, as they come. Does not block; any thread.
+
+        Arguments and errors are those of :meth:`submit`. The handler's time for the batch (``response_timeout``) begins
+        anew with each part.
+        """
+        stream = AnswerStream()
+        request = self._request(data, fields, headers, request_id)
+        request.on_part = stream.take_part
+        self._submit(name, version, request, timeout, wait_timeout, priority, stream.bind)
+        return stream
 
     def add_listener(self, listener: Listener) -> None:
         """Have ``listener`` called with each event from now on; see :mod:`torchmgmt.events`. Does not block; any thread.
@@ -651,6 +703,43 @@ class ModelManager:
             self._announcer.add(tracing.listen)
         return tracing
 
+    def _request(
+        self,
+        data: object,
+        fields: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None,
+        request_id: str | None = None,
+    ) -> WorkerRequest:
+        if request_id is None:
+            request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
+        return new_request(data, fields, headers, request_id)
+
+    def _submit(
+        self,
+        name: str,
+        version: str | None,
+        request: WorkerRequest,
+        timeout: float | None,
+        wait_timeout: float | None,
+        priority: int,
+        on_future: Callable[[AnswerFuture], object] | None = None,
+    ) -> AnswerFuture:
+        served = self._get(name, version)
+        # A caller may hold nothing but the future, so it keeps all alive.
+        future = AnswerFuture(served.spec.key, self, served.pool.abandon_unwanted, served.on_cancelled)
+        if on_future is not None:
+            on_future(future)
+        if self._tracing is not None:
+            self._tracing.begin(served.spec.key, request, future)
+        try:
+            served.submit(request, future, timeout, wait_timeout, priority)
+        except TorchmgmtError as error:
+            self._note_refused(served, request, error)
+            if isinstance(error, (ManagerClosed, ModelNotFound)):
+                raise self._not_found(served) from None
+            raise
+        return future
+
     def _check_usable(self, name: object = "", version: object = None) -> None:
         """Raise ManagerClosed, or InvalidArgument for a name or version that can be none. Takes no lock."""
         if forks.depth() != self._depth:
@@ -690,19 +779,21 @@ class ModelManager:
             return False
         return True
 
-    def _register(self, url: str | os.PathLike[str], wishes: Wishes, stored: StoredVersion | None = None) -> ModelKey:
+    def _register(self, url: object, wishes: Wishes, stored: StoredVersion | None = None) -> ModelKey:
         """Register a version, as ``stored`` if it was before; remember what failed if it was to be there from the start."""
         self._warm_for(wishes)
         spec: ModelSpec | None = None
         try:
             with contextlib.ExitStack() as undo:
-                folder = undo.enter_context(self._sources.open(url, trusted=wishes.trusted, may_fetch=wishes.may_fetch))
+                folder = undo.enter_context(open_source(self._sources, url, wishes))
                 if stored is None:
                     stored = stored_of(folder, wishes, scale_of(folder, wishes, self.settings), self.model_store)
                 else:
                     folder = evolve(folder, url=stored.url)
                     check_is_same(folder, wishes, stored)
                 spec = spec_of(folder, wishes, self.settings)
+                if spec.live is not None:
+                    spec.live.prepare(spec.backend, isolates_errors=spec.isolate_errors)
                 served = self._add(spec, folder, stored.scale)
                 undo.pop_all()  # from here on the version owns the folder
             if wishes.synchronous:
@@ -711,10 +802,10 @@ class ModelManager:
             raise
         except Exception as error:
             if wishes.loaded_at_startup:
-                self._remember(str(url), error, spec, wishes)
+                self._remember(shown(url), error, spec, wishes)
             raise
         with self._lock:
-            self._failed_loads.settle(spec.key, str(url))
+            self._failed_loads.settle(spec.key, shown(url))
             is_default_again = self._keep_locked(served, evolve(stored, digest=folder.digest))
         self._record()
         if is_default_again:
@@ -782,6 +873,9 @@ class ModelManager:
         key = stored.key
         if not self._is_current_locked(served):
             return False  # somebody has unregistered it already
+        if served.spec.live is not None and not served.spec.live.is_restorable:
+            self._desired.remove(key)  # the program that made the object makes it again
+            return False
         was_wanted = self._desired.find(key) is not None
         self._desired.put(evolve(stored, scale=served.pool.wanted))
         for outdated in self._outdated_locked(stored):

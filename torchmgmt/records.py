@@ -6,11 +6,12 @@ parse; their source is TorchServe's Management API.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from attrs import Attribute, define, field, frozen
 from attrs.validators import optional
@@ -18,10 +19,16 @@ from attrs.validators import optional
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
 
+if TYPE_CHECKING:
+    from torchmgmt.live import LiveObject
+
 __all__ = [
     "BACKENDS",
+    "ENVELOPES",
     "EXPIRED",
     "NUMBER_BYTES",
+    "AnswerHead",
+    "BodyHead",
     "CloseReport",
     "Encoded",
     "MetricKind",
@@ -30,6 +37,7 @@ __all__ = [
     "ModelKey",
     "ModelSpec",
     "RawMetric",
+    "RequestHead",
     "ResponseProperties",
     "Scale",
     "ShareWeights",
@@ -42,16 +50,22 @@ __all__ = [
     "WorkerRequest",
     "backend_name",
     "check_number",
+    "check_pattern",
     "check_text",
     "check_truth",
+    "envelope_name",
     "number",
     "share_weights_of",
     "text",
     "truth",
+    "without_matching",
 ]
 
+T = TypeVar("T")
+
 NUMBER_BYTES = 8
-"""In so many bytes, the lowest first, a worker writes down the number of the batch that it begins."""
+"""In so many bytes, the lowest first, a worker writes down the number of the batch that it begins, and the embedding process
+behind it that of the batch for which nobody waits any more."""
 
 WIRE_STATUS: Mapping[WorkerState, str] = {
     WorkerState.WANTED: "LOADING",
@@ -82,6 +96,19 @@ def check_text(argument: str, value: object, *, forbidden: str = "/\0") -> None:
     if not isinstance(value, str) or not value.strip() or any(char in value for char in forbidden):
         listed = " or ".join(repr(char) for char in forbidden)
         raise InvalidArgument(argument, value, f"text that is not blank and has no {listed} in it")
+
+
+def check_pattern(argument: str, value: object) -> None:
+    """Raise :class:`InvalidArgument` unless ``value`` is the text of a regular expression, or None."""
+    if value is None:
+        return
+    try:
+        if isinstance(value, str):
+            re.compile(value)
+            return
+    except (re.error, OverflowError, RecursionError):
+        pass
+    raise InvalidArgument(argument, value, "a regular expression, or None")
 
 
 def check_truth(argument: str, value: object) -> None:
@@ -120,6 +147,12 @@ def truth(argument: str) -> Validator:
     return validate
 
 
+def without_matching(variables: Mapping[str, T], pattern: str | None) -> dict[str, T]:
+    """Return the environment variables whose whole names do not match a regular expression; None: all."""
+    found = re.compile(pattern) if pattern is not None else None
+    return {name: value for name, value in variables.items() if found is None or not found.fullmatch(name)}
+
+
 @frozen(order=True)
 class ModelKey:
     """The name and version that identify a model version."""
@@ -150,6 +183,16 @@ def backend_name(_instance: object, _attribute: Attribute[Any], value: object) -
     """Check, as an attrs validator, that ``value`` names a backend; raise InvalidArgument otherwise."""
     if value not in BACKENDS:
         raise InvalidArgument("backend", value, " or ".join(BACKENDS))
+
+
+ENVELOPES = ("body", "json", "kserve", "kservev2")
+"""In which forms a request may be wrapped before a handler gets it; TorchServe's."""
+
+
+def envelope_name(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+    """Check, as an attrs validator, that ``value`` names an envelope; raise InvalidArgument otherwise."""
+    if value not in ENVELOPES:
+        raise InvalidArgument("envelope", value, f"one of {', '.join(ENVELOPES)}")
 
 
 class ShareWeights(Enum):
@@ -197,6 +240,12 @@ class ModelSpec:
     config: Mapping[str, Any] = field(factory=dict)
     """``model-config.yaml``, as found; empty if there is none."""
     runtime: str = "python"
+    envelope: str | None = field(default=None, validator=optional(envelope_name))
+    """What stands around the handler and unwraps its requests: one of :data:`ENVELOPES`; None: nothing."""
+    packages: str | None = None
+    """A folder with packages of its own, which its workers import before those of the program; None if it has none."""
+    blacklist_env_vars: str | None = None
+    """A regular expression: no environment variable whose whole name matches is in its workers. None: all are."""
     batch_size: int = field(default=1, validator=number("batch_size", 1))
     max_batch_delay_ms: int = field(default=100, validator=number("max_batch_delay", 0, "milliseconds"))
     response_timeout_s: float = field(default=120, validator=number("response_timeout", 1e-3, "seconds", whole=False))
@@ -208,6 +257,10 @@ class ModelSpec:
     is_sealed: bool = False
     """Whether nobody rewrites the files in ``model_dir``, because they were unpacked by us: workers may map them."""
     loaded_at_startup: bool = False
+    client_timeout_ms: int = field(default=0, validator=number("client_timeout", 0, "milliseconds"))
+    """How long a request may take in all whose caller sets no limit; 0: no limit."""
+    queue_timeout_ms: int = field(default=0, validator=number("queue_timeout", 0, "milliseconds"))
+    """How long a request may wait whose caller sets no limit for that; 0: no limit."""
     backend: str = field(default="process", validator=backend_name)
     """How its workers are run: one of :data:`BACKENDS`."""
     share_weights: ShareWeights = field(default=ShareWeights.AUTO, converter=share_weights_of)
@@ -227,6 +280,8 @@ class ModelSpec:
         default=600, validator=number("template_idle_timeout", 0, "seconds", whole=False)
     )
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
+    live: LiveObject | None = None
+    """What was registered in place of an archive, if it was no archive."""
 
 
 @frozen
@@ -251,11 +306,27 @@ class ResponseProperties:
 
 @define(eq=False)
 class Encoded:
-    """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker."""
+    """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker.
+
+    With a :class:`~torchmgmt.exchange.HttpBody` it is that body, and the body of the answer to it, in one segment. An
+    answer without segments is the end of one that came in parts.
+    """
 
     segments: Sequence[bytes | bytearray | memoryview]
     properties: ResponseProperties | None = None
     """Of an answer: what the handler has set beside it, if anything."""
+    content_type: str | None = None
+    """Of the body of an answer: its type; None: this is no body but a pickle."""
+
+
+BodyHead: TypeAlias = tuple[int, str, tuple[tuple[str, str], ...], bool]
+"""Of a body: its form, content type, query, and whether it is to be parsed (:class:`torchmgmt.exchange.HttpBody`)."""
+RequestHead: TypeAlias = tuple[str, "Mapping[str, str] | None", int, "float | None", "BodyHead | None", bool]
+"""What a worker is told of a request: its id, its headers, the number of its segments, its deadline, what it is if it is a
+body, and whether its answer may come in parts."""
+
+AnswerHead: TypeAlias = "int | tuple[int, ResponseProperties | None, str | None]"
+"""Of an answer on its way: the number of its segments; if there is more to say, what was set beside it and its content type."""
 
 
 @define(eq=False)
@@ -269,6 +340,21 @@ class WorkerRequest:
     """When nobody waits for it any more, on the monotonic clock of the machine (s); it is not begun after that."""
     limit_s: float = 0.0
     """How long after the request was made that is."""
+    body: BodyHead | None = None
+    """What the row is to be made of, if it is a body."""
+    on_part: Callable[[Encoded], object] | None = None
+    """Takes a part of the answer that came before the rest, and must not block; None: the answer is wanted whole."""
+
+    def head(self) -> RequestHead:
+        """Return what the worker is told of it beside its row."""
+        return (
+            self.request_id,
+            self.headers,
+            len(self.row.segments),
+            self.deadline,
+            self.body,
+            self.on_part is not None,
+        )
 
 
 @frozen
@@ -284,8 +370,8 @@ class WorkerFault:
     out_of_memory: bool = False
 
 
-EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
-"""What a worker says of a request that it did not begin because nobody waited for it any more."""
+EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun, or before it was done", "")
+"""What a worker says of a request that it did not begin, or not go on with, because nobody waited for it any more."""
 
 
 class MetricKind(Enum):
@@ -427,13 +513,13 @@ class ModelInfo:
             "responseTimeout": _plain(spec.response_timeout_s),
             "startupTimeout": _plain(spec.startup_timeout_s),
             "maxRetryTimeoutInSec": _plain(spec.max_retry_timeout_s),
-            "clientTimeoutInMills": 0,
+            "clientTimeoutInMills": spec.client_timeout_ms,
             "parallelType": "",
             "parallelLevel": 0,
             "deviceType": "cpu",
             "continuousBatching": False,
             "useJobTicket": False,
-            "useVenv": False,
+            "useVenv": spec.packages is not None,
             "stateful": False,
             "sequenceMaxIdleMSec": 0,
             "sequenceTimeoutMSec": 0,
@@ -447,6 +533,7 @@ class ModelInfo:
             },
             "state": self.state.value,
             "defaultVersion": self.is_default,
+            "queueTimeoutInMills": spec.queue_timeout_ms,
             "shareWeights": spec.share_weights.value,
             "weightsShared": self.sharing.is_shared,
             "weightsSharedReason": self.sharing.reason,

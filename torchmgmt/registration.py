@@ -11,15 +11,17 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
-from torchmgmt.archive import DownloadLimits, ModelFolder, ModelSources
+from torchmgmt.archive import DownloadLimits, Installing, ModelFolder, ModelSources
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
+from torchmgmt.live import HANDLER, MODEL_FILES, Batching, live_file, live_object
 from torchmgmt.records import (
     ModelKey,
     ModelSpec,
@@ -34,7 +36,7 @@ from torchmgmt.records import (
 )
 from torchmgmt.settings import Settings
 
-__all__ = ["Wishes", "key_of", "scale_of", "sources_of", "spec_of"]
+__all__ = ["Wishes", "key_of", "open_source", "scale_of", "shown", "sources_of", "spec_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ CONFIG_KEYS: Mapping[str, str] = {
     "startup_timeout": "startupTimeout",
     "max_retry_timeout": "maxRetryTimeoutInSec",
     "job_queue_size": "jobQueueSize",
+    "client_timeout": "clientTimeoutInMills",
+    "queue_timeout": "queueTimeoutInMills",
     "min_worker": "minWorkers",
     "max_worker": "maxWorkers",
     # Ours, written as TorchServe writes its own.
@@ -66,6 +70,11 @@ CONFIG_KEYS: Mapping[str, str] = {
 def _runtime(_instance: object, _attribute: Attribute[Any], value: object) -> None:
     if not isinstance(value, str) or value.lower() not in RUNTIMES:
         raise InvalidArgument("runtime", value, "python, python3 or LSP, in any case")
+
+
+def _batching(_instance: object, _attribute: Attribute[Any], value: object) -> None:
+    if value not in {each.value for each in Batching}:
+        raise InvalidArgument("batching", value, "stack or list")
 
 
 @frozen(kw_only=True)
@@ -99,6 +108,8 @@ class Wishes:
     template_idle_timeout: float | None = field(
         default=None, validator=optional(number("template_idle_timeout", 0, "seconds", whole=False))
     )
+    batching: str | None = field(default=None, validator=optional(_batching))
+    model_class: object = None
     synchronous: bool = field(default=True, validator=truth("synchronous"))
     default_workers: int = field(default=1, validator=number("default_workers", 0))
     trusted: bool = field(default=True, validator=truth("trusted"))
@@ -121,9 +132,64 @@ def sources_of(model_store: str | os.PathLike[str] | None, settings: Settings, l
             timeout_s=settings.download_timeout,
             stall_s=settings.download_stall_timeout,
         ),
+        installing=Installing(settings.install_py_dep_timeout, settings.blacklist_env_vars)
+        if settings.install_py_dep_per_model
+        else None,
         allowed_urls=settings.allowed_urls,
         listener=listener,
     )
+
+
+def open_source(sources: ModelSources, url: object, wishes: Wishes) -> ModelFolder:
+    """Return the folder of an archive, or a live object, or a model file, with the folder that it is to be run in.
+
+    The caller releases it. Blocks and raises as :meth:`ModelSources.open` does; raises InvalidArgument, too, for a live
+    object that is none, or arguments that do not go with it.
+    """
+    if wishes.trusted and not isinstance(url, (str, bytes, os.PathLike)):
+        live = live_object(url, wishes.batching)
+        _check_goes_with_live(wishes)
+        if wishes.model_class is not None:
+            raise InvalidArgument(
+                "model_class", wishes.model_class, "None, unless the path of a file of weights is given"
+            )
+        return ModelFolder(Path.cwd(), live.shown, manifest=None, config={}, digest=None, live=live)
+    place = cast("str | os.PathLike[str]", url)  # what is neither is refused by who opens it
+    file = sources.find(place) if wishes.trusted and _names_model_file(url) else None
+    if file is None or file.is_dir():
+        _check_is_for_live(wishes)
+        return sources.open(place, trusted=wishes.trusted, may_fetch=wishes.may_fetch)
+    _check_goes_with_live(wishes)
+    live = live_file(file, wishes.model_class, wishes.batching)
+    return ModelFolder(file.parent, os.fspath(place), manifest=None, config={}, digest=None, live=live)
+
+
+def shown(url: object) -> str:
+    """Return how a source is called; a live object tells nothing of itself that could not be something else tomorrow."""
+    return str(url) if isinstance(url, (str, os.PathLike)) else "a live object"
+
+
+def _names_model_file(url: object) -> bool:
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    return isinstance(text, str) and Path(text).suffix.lower() in MODEL_FILES
+
+
+def _check_goes_with_live(wishes: Wishes) -> None:
+    """Raise InvalidArgument for what an archive has and a live object has not, or the other way round."""
+    if wishes.model_name is None:
+        raise InvalidArgument("model_name", None, "given: a live object or model file has no manifest that names it")
+    if wishes.handler is not None:
+        raise InvalidArgument("handler", wishes.handler, "None: a live object or model file needs none")
+
+
+def _check_is_for_live(wishes: Wishes) -> None:
+    """Raise InvalidArgument for what an archive cannot be given."""
+    for name in ("batching", "model_class"):
+        if (given := getattr(wishes, name)) is not None:
+            suffixes = ", ".join(sorted(MODEL_FILES))
+            raise InvalidArgument(
+                name, given, f"None for an archive: it is for live objects and model files ({suffixes})"
+            )
 
 
 def key_of(folder: ModelFolder, wishes: Wishes) -> ModelKey:
@@ -140,11 +206,12 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
 
     Raises:
         InvalidArchive: a value in the archive is wrong, or nobody names the model or the handler.
+        InvalidArgument: its backend cannot give it the packages of its own that it asks for.
     """
     key, manifest = key_of(folder, wishes), folder.manifest
     _warn_of_unknown(key, settings)
     config = {**_parameters(key, settings), **folder.config}
-    handler = wishes.handler or (manifest.handler if manifest else None)
+    handler = HANDLER if folder.live else wishes.handler or (manifest.handler if manifest else None)
     if handler is None:
         raise InvalidArchive(folder.url, "it names no handler; give handler=...")
 
@@ -152,6 +219,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
         wish = getattr(wishes, argument, None)
         return config.get(CONFIG_KEYS[argument], default) if wish is None else wish
 
+    packages = _packages_of(folder, value("backend", "process"))
     with _blaming_the_source(folder, key, settings):
         return ModelSpec(
             key=key,
@@ -161,12 +229,17 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             manifest=manifest.raw if manifest else _made_up_manifest(key, handler),
             config=folder.config,
             runtime=(wishes.runtime or (manifest.runtime if manifest else "python")).lower(),
+            envelope=(manifest.envelope if manifest else None) or settings.service_envelope,
+            packages=packages,
+            blacklist_env_vars=settings.blacklist_env_vars,
             batch_size=value("batch_size", 1),
             max_batch_delay_ms=value("max_batch_delay", 100),
             response_timeout_s=value("response_timeout", settings.default_response_timeout),
             startup_timeout_s=value("startup_timeout", settings.default_startup_timeout),
             max_retry_timeout_s=value("max_retry_timeout", settings.max_retry_timeout),
             job_queue_size=value("job_queue_size", settings.job_queue_size),
+            client_timeout_ms=value("client_timeout", 0),
+            queue_timeout_ms=value("queue_timeout", 0),
             backend=value("backend", "process"),
             share_weights=value("share_weights", settings.share_weights),
             threads_per_worker=value("threads_per_worker", settings.threads_per_worker),
@@ -178,7 +251,21 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             template_idle_timeout_s=value("template_idle_timeout", settings.template_idle_timeout),
             is_sealed=folder.is_sealed,
             loaded_at_startup=wishes.loaded_at_startup,
+            live=folder.live,
         )
+
+
+def _packages_of(folder: ModelFolder, backend: str) -> str | None:
+    """Return where the model's own packages are; raise InvalidArgument if its workers could not have any."""
+    if folder.packages is None:
+        return None
+    if backend == "thread":
+        allowed = (
+            "process: its requirements file asks for packages that this program does not have, and threads of it have no"
+            " packages of their own; or install them beside torchmgmt"
+        )
+        raise InvalidArgument("backend", backend, allowed)
+    return str(folder.packages)
 
 
 def scale_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> Scale:

@@ -27,7 +27,15 @@ T = TypeVar("T")
 RESTORED_AT_ONCE = 4
 """Versions that are opened and loaded at once: more would compete for the same disk and cores."""
 STORED_APART = frozenset(
-    {"initial_workers", "max_workers", "default_workers", "synchronous", "trusted", "loaded_at_startup"}
+    {
+        "initial_workers",
+        "max_workers",
+        "default_workers",
+        "synchronous",
+        "trusted",
+        "loaded_at_startup",
+        "model_class",
+    }
 )
 """Arguments that are no parameters of the version, or that are stored in another form."""
 PARAMETERS = frozenset(attribute.name for attribute in attrs.fields(Wishes)) - STORED_APART

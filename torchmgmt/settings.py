@@ -16,6 +16,7 @@ from typing import Any
 
 from attrs import Attribute, field, fields, frozen
 
+from torchmgmt.records import ENVELOPES
 from torchmgmt.setting_kinds import (
     ADDRESS_KIND,
     FILE_KIND,
@@ -265,15 +266,23 @@ class Settings:
     blacklist_env_vars: str | None = _setting(
         PATTERN_KIND,
         None,
-        "A regular expression: environment variables whose whole name matches are kept from the workers.",
+        "A regular expression: environment variables whose whole name matches are kept from worker processes, and from pip.",
         optional=True,
-        without_effect="its workers have the whole environment",
     )
     install_py_dep_per_model: bool = _setting(
         TRUTH_KIND,
         False,
-        "Install the requirements file of an archive for its workers.",
-        without_effect="it installs nothing; install what the models need beside torchmgmt",
+        "Install what the requirements file of an archive asks for, for its workers alone. It runs code of the archive, and"
+        " needs a package index.",
+    )
+    install_py_dep_timeout: float = _setting(
+        amount(1e-3), 600, "How long installing a requirements file may take.", unit="s"
+    )
+    service_envelope: str | None = _setting(
+        one_of(*ENVELOPES),
+        None,
+        "The request envelope of models whose manifest names none. If not set: none.",
+        optional=True,
     )
     enable_envvars_config: bool = _setting(
         TRUTH_KIND,

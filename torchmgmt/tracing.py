@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from opentelemetry import propagate, trace
@@ -90,9 +90,9 @@ class Tracing:
 
     def _on_settled(self, request_id: str, future: Future[Any]) -> None:
         """End the span if no batch is going to: the request was taken back, or failed without having been run."""
-        error = None if future.cancelled() else future.exception()
-        name = "Cancelled" if future.cancelled() else type(error).__name__
-        if name not in _RAN and (error is not None or future.cancelled()):
+        error = CancelledError() if future.cancelled() else future.exception()
+        name = "Cancelled" if isinstance(error, CancelledError) else type(error).__name__
+        if error is not None and name not in _RAN:
             self._end_early(request_id, name)
 
     def _end_early(self, request_id: str, error: str) -> None:

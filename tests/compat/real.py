@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -157,8 +157,12 @@ class Packer:
         config: str = "",
         model: str = "",
         files: Mapping[str, str | Path] | None = None,
+        folders: Sequence[Path] = (),
     ) -> Path:
-        """Return ``<store>/<name>-<version>.mar``; ``handler`` is the name of a shipped one, or the source of one."""
+        """Return ``<store>/<name>-<version>.mar``; ``handler`` is the name of a shipped one, or the source of one.
+
+        What is in ``folders`` becomes extra files, with the folders below.
+        """
         folder = self.root / f"{name}-{version}"
         (folder / "scratch").mkdir(parents=True)
         options = {"--model-name": f"{name}-{version}", "--version": version}
@@ -169,7 +173,7 @@ class Packer:
             options["--model-file"] = write(folder, "net.py", model)
         if config:
             options["--config-file"] = write(folder, "model-config.yaml", config)
-        extra = [write(folder, each, text) for each, text in (files or {}).items()]
+        extra = [write(folder, each, text) for each, text in (files or {}).items()] + [str(each) for each in folders]
         if extra:
             options["--extra-files"] = ",".join(extra)
         options |= {"--archive-format": "zip-store", "--export-path": str(self.store)}

@@ -19,23 +19,6 @@ from torchmgmt.errors import HandlerFailed, WorkerStartFailed
 NET = model_files.NET
 # What stands in for a package that is not there, or for one that is.
 ABSENT = "raise ModuleNotFoundError('No module named ' + repr(__name__), name=__name__)\n"
-ONNXRUNTIME = """
-class SessionOptions:
-    intra_op_num_threads = 0
-
-class InferenceSession:
-    '''Multiplies by what the file says, as a session of one input and one output.'''
-
-    def __init__(self, path, providers, sess_options):
-        assert providers == ["CPUExecutionProvider"]
-        self.factor = float(open(path).read())
-
-    def get_inputs(self):
-        return [type("Input", (), {"name": "x"})]
-
-    def run(self, outputs, inputs):
-        return [inputs["x"] * self.factor]
-"""
 CAPTUM = """
 class IntegratedGradients:
     def __init__(self, model):
@@ -126,11 +109,13 @@ class Handler(BaseHandler):
     assert served.describe().sharing.is_shared
 
 
-def test_a_model_of_onnx_runs_where_onnxruntime_is(packer: Packer, manager: ModelManager, tmp_path: Path) -> None:
+def test_a_model_of_onnx_runs_where_onnxruntime_is(files: Path, packer: Packer, manager: ModelManager) -> None:
     """Its session takes the batch as its first input and gives the answers as its first output."""
-    (tmp_path / "model.onnx").write_text("3")
-    archive = packer.pack("o", "base_handler", tmp_path / "model.onnx", files={"onnxruntime.py": ONNXRUNTIME})
-    assert manager.register(archive).predict([1.0, 2.0]) == [3.0, 6.0]
+    archive = packer.pack("o", "base_handler", files / "model.onnx")
+    served = manager.register(archive, initial_workers=2, batch_size=4, max_batch_delay=50)
+    assert list(served.map([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])) == [[3.0, 6.0], [9.0, 12.0], [15.0, 18.0]]
+    with pytest.raises(HandlerFailed, match="gives no gradients"):
+        served.predict([1.0, 2.0], headers={"explain": "True"})
 
 
 @pytest.mark.parametrize(
@@ -176,6 +161,9 @@ def test_a_prediction_is_explained_with_captum(
     served = manager.register(with_it)
     assert served.predict(fields=row, headers={"Explain": "True"}) == [301.0, 601.0]
     assert served.predict(fields=row) == [3.0, 6.0]
+    for sent in ({"target": bytearray(b"2")}, {"target": "2"}):
+        assert served.predict(fields={"data": [1.0, 2.0]} | sent, headers={"explain": "True"}) == [302.0, 602.0]
+    assert served.predict(fields={"data": [1.0, 2.0]}, headers={"explain": "True"}) == [300.0, 600.0]
     without = packer.pack("without", "base_handler", files / "script.pt", files={"captum.py": ABSENT})
     with pytest.raises(HandlerFailed, match="explaining a prediction needs captum"):
         manager.register(without).predict(fields=row, headers={"explain": "True"})

@@ -224,6 +224,13 @@ def test_a_classifier_of_transformers(
     for answer, wanted in zip(model.map(TEXTS), direct["classifier"], strict=True):
         assert list(answer) == ["bad", "so so", "good"]
         assert list(answer.values()) == pytest.approx(wanted, **CLOSE)
+    # Explained beside a prediction, which it leaves as it is.
+    asked = model.submit(fields={"data": TEXTS[0], "target": 2}, headers={"explain": "True"})
+    assert model.predict(TEXTS[1])["good"] == pytest.approx(direct["classifier"][1][2], **CLOSE)
+    insight = asked.result(20)
+    assert insight["words"] == ["a", "cat", "sits", "on", "the", "mat", "."]
+    assert len(insight["importances"]) == 7
+    assert any(insight["importances"])
 
 
 def test_the_checkpoint_of_pesto_is_refused(served: ModelManager, packer: Packer) -> None:

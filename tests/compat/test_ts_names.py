@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.compat.ts_names import NAMES
-from tests.handlers import Deployer, run_program
+from tests.handlers import Deployer, run_program, write_folder
 from torchmgmt.errors import WorkerStartFailed
 
 LOOK = """
@@ -99,6 +100,28 @@ def test_install_ts_does_not_mix_with_another_ts() -> None:
     assert "RuntimeError: another module ts was imported before" in done.stderr
 
 
+SERVING = """
+import sys
+from torchmgmt import ModelManager
+
+before = list(sys.meta_path)
+with ModelManager() as manager:
+    model = manager.register(sys.argv[1], model_name="m", handler="handler")
+    print(model.predict(), [name for name in sys.modules if name.split(".")[0] == "ts"], sys.meta_path == before)
+    try:
+        import ts
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_a_program_that_serves_is_untouched(tmp_path: Path) -> None:
+    """What its workers import as ts is nowhere in the program: no module, no hook, no package."""
+    source = "import ts\ndef handle(data, context):\n    return data and [ts.__version__ for row in data]\n"
+    done = run_program(SERVING, str(write_folder(tmp_path / "m", source)))
+    assert done.stdout == "0.12.0 [] True\nNo module named 'ts'\n", done.stderr
+
+
 HANDLER_TEST = """
 import json, pathlib, sys, tempfile
 import torchmgmt.compat
@@ -131,6 +154,10 @@ assert handler._is_explain()
 (folder / "mine.py").write_text("def handle(data, context):\\n    return data and [context.model_name for row in data]\\n")
 service = ModelLoaderFactory.get_model_loader().load("m", str(folder), "mine.py", None, 4)
 assert service.entry_point([{}, {}], service.context) == ["m", "m"]
+assert service._entry_point([{}], service.context) == ["m"]
+service = ModelLoaderFactory.get_model_loader().load("m", str(folder), "mine.py", None, 1, "kserve")
+service.context.begin_batch(["1"], [{}])
+assert service.entry_point([{"body": {"instances": [1, 2]}}], service.context) == [{"predictions": ["m", "m"]}]
 import shutil
 shutil.rmtree(folder)
 print("well")

@@ -132,7 +132,21 @@ NAMES: dict[str, dict[str, list[str] | None]] = {
     "ts.protocol.otf_message_handler": {
         "send_intermediate_predict_response": ["ret", "req_id_map", "message", "code", "context"]
     },
-    "ts.service": {"emit_metrics": ["metrics"], "PREDICTION_METRIC": None},
+    "ts.service": {
+        "emit_metrics": ["metrics"],
+        "PREDICTION_METRIC": None,
+        "Service": [
+            "model_name",
+            "model_dir",
+            "manifest",
+            "entry_point",
+            "gpu",
+            "batch_size",
+            "limit_max_image_pixels",
+            "metrics_cache",
+        ],
+        "Service._entry_point": None,
+    },
     "ts.torch_handler.base_handler": {
         "BaseHandler": [],
         "BaseHandler.initialize": ["context"],
@@ -154,6 +168,16 @@ NAMES: dict[str, dict[str, list[str] | None]] = {
     "ts.torch_handler.image_classifier": {"ImageClassifier": []},
     "ts.torch_handler.image_segmenter": {"ImageSegmenter": []},
     "ts.torch_handler.object_detector": {"ObjectDetector": []},
+    "ts.torch_handler.request_envelope.base": {
+        "BaseEnvelope": ["handle_fn"],
+        "BaseEnvelope.handle": ["data", "context"],
+        "BaseEnvelope.parse_input": ["data"],
+        "BaseEnvelope.format_output": ["data"],
+    },
+    "ts.torch_handler.request_envelope.body": {"BodyEnvelope": ["handle_fn"]},
+    "ts.torch_handler.request_envelope.json": {"JSONEnvelope": ["handle_fn"]},
+    "ts.torch_handler.request_envelope.kserve": {"KServeEnvelope": ["handle_fn"]},
+    "ts.torch_handler.request_envelope.kservev2": {"KServev2Envelope": ["handle_fn"]},
     "ts.torch_handler.text_classifier": {"TextClassifier": [], "TextClassifier.ngrams": None},
     "ts.torch_handler.text_handler": {
         "TextHandler": [],

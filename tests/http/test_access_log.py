@@ -11,7 +11,8 @@ import pytest
 from tests.http.fakes import FakeManager, info_of
 from torchmgmt.http import access_log
 from torchmgmt.http.access_log import written_in_background
-from torchmgmt.http.masking import masked_query, masked_text
+from torchmgmt.http.masking import masked_query
+from torchmgmt.redaction import redacted_text
 
 LINE = re.compile(r'127\.0\.0\.1:\d+ "(?P<request>[A-Z]+ \S+ HTTP/1\.1)" (?P<code>\d{3}) (?P<ms>\d+\.\d) (?P<id>\S+)')
 
@@ -117,7 +118,7 @@ def test_secrets_in_a_query_are_hidden(query, logged):
 )
 def test_secrets_in_a_text_are_hidden(text, shown):
     """User and password, and signatures, of every URL in it."""
-    assert masked_text(text) == shown
+    assert redacted_text(text) == shown
 
 
 def test_describe_list_and_errors_hide_secrets(serving, lines):

@@ -141,9 +141,16 @@ def test_a_prediction_exception_carries_its_code(deploy: Deployer) -> None:
     assert caught.value.error_code == 422
 
 
-@pytest.mark.parametrize("raised", ["MemoryError()", "__import__('torch').OutOfMemoryError('CUDA out of memory')"])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "MemoryError()",
+        "__import__('torch').OutOfMemoryError('CUDA out of memory')",
+        "RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')",
+    ],
+)
 def test_running_out_of_memory_is_told_apart(deploy: Deployer, raised: str) -> None:
-    """MemoryError and torch's own error of that kind are marked, and the worker serves on."""
+    """MemoryError, torch's own error of that kind and errors of CUDA are marked, and the worker serves on."""
     model = deploy()
     with pytest.raises(HandlerFailed) as caught:
         model.predict(f"fail({raised})")

@@ -19,8 +19,9 @@ from torchmgmt.archive.cache import UnpackedArchives
 from torchmgmt.archive.shelves import SharedShelf
 from torchmgmt.archive.transfer import Validators
 from torchmgmt.archive.url_memory import Record, SharedMemory
-from torchmgmt.archive.urls import Source, redacted
+from torchmgmt.archive.urls import Source
 from torchmgmt.errors import DownloadFailed, InvalidArgument, TorchmgmtError
+from torchmgmt.redaction import redacted
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +141,14 @@ def test_a_url_with_a_mistake_still_shows_no_password(sources: ModelSources, url
 def test_what_is_no_secret_is_shown(url: str) -> None:
     """The rest of a URL is what the model is known by."""
     assert redacted(url) == url
+
+
+@pytest.mark.parametrize("name", ["X-Amz-Signature", "sig", "api_key", "tok%65n", "GoogleAccessId", "auth_code"])
+def test_a_secret_in_a_query_is_hidden_however_it_is_called(name: str) -> None:
+    """What clouds and stores call theirs; what only sounds like it is shown."""
+    assert redacted(f"https://host/m.mar?design=1&{name}=hid&decode=2#sha256=3") == (
+        f"https://host/m.mar?design=1&{name}=***&decode=2#sha256=3"
+    )
 
 
 def test_a_file_may_be_called_as_it_likes() -> None:

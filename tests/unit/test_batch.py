@@ -48,13 +48,19 @@ class Worker:
         self.ids.append([context.get_request_id(index) for index in range(len(rows))])
         return self.entry_point(rows)
 
-    def run(self, *rows: Any, deadlines: Mapping[int, float] | None = None) -> list[Any]:
+    def run(
+        self,
+        *rows: Any,
+        deadlines: Mapping[int, float] | None = None,
+        headers: Mapping[int, Mapping[str, str]] | None = None,
+    ) -> list[Any]:
         """Return for each row its answer, or the fault."""
         context = Context("m", "", {}, batch_size=8, gpu=None, mms_version="0")
         handler = Handler(self.handle, context, isolates_errors=self.isolates_errors, limit_s=self.limit_s)
         encoded = [encode(row) for row in rows]
         heads = [
-            (str(index), None, len(each.segments), (deadlines or {}).get(index)) for index, each in enumerate(encoded)
+            (str(index), (headers or {}).get(index), len(each.segments), (deadlines or {}).get(index), None, False)
+            for index, each in enumerate(encoded)
         ]
         segments = [_arrived(segment) for each in encoded for segment in each.segments]
         return [decode(each) if isinstance(each, Encoded) else each for each in run_batch(handler, heads, segments)]
@@ -388,3 +394,33 @@ def test_a_request_that_cannot_be_read_is_not_counted_by_an_error():
     assert outcomes[0] == EXPIRED
     assert outcomes[1] == "b"
     assert faults(outcomes) == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["explain", "Explain", "describe"])
+def test_a_request_for_an_explanation_is_run_alone(name):
+    """A handler looks at the first request's header and answers all alike: the others of the batch are not explained."""
+    worker = Worker(lambda rows: [f"{rows[0]} and {len(rows) - 1} more"] * len(rows))
+    headers = {0: {name: "True"}, 1: {"x-other": "1"}, 2: {name: "True"}}
+    assert worker.run("a", "b", "c", "d", headers=headers) == [
+        "a and 0 more", "b and 1 more", "c and 0 more", "b and 1 more",
+    ]  # fmt: skip
+    assert worker.ids == [["0"], ["2"], ["1", "3"]]
+
+
+def test_errors_of_a_batch_with_an_explanation_stay_with_their_requests():
+    """The positions that an error names are those of the run in which it was raised."""
+    worker = Worker(name_bad)
+    outcomes = worker.run("a", BAD, BAD, "d", headers={0: {"explain": "True"}, 2: {"explain": "True"}})
+    assert (faults(outcomes), outcomes[0], outcomes[3]) == ([1, 2], "aa", "dd")
+
+
+@pytest.mark.parametrize("limit_s, failed", [(9.0, [1, 2]), (99.0, [1])])
+def test_what_explanations_take_is_not_there_for_running_others_again(clock, limit_s, failed):
+    """All runs of a batch share its time."""
+
+    def slow(rows):
+        clock.now += 4.0
+        return fail_if_bad(rows)
+
+    worker = Worker(slow, isolates_errors=True, limit_s=limit_s)
+    assert faults(worker.run("a", BAD, "c", headers={0: {"explain": "True"}})) == failed

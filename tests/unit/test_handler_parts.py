@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.handlers import PATIENCE_S
+from tests.unit.shipped import answers, initialised, one_thread
 from torchmgmt.handlers.base_handler import BaseHandler
 from torchmgmt.handlers.compilation import compile_options
 from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.image_classifier import ImageClassifier
+from torchmgmt.handlers.image_segmenter import ImageSegmenter
 from torchmgmt.handlers.labels import load_label_mapping, map_class_to_label
 from torchmgmt.handlers.micro_batching import MicroBatching
 from torchmgmt.handlers.model_files import FileKind, kind_of
+from torchmgmt.handlers.object_detector import ObjectDetector
+from torchmgmt.handlers.tensor_handler import TensorHandler
+from torchmgmt.handlers.text_classifier import TextClassifier
 from torchmgmt.handlers.timing import timed
+
+__all__ = ["one_thread"]
 
 
 @pytest.mark.parametrize(
@@ -202,3 +211,34 @@ def test_timed_methods_are_measured_where_the_configuration_asks(config: dict[st
     assert handler.work(1) == 2
     assert (Handler.work.__name__, Handler.work.__doc__) == ("work", "Return one more.")
     assert [name for name, *_ in handler.context.metrics.recorder.take()] == names
+
+
+RETURNS = "class Net(nn.Module):\n    def forward(self, *inputs):\n        return torch.ones({})\n"
+BOXES = """
+class Net(nn.Module):
+    def forward(self, images):
+        return [{name: torch.ones(0) for name in ("boxes", "labels", "scores")} for image in images]
+"""
+PIXELS = [[[0.0] * 3] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    "kind, model, payload",
+    [
+        (BaseHandler, "class Net(nn.Identity):\n    pass\n", [1.0]),
+        (TensorHandler, "class Net(nn.Identity):\n    pass\n", [1.0]),
+        (ImageClassifier, RETURNS.format("1, 2"), PIXELS),
+        (ImageSegmenter, RETURNS.format("1, 2, 3, 3"), PIXELS),
+        (ObjectDetector, BOXES, PIXELS),
+        (TextClassifier, RETURNS.format("1, 2"), "a"),
+    ],
+)
+def test_the_steps_of_every_shipped_handler_are_measured(
+    tmp_path: Path, kind: type[BaseHandler], model: str, payload: Any
+) -> None:
+    """handler: {profile: true} shows all three, whichever of them a handler has of its own."""
+    torch.save({"a": 0}, tmp_path / "source_vocab.pt")
+    handler = initialised(kind, tmp_path, model, {"profile": True})
+    assert len(answers(handler, payload)) == 1
+    names = {name for name, *_ in handler.context.metrics.recorder.take()}
+    assert names == {"HandlerTime", *(f"ts_handler_{step}" for step in ("preprocess", "inference", "postprocess"))}

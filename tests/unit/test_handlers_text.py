@@ -138,6 +138,27 @@ def test_a_vocabulary_is_a_mapping_or_a_list(tmp_path: Path, vocabulary: Any) ->
     assert answers(classifier(tmp_path, vocabulary=vocabulary), *TEXTS) == answers(classifier(tmp_path), *TEXTS)
 
 
+def test_a_text_is_explained_by_what_each_word_adds(tmp_path: Path) -> None:
+    """The share of the class for the text, less that without the word: as the network gives them when called directly."""
+    handler = classifier(tmp_path, {"ngrams": 1})
+    (insight, empty) = handler.get_insights(handler.preprocess([{"body": "film was good"}, {"body": ""}]), None, "2")
+    assert empty == {"words": [], "importances": []}
+    assert insight["words"] == ["film", "was", "good"]
+
+    def share(*numbers: int) -> float:
+        with torch.inference_mode():
+            scores: torch.Tensor = handler.model(torch.tensor(numbers), torch.tensor([0]))
+        return torch.softmax(scores, dim=1)[0, 2].item()
+
+    wanted = [share(1, 2, 3) - share(*left) for left in ((2, 3), (1, 3), (1, 2))]
+    assert insight["importances"] == pytest.approx(wanted, abs=1e-5)
+    handler.context.begin_batch(["0"], [{"explain": "True"}])
+    assert handler.handle([{"body": {"text": "film was good", "target": 2}}], handler.context) == [insight]
+    for wrong in (3, -1, "Business", None):
+        with pytest.raises(InputRefused, match="target must be the number of a class, from 0 to 2"):
+            handler.get_insights(handler.preprocess([{"body": "film"}]), None, wrong)
+
+
 def test_without_unk_unknown_tokens_are_left_out(tmp_path: Path) -> None:
     """There is no number for them."""
     known = {token: number for token, number in VOCABULARY.items() if number}
@@ -145,7 +166,7 @@ def test_without_unk_unknown_tokens_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_manifest_may_name_the_vocabulary(tmp_path: Path) -> None:
-    """As torch-model-archiver --source-vocab writes it."""
+    """As archives have it whose manifest was written by hand or by older tools."""
     classifier(tmp_path)
     (tmp_path / "source_vocab.pt").rename(tmp_path / "words.bin")
     handler = TextClassifier()
@@ -179,7 +200,7 @@ def test_a_vocabulary_that_is_none_is_refused(tmp_path: Path, vocabulary: Any) -
 
 def test_without_vocabulary_and_tokenizer_loading_fails(tmp_path: Path) -> None:
     """With the ways to give one."""
-    with pytest.raises(ValueError, match=r"--source-vocab.*tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"source_vocab\.pt among the extra files.*tokenizer\.json"):
         initialised(TextClassifier, tmp_path, BAG)
 
 

@@ -223,6 +223,30 @@ def test_explaining_without_captum_says_what_to_install(tmp_path: Path, monkeypa
         handler.get_insights(torch.zeros(1, 3, 8, 8), None)
 
 
+class Explaining(ImageClassifier):
+    """As in TorchServe's examples: no __init__ of its base, and an explainer of its own."""
+
+    def __init__(self) -> None:
+        self.initialized = False
+
+    def initialize(self, context: Any) -> None:
+        super().initialize(context)
+        self.ig = Explainer()
+
+
+class Explainer:
+    def attribute(self, inputs: torch.Tensor, target: int, n_steps: int) -> torch.Tensor:
+        return inputs.sum() * 0 + target
+
+
+def test_a_subclass_may_bring_its_explainer(tmp_path: Path) -> None:
+    """It is asked instead of captum's."""
+    handler = classifier(tmp_path, kind=Explaining)
+    handler.context.begin_batch(["0"], [{"explain": "True"}])
+    assert handler.handle([{"data": PNG, "target": 3}], handler.context) == 3
+    assert len(answers(handler, PNG)) == 1
+
+
 def segmenter(folder: Path, options: Any = None) -> ImageSegmenter:
     return initialised(ImageSegmenter, folder, SEGMENTER, options)
 

@@ -14,7 +14,7 @@ PACKAGE = "torchmgmt"
 
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
-    1: frozenset({"errors", "lifecycle", "records", "events", "forks"}),
+    1: frozenset({"errors", "lifecycle", "records", "exchange", "events", "forks", "redaction"}),
     2: frozenset(
         {
             "settings",
@@ -28,15 +28,30 @@ LAYERS: dict[int, frozenset[str]] = {
             "state",
             "state_file",
             "desired",
+            "answer_future",
+            "loops",
             "channel",
             "encoding",
+            "tensors",
+            "live",
             "segments",
             "dispatcher",
         }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
     4: frozenset(
-        {"manager", "model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "tracing"}
+        {
+            "manager",
+            "model",
+            "registration",
+            "failed_loads",
+            "restoring",
+            "announcer",
+            "request",
+            "served",
+            "streams",
+            "tracing",
+        }
     ),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
@@ -52,15 +67,29 @@ NEIGHBOURS = {
     "lifecycle": {"errors"},
     "records": {"errors", "lifecycle"},
     "events": {"errors", "lifecycle", "records"},
+    "exchange": {"records"},
     "settings": {"setting_kinds", "setting_sources"},
     "setting_sources": {"setting_kinds", "properties"},
     "state_file": {"state"},
     "desired": {"state"},
     "channel": {"encoding", "segments"},
+    "answer_future": {"encoding", "loops"},
+    "encoding": {"tensors"},
+    "live": {"tensors"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "tracing"},
+    "manager": {
+        "model",
+        "registration",
+        "failed_loads",
+        "restoring",
+        "announcer",
+        "request",
+        "served",
+        "streams",
+        "tracing",
+    },
     "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
@@ -68,7 +97,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "events", "records", "settings", "metrics"})
+PUBLIC = frozenset({FACE, "errors", "events", "exchange", "metrics", "records", "redaction", "settings"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})
@@ -89,6 +118,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "urllib3": frozenset({"archive"}),
     "fsspec": frozenset({"archive"}),
     "javaproperties": frozenset({"properties"}),
+    "cloudpickle": frozenset({"live"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
     "prometheus_client": frozenset({"metrics"}),
     "opentelemetry": frozenset({"tracing"}),

@@ -120,6 +120,12 @@ def test_what_cannot_be_packed_is_refused_by_name(files, tmp_path, change, argum
     assert [each.name for each in tmp_path.iterdir()] == ["files"]
 
 
+def test_an_archive_needs_a_folder_to_be_in(files, tmp_path):
+    """A folder that does not exist is not made, and named."""
+    with pytest.raises(InvalidArgument, match=r"none/net\.mar.*a folder that exists"):
+        pack_all(files, tmp_path / "none" / "net.mar")
+
+
 def test_what_would_be_refused_later_is_refused_now(files, tmp_path):
     """A configuration that cannot be read: nothing is left of the archive."""
     (files / "model-config.yaml").write_text("a: !!python/object:os.system {}")

@@ -62,6 +62,8 @@ TEXTS = {
     "number_of_gpu": "0",
     "blacklist_env_vars": ".*USERNAME.*|.*PASSWORD.*",
     "install_py_dep_per_model": "true",
+    "install_py_dep_timeout": "90",
+    "service_envelope": "json",
     "enable_envvars_config": "true",
 }
 READABLE = [one for one in declarations() if one.name != "keystore"]

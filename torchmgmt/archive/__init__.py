@@ -6,13 +6,14 @@ or fetched, the modules that do that.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from torchmgmt.archive.allowed import Rules
 from torchmgmt.archive.cache import Lease, UnpackedArchives
@@ -26,12 +27,26 @@ from torchmgmt.archive.url_memory import OwnMemory, SharedMemory, UrlMemory
 from torchmgmt.archive.urls import Source
 from torchmgmt.errors import DownloadFailed, InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
-from torchmgmt.records import check_number
+from torchmgmt.records import check_number, check_pattern, without_matching
 
 if TYPE_CHECKING:
+    from torchmgmt.archive.environments import Environments
     from torchmgmt.archive.packing import inspect, pack, verify
+    from torchmgmt.live import LiveObject
 
-__all__ = ["DownloadLimits", "Manifest", "ModelFolder", "ModelSources", "UnpackLimits", "inspect", "pack", "verify"]
+__all__ = [
+    "DownloadLimits",
+    "Installing",
+    "Manifest",
+    "ModelFolder",
+    "ModelSources",
+    "UnpackLimits",
+    "inspect",
+    "pack",
+    "verify",
+]
+
+_log = logging.getLogger(__name__)
 
 
 def __getattr__(name: str) -> object:
@@ -41,6 +56,24 @@ def __getattr__(name: str) -> object:
 
         return getattr(packing, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@frozen
+class Installing:
+    """That requirements files are installed, and how.
+
+    Raises:
+        InvalidArgument: a value has the wrong type or range.
+    """
+
+    timeout_s: float = 600
+    """How long that may take for one of them, in s, at least 0.001."""
+    blacklist_env_vars: str | None = None
+    """A regular expression: pip gets no environment variable whose whole name matches."""
+
+    def __attrs_post_init__(self) -> None:
+        check_number("timeout_s", self.timeout_s, minimum=1e-3, unit="seconds", whole=False)
+        check_pattern("blacklist_env_vars", self.blacklist_env_vars)
 
 
 @frozen(eq=False)
@@ -60,19 +93,25 @@ class ModelFolder:
     """``model-config.yaml``; empty if there is none."""
     digest: str | None
     """SHA-256 of the archive in hexadecimal; None for a plain folder, which is used in place."""
-    _lease: Lease | None = field(default=None, repr=False)
+    packages: Path | None = None
+    """Where the packages are that it asks for and this program does not have; None: nowhere."""
+    _leases: Sequence[Lease] = field(default=(), repr=False)
+    live: LiveObject | None = None
+    """What is registered in place of an archive; released with the folder, which is the working directory alone."""
 
     @property
     def is_sealed(self) -> bool:
         """Whether it is an unpacked copy of ours, whose files nobody rewrites; a plain folder is its owner's."""
-        return self._lease is not None
+        return self.digest is not None
 
     def release(self) -> None:
         """Give the folder back. The last user of an unpacked archive removes its files; a plain
         folder is left alone. Idempotent; any thread; blocks while files are removed.
         """
-        if self._lease is not None:
-            self._lease.release()
+        for lease in self._leases:
+            lease.release()
+        if self.live is not None:
+            self.live.release()
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -100,6 +139,8 @@ class ModelSources:
             are unpacked; on a file system that has locks. None: nothing outlives its use.
         max_cache_bytes: how large the kept archives may be together, at least 0; those not used for longest go first.
         download_limits: how large a downloaded archive may be, and how long it may take.
+        installing: has what the requirements files of models ask for installed, in a folder of packages that models share
+            if they ask for the same. It is kept in ``cache_dir`` for 30 days after its last use. None: they are ignored.
         allowed_urls: regular expressions; the whole URL that a caller over HTTP gives must match one. None: ``file://``
             in the model store, and ``http(s)://`` to all but link-local hosts, from callers who ``may_fetch``.
         listener: is told of the progress of downloads.
@@ -116,6 +157,7 @@ class ModelSources:
         cache_dir: str | os.PathLike[str] | None = None,
         max_cache_bytes: int = 64 << 30,
         download_limits: DownloadLimits | None = None,
+        installing: Installing | None = None,
         allowed_urls: Sequence[str] | None = None,
         listener: Listener = lambda _event: None,
     ) -> None:
@@ -132,6 +174,9 @@ class ModelSources:
         else:
             self._unpacked = UnpackedArchives(limits, shelf=SharedShelf(folder / "unpacked"))
             memory = SharedMemory(folder, max_cache_bytes, self._unpacked.check_open)
+        self._installed, self._environments = self._unpacked, None
+        if installing is not None:
+            self._installed, self._environments = _environments(installing, folder, self._unpacked)
         self._downloads = Downloads(self._unpacked, memory, download_limits or DownloadLimits(), listener)
 
     @property
@@ -139,11 +184,20 @@ class ModelSources:
         """The folder in which bare names are looked up, absolute."""
         return self._model_store
 
+    def find(self, url: str | os.PathLike[str]) -> Path | None:
+        """Return the file or folder on this machine that ``url`` stands for; None if it must be fetched.
+
+        For the library's own callers. Raises as :meth:`open` does for what cannot be found. Looks at the file system; any
+        thread.
+        """
+        source = Source.parse(url)
+        return None if source.is_remote else resolve(source, model_store=self._model_store)
+
     def open(self, url: str | os.PathLike[str], *, trusted: bool = True, may_fetch: bool = False) -> ModelFolder:
         """Return the model's folder, unpacked if it is an archive; the caller releases it.
 
-        Blocks while an archive is fetched, hashed and unpacked, or while another thread or program does that. Any thread.
-        After an error nothing is left on the disk.
+        Blocks while an archive is fetched, hashed and unpacked, and its requirements are installed, or while another thread
+        or program does that. Any thread. After an error nothing is left on the disk.
 
         Args:
             url: the name of an archive or folder in the model store, a path, or a URL: ``file://``, ``http(s)://``, or
@@ -159,10 +213,19 @@ class ModelSources:
             SourceNotFound: nothing is there.
             DownloadFailed: it cannot be fetched, is too large, takes too long, or has another digest.
             InvalidArchive: damaged, hostile or too large, or its manifest or configuration is
-                wrong. The reason names the entry or key, what was found and what is allowed.
+                wrong. The reason names the entry or key, what was found and what is allowed. Or its requirements
+                file cannot be installed; the reason has the end of pip's log.
             ManagerClosed: after close, or in a forked process.
             OSError: the disk is full or fails.
         """
+        model = self._open(url, trusted=trusted, may_fetch=may_fetch)
+        try:
+            return self._with_packages(model)
+        except BaseException:
+            model.release()
+            raise
+
+    def _open(self, url: str | os.PathLike[str], *, trusted: bool, may_fetch: bool) -> ModelFolder:
         self._unpacked.check_open()
         source = Source.parse(url)
         rules = None if trusted else self._rules[may_fetch]
@@ -179,12 +242,41 @@ class ModelSources:
             raise InvalidArchive(source.shown, "it is a folder, which has no SHA-256; leave #sha256= out")
         return _model_folder(path, source.shown, None)
 
+    def _with_packages(self, model: ModelFolder) -> ModelFolder:
+        """Return it with what its requirements file asks for, if it has one."""
+        requirements = model.manifest.requirements_file if model.manifest is not None else None
+        if requirements is None:
+            return model
+        if self._environments is None:
+            _log.warning(
+                "%s of %s is not installed: set install_py_dep_per_model=true for that", requirements, model.url
+            )
+            return model
+        found = self._environments.acquire(model.path, requirements, model.url)
+        return model if found is None else evolve(model, packages=found[0], leases=[*model._leases, found[1]])
+
     def close(self) -> None:
-        """Remove everything that was unpacked here, whoever uses it, and end downloads and unpacking under way.
+        """Remove everything that was unpacked here, whoever uses it, and end downloads, unpacking and installing under way.
 
         What other programs share in ``cache_dir`` stays. Idempotent; any thread; blocks while files are removed.
         """
         self._unpacked.close(then=self._downloads.end_all)
+        self._installed.close()
+
+
+def _environments(
+    installing: Installing, folder: Path | None, unpacked: UnpackedArchives
+) -> tuple[UnpackedArchives, Environments]:
+    """Return what installs requirements, and what keeps that."""
+    from torchmgmt.archive.environments import KEEP_S, Environments  # for those who ask for it
+
+    if folder is not None:
+        unpacked = UnpackedArchives(shelf=SharedShelf(folder / "environments", KEEP_S))
+
+    def variables() -> Mapping[str, str]:
+        return without_matching(os.environ, installing.blacklist_env_vars)
+
+    return unpacked, Environments(unpacked, installing.timeout_s, variables)
 
 
 def _check_folder(argument: str, folder: object) -> Path | None:
@@ -208,7 +300,7 @@ def _model_folder(path: Path, source: str, lease: Lease | None) -> ModelFolder:
     manifest = read_manifest(path, source)
     config = read_config(path, manifest, source)
     digest = lease.digest if lease is not None else None
-    return ModelFolder(path, source, manifest, config, digest, lease)
+    return ModelFolder(path, source, manifest, config, digest, leases=() if lease is None else (lease,))
 
 
 def _top_of(folder: Path) -> Path:

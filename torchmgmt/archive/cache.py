@@ -122,6 +122,21 @@ class UnpackedArchives:
         self.check_open()
         return self._lease(digest, lambda: self._shelf.find(digest, self.check_open))
 
+    def acquire_made(self, key: str, build: Callable[[Path], None]) -> Lease:
+        """Return a lease on what ``build`` makes in the folder that it is given, which is not there yet: once for each key.
+
+        Blocks while it is made, here or by another thread or program. Raises what ``build`` raises, and ManagerClosed; after
+        an error nothing is left on the disk.
+
+        Args:
+            key: 64 hexadecimal digits that stand for what is made.
+            build: calls :meth:`check_open` often.
+        """
+        self.check_open()
+        lease = self._lease(key, lambda: self._shelf.take(key, build, self.check_open))
+        assert lease is not None, "take returns a copy or raises"
+        return lease
+
     def _lease(self, digest: str, take: Callable[[], Place | None]) -> Lease | None:
         copy = self._join(digest)
         try:

@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from torchmgmt.archive.allowed import Rules, refuse_dots
 from torchmgmt.archive.transfer import Transfer, Validators
-from torchmgmt.archive.urls import redacted
 from torchmgmt.errors import InvalidArgument
+from torchmgmt.redaction import redacted
 
 # requests and urllib3 cost 40 ms and 10 MB, which only who downloads pays.
 if TYPE_CHECKING:

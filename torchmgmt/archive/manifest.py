@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from torchmgmt.archive.names import Refused, parts_inside, quote, refusing
+from torchmgmt.records import ENVELOPES
 
 if TYPE_CHECKING:
     import yaml
@@ -51,6 +52,7 @@ class Manifest:
     config_file: str | None = None
     """The configuration's file, where it is not ``model-config.yaml``."""
     envelope: str | None = None
+    """What unwraps its requests: one of :data:`torchmgmt.records.ENVELOPES`."""
     raw: Mapping[str, Any] = field(factory=dict, repr=False)
     """The whole JSON object as found; what handlers get as ``context.manifest``."""
 
@@ -126,7 +128,7 @@ def _manifest(text: str, raw: dict[str, Any]) -> Manifest:
         runtime=_runtime(raw),
         requirements_file=_file(model, "requirementsFile"),
         config_file=_file(model, "configFile"),
-        envelope=_text(model, "envelope"),
+        envelope=_envelope(model),
         raw=raw,
     )
 
@@ -160,6 +162,13 @@ def _file(model: Mapping[str, Any], key: str) -> str | None:
 def _handler(model: Mapping[str, Any]) -> str | None:
     value = _text(model, "handler")
     return _inside(value, value.partition(":")[0], "handler") if value else None
+
+
+def _envelope(model: Mapping[str, Any]) -> str | None:
+    value = _text(model, "envelope")
+    if value is not None and value not in ENVELOPES:
+        raise Refused(f'"envelope" in its manifest is {quote(value)}, but must be one of {", ".join(ENVELOPES)}')
+    return value
 
 
 def _inside(value: str, name: str, key: str) -> str:

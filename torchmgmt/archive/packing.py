@@ -99,6 +99,8 @@ def pack(
     path = Path(destination)
     if path.exists() and not overwrite:
         raise InvalidArgument("destination", str(path), "a file that does not exist yet, unless overwrite is True")
+    if not path.parent.is_dir():
+        raise InvalidArgument("destination", str(path), "a file in a folder that exists")
     check_text("model_name", model_name)
     check_text("version", version)
     members = _Members()

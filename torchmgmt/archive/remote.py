@@ -7,7 +7,7 @@ from typing import IO, Any
 
 from torchmgmt.archive.allowed import Rules, not_allowed
 from torchmgmt.archive.transfer import Transfer, Validators
-from torchmgmt.archive.urls import redacted
+from torchmgmt.redaction import redacted
 
 __all__ = ["fetch_remote"]
 

@@ -7,13 +7,14 @@ to again: they are mapped into the memory of workers.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -97,7 +98,7 @@ class PrivateShelf:
         """Return None: nobody else makes copies here."""
         return None
 
-    @contextmanager
+    @contextlib.contextmanager
     def scratch_file(self) -> Iterator[Path]:
         """Yield the path of a file that nobody else uses, and remove it at the end of the block."""
         base = self._join()
@@ -177,17 +178,19 @@ def _sweep(root: Path) -> None:
 
 
 class SharedShelf:
-    """Copies in a folder that programs share; each is there for as long as one of them uses it.
+    """Copies in a folder that programs share; each is there for as long as one of them uses it, and ``keep_s`` longer.
 
     ``DIGEST`` is a copy and ``DIGEST.lock`` is held by all who use it, or alone by who makes or removes it. What a killed
     program left, locked by nobody, is removed when the next one begins.
 
     Args:
         root: a folder on a file system with locks; made when it is first needed.
+        keep_s: for how long a copy is kept that nobody uses, in s, at least; it is removed when a program begins after that.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, keep_s: float = 0) -> None:
         self._root = root
+        self._keep_s = keep_s
         self._lock = threading.Lock()
         self._is_swept = False  # guarded by _lock
 
@@ -241,12 +244,29 @@ class SharedShelf:
         partial.rename(self._folder(digest))
 
     def _place(self, digest: str, lock: FileLock) -> Place:
-        return Place(self._folder(digest), lambda: self._remove_unused(digest, lock))
+        def give_back() -> None:
+            self._note_use(digest)
+            self._remove_unused(digest, lock)
+
+        self._note_use(digest)
+        return Place(self._folder(digest), give_back)
+
+    def _note_use(self, digest: str) -> None:
+        if self._keep_s:
+            with contextlib.suppress(FileNotFoundError):  # somebody has cleaned the folder
+                os.utime(self._folder(digest))
+
+    def _is_kept(self, digest: str) -> bool:
+        """Whether a copy that nobody uses is to stay. Its time stamp, that of its last use, is the machine's clock's."""
+        try:
+            return time.time() - self._folder(digest).stat().st_mtime < self._keep_s
+        except FileNotFoundError:
+            return False
 
     def _remove_unused(self, digest: str, lock: FileLock) -> None:
         is_unused = lock.try_own()
         try:
-            if is_unused:
+            if is_unused and not self._is_kept(digest):
                 self._clear(digest)
         finally:
             lock.release(remove=is_unused)

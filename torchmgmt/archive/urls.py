@@ -8,29 +8,15 @@ import re
 from attrs import frozen
 
 from torchmgmt.errors import InvalidArgument
+from torchmgmt.redaction import HIDDEN, redacted
 
-__all__ = ["Source", "redacted"]
+__all__ = ["Source"]
 
 ALLOWED = "the name of a file in the model store, a path, or a URL; #sha256= and 64 hexadecimal digits may follow"
 
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
 _PIN = re.compile(r"#sha256=(?P<digest>[^#]*)\Z", re.IGNORECASE)
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
-# A password that was not encoded may hold a "?" or "#": then it is no legal URL, and stands in the error that says so.
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]{2})[^/\\]*@")
-# A parameter of a query is secret if its name says so: signatures and keys of S3, Google and Azure, tokens of artifact
-# stores. Azure calls its signature "sig", Google its account "GoogleAccessId".
-_SECRET = re.compile(
-    r"(?P<name>[?&;][^=&;#]*"
-    r"(?:sig|token|secret|passw|pwd|key|credential|auth|access|session|jwt|code)[^=&;#]*=)[^&;#]*",
-    re.IGNORECASE,
-)
-HIDDEN = "***"
-
-
-def redacted(url: str) -> str:
-    """Return ``url`` without user and password, and without what its query calls a key, token, signature or the like."""
-    return _SECRET.sub(rf"\g<name>{HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", url))
 
 
 @frozen(repr=False)

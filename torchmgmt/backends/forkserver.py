@@ -26,7 +26,7 @@ from torchmgmt.backends.output import Output
 from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import TemplateJob, WorkerJob
+from torchmgmt.records import TemplateJob, WorkerJob, without_matching
 
 __all__ = ["ForkServer"]
 
@@ -66,8 +66,11 @@ class _Server:
 class ForkServer:
     """Starts the torch-only process when first needed, and again if it died. Thread-safe; only :meth:`close` blocks."""
 
-    def __init__(self, dispatcher: Dispatcher, output_dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, output_dispatcher: Dispatcher, blacklist_env_vars: str | None = None
+    ) -> None:
         self.numbers = itertools.count(1)
+        self._blacklist = blacklist_env_vars
         self._dispatcher = dispatcher
         self._output_dispatcher = output_dispatcher
         # Held while the process is started, too: of two who need it at once, the second waits for those milliseconds.
@@ -146,7 +149,7 @@ class ForkServer:
             with os.fdopen(output_writer, "wb", buffering=0):
                 output = Output(output_reader, self._output_dispatcher, log)
                 undo.callback(output.close)
-                process = _popen(theirs, output_writer)
+                process = _popen(theirs, output_writer, without_matching(os.environ, self._blacklist))
             undo.callback(_reap, process, 0)
             child = Child(self._dispatcher.call_at)
             child.forked(process.pid, None)
@@ -159,7 +162,7 @@ class ForkServer:
                 on_end=lambda: self._on_death(server, forker),
                 on_stuck=lambda: self._is_importing_still(server),
             )
-            forker.send(Frame(Kind.HELLO, _environment_to_restore()))
+            forker.send(Frame(Kind.HELLO, _environment_to_restore(without_matching(os.environ, self._blacklist))))
             forker.listen()
             undo.pop_all()
         return server, forker
@@ -195,7 +198,7 @@ class ForkServer:
                 listener.orphaned()
 
 
-def _popen(control: socket.socket, output_fd: int) -> subprocess.Popen[bytes]:
+def _popen(control: socket.socket, output_fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     if not sys.executable:
         raise OSError("sys.executable is empty, so no interpreter is known that could load a model")
     pidfd = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
@@ -209,7 +212,7 @@ def _popen(control: socket.socket, output_fd: int) -> subprocess.Popen[bytes]:
             stdout=output_fd,
             stderr=output_fd,
             pass_fds=passed,
-            env={**os.environ, **_ENVIRONMENT},
+            env={**environment, **_ENVIRONMENT},
             # Ctrl-C in a terminal goes to a whole session; running batches are to be finished by us, not killed by it.
             start_new_session=True,
         )
@@ -218,9 +221,9 @@ def _popen(control: socket.socket, output_fd: int) -> subprocess.Popen[bytes]:
             os.close(pidfd)
 
 
-def _environment_to_restore() -> Mapping[str, str | None]:
+def _environment_to_restore(environment: Mapping[str, str]) -> Mapping[str, str | None]:
     """Return what the variables that the torch-only process was given are to be again in the workers."""
-    return {name: os.environ.get(name) for name in _ENVIRONMENT}
+    return {name: environment.get(name) for name in _ENVIRONMENT}
 
 
 def _reap(process: subprocess.Popen[bytes], timeout_s: float) -> int:

@@ -20,7 +20,7 @@ from torchmgmt.backends.process_worker import ProcessWorker
 from torchmgmt.backends.template import Template
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed, TorchmgmtError
-from torchmgmt.records import ModelSpec, ShareWeights, Sharing, WorkerJob
+from torchmgmt.records import ModelSpec, ShareWeights, Sharing, WorkerJob, check_pattern
 
 __all__ = ["ProcessBackend"]
 
@@ -47,16 +47,24 @@ class ProcessBackend:
 
     One object serves any number of models. It starts nothing before the first worker or :meth:`warm`: then one process
     that imports torch, and two threads. POSIX only: it needs fork and descriptors passed over sockets.
+
+    Args:
+        blacklist_env_vars: a regular expression: no environment variable whose whole name matches is given to any process.
+            None: only those are kept from a worker that its model's registration keeps from it.
+
+    Raises:
+        InvalidArgument: ``blacklist_env_vars`` is no regular expression.
     """
 
     can_kill = True
 
-    def __init__(self) -> None:
+    def __init__(self, blacklist_env_vars: str | None = None) -> None:
+        check_pattern("blacklist_env_vars", blacklist_env_vars)
         self.dispatcher = Dispatcher("torchmgmt-dispatcher")
         """Reads channels; for this backend's own parts."""
         # Lines go to the program's log handlers, which may be slow; answers must not wait for them.
         self._output_dispatcher = Dispatcher("torchmgmt-output")
-        self.forkserver = ForkServer(self.dispatcher, self._output_dispatcher)
+        self.forkserver = ForkServer(self.dispatcher, self._output_dispatcher, blacklist_env_vars)
         self.is_closed = False
         self._close_lock = threading.Lock()
         self._lock = threading.Lock()

@@ -102,6 +102,8 @@ class Template:
             reader, writer = os.pipe()
             undo.callback(os.close, writer)
             self._output = open_output(reader)
+            undo.callback(self._output.close)
+            snapshot = self._spec.live.descriptors() if self._spec.live is not None else ()
             undo.pop_all()
         self._forker = Forker(
             ours,
@@ -112,7 +114,7 @@ class Template:
             on_stuck=self._on_stuck,
         )
         try:
-            fds = (theirs.detach(), writer)
+            fds = (theirs.detach(), writer, *snapshot)
             self._grandparent, self._number = self._forkserver.fork(TemplateJob(self._spec), fds, self)
         except BaseException:
             self._forker.close()

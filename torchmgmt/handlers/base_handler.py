@@ -87,7 +87,7 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
             self.map_location if self.map_location in {"cpu", "mps"} else f"{self.map_location}:{gpu}"
         )
         folder = Path(properties["model_dir"])
-        self.model = self._settled(self._load(folder, self.manifest.get("model", {})))
+        self.model = self._settled(self._load_by_manifest(folder, self.manifest.get("model", {})))
         self.model = compiled(self.model, self.model_yaml_config.get("pt2"))
         self.mapping = load_label_mapping(folder / "index_to_name.json")
         self.initialized = True
@@ -122,18 +122,22 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
         return answer_batch(self, data, context, lambda rows: self.postprocess(self.inference(self.preprocess(rows))))
 
     def explain_handle(self, data_preprocess: Any, raw_data: Any) -> Any:
-        """Explain the answers to a batch: :meth:`get_insights` for the class that the first row names as its ``target``."""
-        row, inputs, target = raw_data[0], None, 0
-        if isinstance(row, dict):
-            inputs, target = _body(row), row.get("target") or 0
-        return self.get_insights(data_preprocess, inputs, target)
+        """Explain the answers to a batch: :meth:`get_insights` for the class that the first row, or its JSON, has as ``target``."""
+        row = raw_data[0]
+        inputs = _body(row) if isinstance(row, dict) else None
+        return self.get_insights(data_preprocess, inputs, _target_of(row, inputs))
 
     def get_insights(self, tensor_data: Any, _: Any, target: Any = 0) -> Any:
         """Return how much each number of the input adds to the output ``target``; a subclass overrides it.
 
         Raises:
             ImportError: captum is not installed.
+            TypeError: the model gives no gradients.
         """
+        if not callable(self.model):
+            raise TypeError(
+                "a session of ONNX Runtime gives no gradients to explain a prediction by; override get_insights"
+            )
         captum = needed("captum.attr", "captum", "explaining a prediction")
         insights = captum.IntegratedGradients(self.model).attribute(tensor_data, target=target, n_steps=_INSIGHT_STEPS)
         return insights.tolist()
@@ -171,7 +175,7 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
     def _is_describe(self) -> bool:
         return bool(self.context) and self.context.get_request_header(0, "describe") == "True"
 
-    def _load(self, folder: Path, model: Mapping[str, Any]) -> Any:
+    def _load_by_manifest(self, folder: Path, model: Mapping[str, Any]) -> Any:
         serialized, model_file = model.get("serializedFile"), model.get("modelFile")
         path = self.model_pt_path = str(folder / serialized) if serialized else None
         if model_file:
@@ -287,10 +291,22 @@ def _body(row: Any) -> Any:
     return row["data"] if "data" in row else row.get("body")
 
 
+def _target_of(*sent: Any) -> Any:
+    """Return the first ``target`` of the dictionaries in ``sent``, 0 if there is none; forms send numbers as text."""
+    target = next((each["target"] for each in sent if isinstance(each, dict) and each.get("target")), 0)
+    if isinstance(target, (bytes, bytearray)):
+        target = target.decode("utf-8", "replace")
+    return int(target) if isinstance(target, str) and target.isdecimal() else target
+
+
 def _import_file(file: Path, prefix: str = "") -> ModuleType:
     if not file.is_file():
         raise RuntimeError(f"the manifest names the modelFile {file.name}, but the archive does not hold it")
     name = prefix + file.stem  # workers that are threads share their modules with the whole program
+    known = sys.modules.get(name)
+    # A handler that has imported it knows its class, and the model shall be of that. Threads may see it half imported.
+    if not prefix and known is not None and getattr(known, "__file__", None) == str(file):
+        return known
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"the modelFile {file.name} is not a Python file")

@@ -8,21 +8,20 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchmgmt.handlers.metrics import Metrics
 from torchmgmt.handlers.recorder import Recorder
 from torchmgmt.records import ModelSpec, ResponseProperties
 
-__all__ = ["Context", "RequestProcessor", "StreamingNotPossible"]
+if TYPE_CHECKING:
+    from torchmgmt.live import LiveObject
+
+__all__ = ["Context", "RequestProcessor"]
 
 SERVER_NAME = "torchmgmt"
 # What TorchServe hands to image handlers unless configured otherwise: Pillow's own bound on decompression bombs.
 _LIMIT_IMAGE_PIXELS = True
-
-
-class StreamingNotPossible(RuntimeError):
-    """A handler sends a part of an answer to somebody who takes whole answers only."""
 
 
 class RequestProcessor:
@@ -105,8 +104,10 @@ class Context:
         self.request_ids: dict[int, str] = {}
         self.request_processor: list[RequestProcessor] = []
         self.stopping_criteria: Any = None
-        self.send_partial: Callable[[Sequence[Any]], None] | None = None
-        """Sends a part of the answer to each request of the batch; None where whole answers are wanted."""
+        self.live: LiveObject | None = None
+        """What was registered in place of an archive, if it was no archive."""
+        self.send_partial: Callable[[Sequence[Any]], None] = _drop
+        """Sends a part of the answer to each request of the batch."""
         self.header_key_sequence_id = os.environ.get("TS_REQUEST_SEQUENCE_ID", "ts_request_sequence_id")
         self.header_key_sequence_start = os.environ.get("TS_REQUEST_SEQUENCE_START", "ts_request_sequence_start")
         self.header_key_sequence_end = os.environ.get("TS_REQUEST_SEQUENCE_END", "ts_request_sequence_end")
@@ -125,7 +126,7 @@ class Context:
     @classmethod
     def for_model(cls, spec: ModelSpec) -> Context:
         """Make the context of a worker that serves ``spec``."""
-        return cls(
+        context = cls(
             spec.key.name,
             spec.model_dir,
             spec.manifest,
@@ -136,6 +137,8 @@ class Context:
             weights_only=spec.weights_only,
             is_sealed=spec.is_sealed,
         )
+        context.live = spec.live
+        return context
 
     @property
     def system_properties(self) -> dict[str, Any]:
@@ -167,14 +170,11 @@ class Context:
     def send_intermediate(self, answers: Sequence[Any]) -> None:
         """Send a part of the answer to each request of the batch, before the rest is known.
 
+        Who takes an answer whole gets all parts together; outside a worker, as in people's unit tests, nobody gets them.
+
         Raises:
-            StreamingNotPossible: the answers go to somebody who takes them whole.
+            ValueError: ``answers`` has not as many parts as there are requests.
         """
-        if self.send_partial is None:
-            raise StreamingNotPossible(
-                "the handler sends an answer in parts, but this one is taken whole, as every answer in this version of"
-                " torchmgmt is: collect the parts, and return them together"
-            )
         self.send_partial(answers)
 
     def get_request_id(self, idx: int = 0) -> str | None:
@@ -226,6 +226,10 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of {self.model_name}: {len(self.request_ids)} requests>"
+
+
+def _drop(_parts: Sequence[Any]) -> None:
+    """Take parts that nobody waits for."""
 
 
 def _found(headers: Mapping[str, str], key: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from torchmgmt.handlers.outputs import labelled, main_tensor
+from torchmgmt.handlers.timing import timed
 from torchmgmt.handlers.vision_handler import VisionHandler
 
 __all__ = ["ImageClassifier"]
@@ -34,6 +35,7 @@ class ImageClassifier(VisionHandler):
         """Return how many classes an answer has. Named as in TorchServe."""
         return self.topk
 
+    @timed
     def postprocess(self, data: Any) -> list[Any]:
         """Make an answer for each picture of the model's output.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from torchmgmt.handlers.outputs import main_tensor
+from torchmgmt.handlers.timing import timed
 from torchmgmt.handlers.vision_handler import VisionHandler
 
 __all__ = ["ImageSegmenter"]
@@ -24,6 +25,7 @@ class ImageSegmenter(VisionHandler):
         super().initialize(context)
         self._as_tensor = self.options.choice("answer", "list", ("list", "tensor")) == "tensor"
 
+    @timed
     def postprocess(self, data: Any) -> list[Any]:
         """Make an answer for each picture of the model's output.
 

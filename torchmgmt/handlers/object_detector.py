@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchmgmt.handlers.images import ImagePreset
 from torchmgmt.handlers.outputs import label_of
+from torchmgmt.handlers.timing import timed
 from torchmgmt.handlers.vision_handler import VisionHandler
 
 __all__ = ["ObjectDetector"]
@@ -34,6 +35,7 @@ class ObjectDetector(VisionHandler):
         super().initialize(context)
         self.threshold = self.options.share("threshold", self.threshold)
 
+    @timed
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the whole batch."""
         images = list(data) if _takes_list(self.model) else data
@@ -42,6 +44,7 @@ class ObjectDetector(VisionHandler):
         # torchvision's return the losses, too, once they are TorchScript.
         return output[1] if isinstance(output, tuple) and len(output) == 2 else output
 
+    @timed
     def postprocess(self, data: Any) -> list[Any]:
         """Make an answer for each picture of the model's output. Raises TypeError if that has not the form it needs."""
         return [self._found(row) for row in data]

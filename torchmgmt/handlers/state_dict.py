@@ -116,7 +116,7 @@ def _load(path: str, map_location: Any, weights_only: bool, is_sealed: bool) -> 
     return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=False)
 
 
-def make_and_load(import_class: Callable[[], type[nn.Module]], read: Callable[[], Any]) -> nn.Module:
+def make_and_load(import_class: Callable[[], Callable[[], nn.Module]], read: Callable[[], Any]) -> nn.Module:
     """Return a module on the CPU, made by its class, with the state dict that ``read`` returns. Blocks; any thread.
 
     Args:
@@ -145,7 +145,9 @@ def make_and_load(import_class: Callable[[], type[nn.Module]], read: Callable[[]
     return module
 
 
-def _make_again(make: type[nn.Module], import_class: Callable[[], type[nn.Module]], deferral: _Deferral) -> nn.Module:
+def _make_again(
+    make: Callable[[], nn.Module], import_class: Callable[[], Callable[[], nn.Module]], deferral: _Deferral
+) -> nn.Module:
     return (import_class() if deferral.has_leftovers() else make)()
 
 

@@ -13,6 +13,7 @@ from torchmgmt.handlers.inputs import InputRefused, numbers_of, payload_of, read
 from torchmgmt.handlers.options import Options
 from torchmgmt.handlers.outputs import row_of
 from torchmgmt.handlers.tensors import read_tensor
+from torchmgmt.handlers.timing import timed
 
 __all__ = ["TensorHandler"]
 
@@ -46,6 +47,7 @@ class TensorHandler(BaseHandler):
         self._shape = options.sizes("input_shape")
         self._as_tensor = options.choice("answer", "list", ("list", "tensor")) == "tensor"
 
+    @timed
     def preprocess(self, data: Sequence[Any]) -> Any:
         """Return a tensor with one row for each request; a list of tensors where they differ in shape or type.
 
@@ -54,6 +56,7 @@ class TensorHandler(BaseHandler):
         """
         return stacked(read_each(data, self._tensor_of), self.device)
 
+    @timed
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model on the batch; on a list, on each by itself."""
         run = super().inference
@@ -62,6 +65,7 @@ class TensorHandler(BaseHandler):
         output = run(data, *args, **kwargs)
         return [row_of(output, index, len(data)) for index in range(len(data))]
 
+    @timed
     def postprocess(self, data: Any) -> list[Any]:
         """Make an answer of each row."""
         return [_answer(row, self._as_tensor) for row in data]

@@ -62,8 +62,8 @@ class TextHandler(BaseHandler):
             )
         else:
             raise ValueError(
-                f"{type(self).__name__} needs the vocabulary of its model (torch-model-archiver --source-vocab, or"
-                f" source_vocab.pt among the extra files) or a tokenizer of transformers ({' or '.join(_TOKENIZER_FILES)});"
+                f"{type(self).__name__} needs the vocabulary of its model (source_vocab.pt among the extra files, or"
+                f" what sourceVocab in the manifest names) or a tokenizer of transformers ({' or '.join(_TOKENIZER_FILES)});"
                 " the archive has neither"
             )
 
@@ -117,10 +117,10 @@ class TextHandler(BaseHandler):
             )
         return vocabulary
 
-    def _load(self, folder: Path, model: Mapping[str, Any]) -> Any:
+    def _load_by_manifest(self, folder: Path, model: Mapping[str, Any]) -> Any:
         weights = model.get("serializedFile") or _TRANSFORMERS_WEIGHTS[0]
         if model.get("modelFile") or weights not in _TRANSFORMERS_WEIGHTS or not _is_of_transformers(folder):
-            return super()._load(folder, model)
+            return super()._load_by_manifest(folder, model)
         loader = getattr(_transformers(), self.auto_model)
         return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
@@ -160,6 +160,10 @@ class TextHandler(BaseHandler):
             captum = needed("captum.attr", "captum", "explaining a prediction")
             self._lig = captum.LayerIntegratedGradients(self.model, self.model.embedding)
         return self._lig
+
+    @lig.setter
+    def lig(self, lig: Any) -> None:
+        self._lig = lig
 
 
 def _transformers() -> Any:

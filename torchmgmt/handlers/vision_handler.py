@@ -13,6 +13,7 @@ from torchmgmt.handlers.images import MAX_PIXELS, ImagePreset, allow_pixels, rea
 from torchmgmt.handlers.inputs import decode_base64, numbers_of, payload_of, read_each, stacked
 from torchmgmt.handlers.optional import needed
 from torchmgmt.handlers.options import Options
+from torchmgmt.handlers.timing import timed
 
 __all__ = ["VisionHandler"]
 
@@ -28,13 +29,13 @@ class VisionHandler(BaseHandler):
     """
 
     image_processing: Any = ImagePreset()
+    _ig: Any = None
 
     def __init__(self) -> None:
         super().__init__()
         self.options = Options({})
         self.max_image_pixels: int | None = MAX_PIXELS
         self._upright = False
-        self._ig: Any = None
 
     def initialize(self, context: Any) -> None:
         """Load the model and read the options. Raises whatever loading raises, and ValueError for a wrong option."""
@@ -49,6 +50,7 @@ class VisionHandler(BaseHandler):
         if isinstance(self.image_processing, ImagePreset):
             self.image_processing = self.image_processing.changed(self.options)
 
+    @timed
     def preprocess(self, data: Sequence[Any]) -> Any:
         """Return a tensor [batch, channels, height, width]; a list of tensors where they differ in shape.
 
@@ -57,6 +59,7 @@ class VisionHandler(BaseHandler):
         """
         return stacked(read_each(data, self._tensor_of), self.device)
 
+    @timed
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model; on a list, on each by itself: what the others of its batch sent changes nobody's answer."""
         run = super().inference
@@ -75,6 +78,10 @@ class VisionHandler(BaseHandler):
         if self._ig is None:
             self._ig = needed("captum.attr", "captum", "explaining a prediction").IntegratedGradients(self.model)
         return self._ig
+
+    @ig.setter
+    def ig(self, ig: Any) -> None:
+        self._ig = ig
 
     def _tensor_of(self, row: Any) -> Tensor:
         value = payload_of(row, "image", "b64")

@@ -11,7 +11,7 @@ import falcon
 from attrs import frozen
 
 from torchmgmt import errors
-from torchmgmt.http.masking import masked_text
+from torchmgmt.redaction import redacted_text
 
 __all__ = [
     "TABLE",
@@ -191,7 +191,7 @@ def answer_for(error: Exception) -> Answer:
         code = 507
     # The one who manages a model is told all that its handler said; callers who only predict are not.
     message = error.report() if isinstance(error, errors.HandlerFailed) else str(error)
-    return Answer(code, type_name, masked_text(message), dict(_headers_of(error)))
+    return Answer(code, type_name, redacted_text(message), dict(_headers_of(error)))
 
 
 def is_known(error: Exception) -> bool:

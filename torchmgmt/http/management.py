@@ -28,13 +28,13 @@ from torchmgmt.http.errors import (
     TooManyWaiting,
     VersionToSetNotFound,
 )
-from torchmgmt.http.masking import masked_text
 from torchmgmt.http.middleware import PathGuard, RequestHeaders
 from torchmgmt.http.openapi import api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.parameters import Pairs, Values, pairs_of_body, pairs_of_query, read_parameters
 from torchmgmt.http.render import Reply, render_error, render_reply
 from torchmgmt.http.tokens import KeyName, Keys, fixed_keys
+from torchmgmt.redaction import redacted_text
 from torchmgmt.settings import Address, Settings
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def _read_body(req: falcon.Request, max_bytes: int) -> bytes:
 
 def _item(info: ModelInfo) -> dict[str, Any]:
     item = info.to_dict()
-    return {**item, "modelUrl": masked_text(item["modelUrl"])}
+    return {**item, "modelUrl": redacted_text(item["modelUrl"])}
 
 
 def _status(code: int, text: str) -> Reply:
@@ -320,7 +320,7 @@ def _version_to_scale(values: Values, path: Mapping[str, str]) -> str | None:
 
 def _list_item(info: ModelInfo) -> dict[str, object]:
     """Return what the list says of a model: TorchServe's keys, and why it cannot be used if it failed."""
-    item: dict[str, object] = {"modelName": info.name, "modelUrl": masked_text(info.spec.url)}
+    item: dict[str, object] = {"modelName": info.name, "modelUrl": redacted_text(info.spec.url)}
     if info.state is VersionState.FAILED:
         item.update(state=info.state.value, lastError=info.last_error)
     return item

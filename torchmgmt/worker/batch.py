@@ -5,45 +5,106 @@ from __future__ import annotations
 import operator
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
-from attrs import evolve, frozen
+from attrs import define, evolve, frozen
 
-from torchmgmt.channel import Buffer, decode, encode
-from torchmgmt.records import EXPIRED, Encoded, WorkerFault
+from torchmgmt.channel import Buffer, decode
+from torchmgmt.records import EXPIRED, BodyHead, Encoded, RequestHead, WorkerFault
 from torchmgmt.worker.loader import Handler
+from torchmgmt.worker.parts import BatchAbandoned, Parts, PartSender, encoded
+from torchmgmt.worker.rows import row_of
 
-__all__ = ["RequestHead", "attempt", "fault_of", "own_buffers", "run_batch"]
+__all__ = ["attempt", "fault_of", "own_buffers", "run_batch"]
 
 _DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
 """Where it stands since torch 2.5, and where it stood before."""
 _OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
+# A GPU that is nearly full fails in many ways that are called only this; TorchServe answers all of them alike, too.
+_CUDA_ERROR = "CUDA error"
+# Not all ways to write them: it is asked of each request, and a client's library writes names in one of these.
+_ASKING = frozenset(form for name in ("explain", "describe") for form in (name, name.title(), name.upper()))
 
+_TAKEN_WHOLE = PartSender()
 
-RequestHead: TypeAlias = tuple[str, Mapping[str, str] | None, int, float | None]
-"""Of one request: its id, its headers, the number of its segments, and when nobody waits for it any more (monotonic, s)."""
 Outcome: TypeAlias = Encoded | WorkerFault
 Ended: TypeAlias = "list[Outcome] | _Failure"
 """How a run of some requests ended: with an outcome for each, or raising."""
 
 
 def run_batch(
-    handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer]
+    handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer], sender: PartSender = _TAKEN_WHOLE
 ) -> list[Encoded | WorkerFault]:
     """Run one batch; return an answer or a fault for each of its requests, in order. Raises nothing of the handler's.
 
+    What the handler sends of an answer before the rest goes to ``sender``.
+
     A batch that raised is run again without the requests that the error names; if it names none and the handler isolates
     errors, request by request. Nothing is run again that is past its deadline, or that could take longer than
-    ``handler.limit_s`` with all that was run before.
+    ``handler.limit_s`` with all that was run before, and nothing of a batch of which a part was sent.
+
+    A request whose headers ask for an explanation or a description is run alone: a handler looks at the first one's only, and
+    answers the whole batch so.
     """
     began = time.monotonic()
-    end = _run(handler, requests, segments)
-    if isinstance(end, _Failure):
-        end = _Repetition(handler, requests, segments, began, end).outcomes()
-    return end
+    asked = _Asked(requests, _split(requests, segments), range(len(requests)), sender)
+    asking = _asking(requests) if len(requests) > 1 else ()
+    if not asking:
+        return _run_together(handler, asked, began)
+    others = [position for position in asked.places if position not in asking]
+    outcomes: dict[int, Outcome] = {}
+    # The others last: they may be run again, in what time is left.
+    for positions in [*([position] for position in asking), *([others] if others else [])]:
+        ended = _run_together(handler, asked.some(positions), began)
+        outcomes.update(zip(positions, ended, strict=True))
+    return [outcomes[position] for position in asked.places]
+
+
+def _asking(requests: Sequence[RequestHead]) -> Collection[int]:
+    """Return the positions of the requests that ask for something else than a prediction."""
+    return [
+        position for position, (_, headers, *_) in enumerate(requests) if headers and not _ASKING.isdisjoint(headers)
+    ]
+
+
+def _split(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[Sequence[Buffer]]:
+    """Return the segments of each request."""
+    parts = []
+    start = 0
+    for _, _, count, _, _, _ in requests:
+        parts.append(segments[start : start + count])
+        start += count
+    return parts
+
+
+@define
+class _Asked:
+    """Some requests of a batch. Not frozen, which would cost a microsecond for each batch."""
+
+    heads: Sequence[RequestHead]
+    segments: Sequence[Sequence[Buffer]]
+    places: Sequence[int]
+    """Where they stand in the batch as it came."""
+    sender: PartSender
+
+    def some(self, positions: Sequence[int]) -> _Asked:
+        """Return those at ``positions`` among these."""
+        heads, segments = [self.heads[at] for at in positions], [self.segments[at] for at in positions]
+        return _Asked(heads, segments, [self.places[at] for at in positions], self.sender)
+
+
+def _run_together(handler: Handler, asked: _Asked, began: float) -> list[Outcome]:
+    """Run requests as one batch, and again what may be; ``began`` is when the worker began with all of them."""
+    started = time.monotonic()
+    end = _run(handler, asked)
+    if not isinstance(end, _Failure):
+        return end
+    if end.is_final:
+        return [end.fault if outcome is None else outcome for outcome in end.outcomes]
+    return _Repetition(handler, asked, (began, time.monotonic() - started), end).outcomes()
 
 
 @frozen
@@ -55,40 +116,43 @@ class _Failure:
     fault: WorkerFault
     names_some: bool
     """Whether the error named those that it is about; they have their faults in ``outcomes``."""
+    is_final: bool
+    """Whether nothing may be run again, since a part of an answer is with its caller."""
 
 
-def _run(handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> Ended:
+def _run(handler: Handler, asked: _Asked) -> Ended:
     """Run requests as one batch, once, but for those that are past their deadlines or cannot be read."""
     # What a handler writes into the arrays that it is given must not be there when they are run again.
-    copies = handler.isolates_errors and len(requests) > 1
+    copies = handler.isolates_errors and len(asked.heads) > 1
     outcomes: list[Outcome | None] = []
-    rows, ids, headers = [], [], []
-    start = 0
-    for request_id, request_headers, count, deadline in requests:
-        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count], copies)
-        start += count
+    rows, given = [], []
+    for (_, _, _, deadline, body, _), segments in zip(asked.heads, asked.segments, strict=True):
+        row = EXPIRED if _is_over(deadline) else _row(segments, body, copies)
         if isinstance(row, WorkerFault):
             outcomes.append(row)
             continue
+        given.append(len(outcomes))
         outcomes.append(None)
         rows.append(row)
-        ids.append(request_id)
-        headers.append(request_headers or {})
+    heads = [asked.heads[index] for index in given]
+    parts = Parts(heads, [asked.places[index] for index in given], asked.sender, handler.response_properties)
     try:
-        answers = iter(_answered(handler, rows, ids, headers) if rows else ())
+        answers = iter(_answered(handler, heads, rows, parts) if rows else ())
+    except BatchAbandoned:
+        return [EXPIRED if outcome is None else outcome for outcome in outcomes]
     except Exception as error:
         # To be made here, and the error let go of: its frames hold what the handler had made of the batch, maybe all memory.
-        return _failure_of(error, outcomes)
+        return _failure_of(error, outcomes, is_final=parts.any_sent)
     return [next(answers) if outcome is None else outcome for outcome in outcomes]
 
 
-def _answered(
-    handler: Handler, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]
-) -> list[Outcome]:
+def _answered(handler: Handler, requests: Sequence[RequestHead], rows: list[Any], parts: Parts) -> list[Outcome]:
     """Run the handler once, and return what came out for each row. Raises what the handler raises."""
-    answers = handler.run(rows, ids, headers)
+    ids = [request[0] for request in requests]
+    headers = [request[1] or {} for request in requests]
+    answers = parts.drained(handler.run(rows, ids, headers, parts.send))
     properties = handler.response_properties()
-    outcomes = [_outcome(answer) for answer in answers]
+    outcomes = [_outcome(parts, index, answer) for index, answer in enumerate(answers)]
     if properties is not None:
         for outcome, each in zip(outcomes, properties, strict=False):  # the handler can replace what is asked
             if isinstance(outcome, Encoded):
@@ -101,8 +165,10 @@ def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _row(segments: Sequence[Buffer], copies: bool) -> Any:
+def _row(segments: Sequence[Buffer], body: BodyHead | None, copies: bool) -> Any:
     try:
+        if body is not None:
+            return row_of(body, segments[0])
         return decode(Encoded(own_buffers(segments) if copies else segments))
     except Exception as error:
         return fault_of(error)
@@ -110,15 +176,19 @@ def _row(segments: Sequence[Buffer], copies: bool) -> Any:
 
 def own_buffers(segments: Sequence[Buffer]) -> list[Buffer]:
     """Return the segments of one request with buffers of its own: to write into them changes nothing elsewhere."""
-    pickled, *buffers = segments
-    return [pickled, *map(bytearray, buffers)]
+    return [*segments[:1], *map(bytearray, segments[1:])]
 
 
-def _outcome(answer: Any) -> Outcome:
-    return fault_of(answer) if isinstance(answer, BaseException) else _encoded(answer)
+def _outcome(parts: Parts, index: int, answer: Any) -> Outcome:
+    if isinstance(answer, BaseException):
+        return fault_of(answer)
+    try:
+        return parts.outcome(index, answer)
+    except Exception as error:
+        return fault_of(error)
 
 
-def _failure_of(error: Exception, outcomes: Sequence[Outcome | None]) -> _Failure:
+def _failure_of(error: Exception, outcomes: Sequence[Outcome | None], *, is_final: bool) -> _Failure:
     """Return what a run that raised leaves; ``outcomes`` has None for each request that the handler was given."""
     fault = fault_of(error)
     given = [position for position, outcome in enumerate(outcomes) if outcome is None]
@@ -126,7 +196,7 @@ def _failure_of(error: Exception, outcomes: Sequence[Outcome | None]) -> _Failur
     named = _indexes_of(error, len(given))
     for index in named:
         settled[given[index]] = _fault_at(index, error, fault)
-    return _Failure(settled, fault, names_some=bool(named))
+    return _Failure(settled, fault, names_some=bool(named), is_final=is_final)
 
 
 def _indexes_of(error: Exception, batch_size: int) -> Collection[int]:
@@ -148,49 +218,31 @@ def _fault_at(index: int, error: Exception, fault: WorkerFault) -> WorkerFault:
     return fault_of(own) if isinstance(own, BaseException) else fault
 
 
-def _parts(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[Sequence[Buffer]]:
-    """Return the segments of each request."""
-    parts = []
-    start = 0
-    for _, _, count, _ in requests:
-        parts.append(segments[start : start + count])
-        start += count
-    return parts
-
-
 class _Repetition:
     """Runs what is left of a batch that raised again: what an error named is left out, or each request runs alone.
 
     Args:
-        handler, requests, segments: what raised.
-        began: when it began, on the monotonic clock.
+        asked: what raised.
+        times: when the worker began with the batch, on the monotonic clock, and how long these ran, in s.
         failure: how it ended.
     """
 
-    def __init__(
-        self,
-        handler: Handler,
-        requests: Sequence[RequestHead],
-        segments: Sequence[Buffer],
-        began: float,
-        failure: _Failure,
-    ) -> None:
+    def __init__(self, handler: Handler, asked: _Asked, times: tuple[float, float], failure: _Failure) -> None:
         self._handler = handler
-        self._requests = requests
-        self._parts = _parts(requests, segments)
-        self._began = began
+        self._asked = asked
+        self._began, lasted_s = times
         self._failure = failure
         self._outcomes = list(failure.outcomes)
-        self._longest_s = (time.monotonic() - began) / len(requests)
+        self._longest_s = lasted_s / len(asked.heads)
 
     def outcomes(self) -> list[Outcome]:
         """Run again what may be, and return an outcome for each request."""
         # Each error that names some settles these, so there are no more runs than requests.
-        while self._failure.names_some and self._may_run(left := self._left()):
+        while self._failure.names_some and not self._failure.is_final and self._may_run(left := self._left()):
             self._failure = self._run(left) or self._failure
         # What is left now failed together, and nobody was named; what failed alone would fail alone again.
         left = self._left()
-        if self._handler.isolates_errors and len(left) > 1:
+        if self._handler.isolates_errors and len(left) > 1 and not self._failure.is_final:
             self._run_alone(left)
         return [self._failure.fault if outcome is None else outcome for outcome in self._outcomes]
 
@@ -220,8 +272,7 @@ class _Repetition:
     def _run(self, positions: Sequence[int]) -> _Failure | None:
         """Run some requests as one batch, note what that settles, and return the failure if they raised."""
         began = time.monotonic()
-        segments = [segment for position in positions for segment in self._parts[position]]
-        end = _run(self._handler, [self._requests[position] for position in positions], segments)
+        end = _run(self._handler, self._asked.some(positions))
         self._longest_s = max(self._longest_s, (time.monotonic() - began) / len(positions))
         settled = end.outcomes if isinstance(end, _Failure) else end
         for position, outcome in zip(positions, settled, strict=True):
@@ -232,14 +283,7 @@ class _Repetition:
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
     """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
-        return _encoded(make())
-    except Exception as error:
-        return fault_of(error)
-
-
-def _encoded(answer: Any) -> Outcome:
-    try:
-        return encode(answer)
+        return encoded(make(), None)
     except Exception as error:
         return fault_of(error)
 
@@ -249,12 +293,13 @@ def fault_of(error: BaseException) -> WorkerFault:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     code = _attribute(error, "error_code")
+    text = _text_of(error)
     return WorkerFault(
         error_type=name,
-        reason=f"{name}: {_text_of(error)}",
+        reason=f"{name}: {text}",
         traceback=_traceback_of(error),
         error_code=code if isinstance(code, int) else None,
-        out_of_memory=isinstance(error, _OUT_OF_MEMORY),
+        out_of_memory=isinstance(error, _OUT_OF_MEMORY) or (isinstance(error, RuntimeError) and _CUDA_ERROR in text),
     )
 
 

@@ -38,7 +38,8 @@ _READ = selectors.EVENT_READ
 _MAX_FDS = 16
 # So often, a second apart, what is left is killed once more; what lives on then cannot be killed by us.
 _MOST_ROUNDS = 10
-# What a job brings with it: the process's channel and its output, and a worker's page of shared memory.
+# What a job brings with it: the process's channel and its output, and a worker's page of shared memory. A live object
+# that was written down comes behind them.
 _FDS: Mapping[type[WorkerJob] | type[TemplateJob], int] = {WorkerJob: 3, TemplateJob: 2}
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ class Forker:
         return frames is not None
 
     def _on_fork(self, number: int, job: WorkerJob | TemplateJob, in_place: bool) -> None:
-        count = _FDS[type(job)]
+        live = job.spec.live
+        count = _FDS[type(job)] + (live is not None and live.is_written)
         fds, self._reader.fds[:count] = self._reader.fds[:count], []
         if len(fds) < count:  # what this process has no room for gets lost on its way
             _close_all(fds)

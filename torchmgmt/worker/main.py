@@ -24,22 +24,26 @@ from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.recorder import make_current
 from torchmgmt.records import (
     NUMBER_BYTES,
+    AnswerHead,
     Encoded,
     ModelSpec,
     RawMetric,
-    ResponseProperties,
     WorkerFault,
     WorkerJob,
+    without_matching,
 )
 from torchmgmt.segments import BrokenSegment
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
 from torchmgmt.worker.loader import Handler, load_handler
+from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.process import (
     EXIT_NOT_LOADED,
     EXIT_STOPPED,
+    add_packages,
     be_process,
     die_with,
+    hide_variables,
     keep_standard_streams_open,
     redirect_output,
     reseed,
@@ -74,8 +78,8 @@ class WorkerProcess:
 
     Args:
         job: what to load, and how many threads to use.
-        fds: the socket to the embedding process, where stdout and stderr go, and the page of shared memory in which it
-            writes the number of the batch that it begins.
+        fds: the socket to the embedding process, where stdout and stderr go, the page of shared memory in which it
+            writes the number of the batch that it begins, and a live object that was written down.
         root_pidfd: the embedding process; -1 where there are no pidfds.
         environment: variables that the torch-only process needed otherwise than the program had them.
         loaded: the model, if it was forked from a template; None: it loads the model itself.
@@ -90,7 +94,9 @@ class WorkerProcess:
         loaded: Loaded | None = None,
     ) -> None:
         self._job = job
-        self._channel_fd, self._output_fd, self._page_fd = fds
+        self._channel_fd, self._output_fd, self._page_fd, *snapshot = fds
+        if job.spec.live is not None:
+            job.spec.live.attach(tuple(snapshot))
         self._root_pidfd = root_pidfd
         self._environment = environment
         self._loaded = loaded
@@ -125,13 +131,14 @@ class WorkerProcess:
     def _take_over_process(self) -> None:
         if self._loaded is None:
             be_process(self._output_fd)
+            hide_variables(self._job.spec.blacklist_env_vars)
         else:
             # The template has done the rest, and the handler may have changed it to its liking since.
             redirect_output(self._output_fd)
             signal.signal(signal.SIGCHLD, self._loaded.on_child_end or signal.SIG_DFL)
             with contextlib.suppress(PermissionError):  # one that was the template leads its session already
                 os.setsid()
-        restore_environment(self._environment)
+        restore_environment(without_matching(self._environment, self._job.spec.blacklist_env_vars))
         os.environ[WORKER_VARIABLE] = str(os.getpid())
         reseed()
         die_with(self._root_pidfd)
@@ -141,6 +148,8 @@ class WorkerProcess:
         if self._loaded is None:
             torch.set_num_threads(threads)
             return load_model(self._job.spec, threads)
+        if self._job.spec.live is not None:
+            self._job.spec.live.release()  # the template has loaded it
         _prove_threads(self._loaded.threads or threads)
         return self._loaded.handler
 
@@ -155,6 +164,8 @@ def load_model(spec: ModelSpec, threads: int | None = None) -> Handler:
     context.system_properties["threads"] = threads
     make_current(context.recorder)
     os.chdir(spec.model_dir)
+    if spec.packages is not None:
+        add_packages(spec.packages)
     sys.path.insert(0, spec.model_dir)
     before = dict(sys.modules)
     try:
@@ -177,7 +188,7 @@ def _prove_threads(threads: int) -> None:
 
 def _page(fd: int) -> mmap.mmap:
     with os.fdopen(fd, "r+b", buffering=0) as file:
-        return mmap.mmap(file.fileno(), NUMBER_BYTES)
+        return mmap.mmap(file.fileno(), 2 * NUMBER_BYTES)
 
 
 class _Attention:
@@ -222,7 +233,7 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
                 number, requests = frame.head
                 _note_start(page, number)
                 began = time.perf_counter()
-                outcomes = run_batch(handler, requests, frame.segments)
+                outcomes = run_batch(handler, requests, frame.segments, _ChannelSender(channel, page, number))
                 frame.segments = ()  # their memory can be used again: the answer says so
                 _answer(channel, number, outcomes, handler.take_metrics(), time.perf_counter() - began)
             elif frame.kind is Kind.DESCRIBE:
@@ -232,6 +243,21 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
                 return
 
 
+class _ChannelSender(PartSender):
+    """Sends the parts of one batch to the embedding process."""
+
+    def __init__(self, channel: Channel, page: mmap.mmap, number: int) -> None:
+        self._channel = channel
+        self._page = page
+        self._number = number
+
+    def send(self, index: int, part: Encoded) -> None:
+        self._channel.send(Frame(Kind.PART, (self._number, index, _head_of(part)), part.segments))
+
+    def is_abandoned(self) -> bool:
+        return int.from_bytes(self._page[NUMBER_BYTES:], "little") == self._number
+
+
 def _answer(
     channel: Channel,
     number: int,
@@ -239,18 +265,24 @@ def _answer(
     metrics: Sequence[RawMetric],
     handler_s: float | None = None,
 ) -> None:
-    head: list[WorkerFault | int | tuple[int, ResponseProperties]] = []
+    head: list[WorkerFault | AnswerHead] = []
     segments: list[Buffer] = []
     for outcome in outcomes:
         if isinstance(outcome, WorkerFault):
             head.append(outcome)
             continue
-        count = len(outcome.segments)
-        head.append(count if outcome.properties is None else (count, outcome.properties))
+        head.append(_head_of(outcome))
         segments += outcome.segments
     channel.send(Frame(Kind.DONE, (number, head, metrics, handler_s), segments))
 
 
+def _head_of(answer: Encoded) -> AnswerHead:
+    count = len(answer.segments)
+    if answer.properties is None and answer.content_type is None:
+        return count
+    return count, answer.properties, answer.content_type
+
+
 def _note_start(page: mmap.mmap, number: int) -> None:
     """Write down which batch begins, for the case that it ends this process: those behind it are run elsewhere then."""
-    page[:] = number.to_bytes(NUMBER_BYTES, "little")
+    page[:NUMBER_BYTES] = number.to_bytes(NUMBER_BYTES, "little")

@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import signal
+import site
 import sys
 import threading
 import traceback
@@ -17,11 +18,15 @@ from typing import NoReturn
 
 import torch
 
+from torchmgmt.records import without_matching
+
 __all__ = [
     "EXIT_NOT_LOADED",
     "EXIT_STOPPED",
+    "add_packages",
     "be_process",
     "die_with",
+    "hide_variables",
     "keep_standard_streams_open",
     "redirect_output",
     "reseed",
@@ -93,6 +98,24 @@ def restore_environment(environment: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def hide_variables(pattern: str | None) -> None:
+    """Drop the environment variables whose whole names match; None: none."""
+    kept = without_matching(os.environ, pattern)
+    for name in os.environ.keys() - kept.keys():
+        del os.environ[name]
+
+
+def add_packages(folder: str) -> None:
+    """Have ``folder`` come first on ``sys.path``, here and in Python programs that are started from here.
+
+    What is imported already stays what it is.
+    """
+    before = list(sys.path)
+    site.addsitedir(folder)  # packages may have .pth files there, which name more folders
+    sys.path[:] = [entry for entry in sys.path if entry not in before] + before
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
 
 
 def _status_of(error: SystemExit) -> int:

@@ -21,11 +21,49 @@ PREDICTION_METRIC = "PredictionTime"
 
 
 class Service:
-    """A loaded handler's entry point and the context that goes with it: ``entry_point(rows, service.context)``."""
+    """A handler's entry point and the context that goes with it: ``service.entry_point(rows, service.context)``.
 
-    def __init__(self, entry_point: Callable[[Any, Context], Any], context: Context) -> None:
+    Takes what TorchServe's takes. That one's ``predict``, which speaks the protocol of its own frontend, is not here.
+
+    Args:
+        model_name: what the context calls the model.
+        model_dir: the folder with its files.
+        manifest: the model's, or None; the configuration is read that it names.
+        entry_point: the handler.
+        gpu: what the context says of accelerators.
+        batch_size: what the context says of batches.
+        limit_max_image_pixels: what the context says of pictures.
+        metrics_cache: where the handler's figures go; None: to one of its own.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        model_dir: str,
+        manifest: Mapping[str, Any] | None,
+        entry_point: Callable[[Any, Context], Any],
+        gpu: int | None,
+        batch_size: int | None,
+        limit_max_image_pixels: bool | None = True,
+        metrics_cache: Metrics | None = None,
+    ) -> None:
         self.entry_point = entry_point
-        self.context = context
+        self.context = Context(
+            model_name,
+            model_dir,
+            manifest or {},
+            batch_size or 1,
+            gpu,
+            "0",
+            bool(limit_max_image_pixels),
+            metrics_cache,
+            _config_of(Path(model_dir), manifest or {}),
+        )
+
+    @property
+    def _entry_point(self) -> Callable[[Any, Context], Any]:
+        """As people's tests call it, who had no other way in TorchServe."""
+        return self.entry_point
 
 
 class ModelLoader:
@@ -50,35 +88,34 @@ class ModelLoader:
             handler: which handler; None: the one that the manifest names.
             gpu_id: what the context says of accelerators.
             batch_size: what the context says of batches.
-            envelope: not supported here; None.
+            envelope: which request envelope stands around the handler; None: the one that the manifest names, if any.
             limit_max_image_pixels: what the context says of pictures.
             metrics_cache: where the handler's figures go.
 
         Raises:
-            ValueError: no handler is named, or an envelope.
+            ValueError: no handler is named.
+            InvalidArgument: there is no such envelope.
             Exception: whatever importing and initialising the handler raise.
         """
         folder = Path(model_dir)
         manifest = _manifest_of(folder)
-        named = handler or manifest.get("model", {}).get("handler")
-        if not named or envelope:
-            raise ValueError(f"a handler must be named and no envelope; given were {named!r} and {envelope!r}")
-        config = _config_of(folder, manifest)
+        model = manifest.get("model", {})
+        named = handler or model.get("handler")
+        if not named:
+            raise ValueError(f"the manifest in {model_dir} names no handler; give handler=...")
+        service = Service(
+            model_name, str(folder), manifest, _not_loaded, gpu_id, batch_size, limit_max_image_pixels, metrics_cache
+        )
         spec = ModelSpec(
-            key=ModelKey(model_name, "1.0"), model_dir=str(folder), handler=named, manifest=manifest, config=config
+            key=ModelKey(model_name, "1.0"),
+            model_dir=str(folder),
+            handler=named,
+            envelope=envelope or model.get("envelope") or None,
+            manifest=manifest,
+            config=service.context.model_yaml_config,
         )
-        context = Context(
-            model_name,
-            str(folder),
-            manifest,
-            batch_size or 1,
-            gpu_id,
-            "0",
-            bool(limit_max_image_pixels),
-            metrics_cache,
-            config,
-        )
-        return Service(load_handler(spec, context).entry_point, context)
+        service.entry_point = load_handler(spec, service.context).entry_point
+        return service
 
 
 TsModelLoader = ModelLoader
@@ -91,6 +128,10 @@ class ModelLoaderFactory:
     def get_model_loader() -> ModelLoader:
         """Return the one there is."""
         return TsModelLoader()
+
+
+def _not_loaded(data: Any, context: Context) -> Any:
+    raise RuntimeError("the handler is not loaded yet")
 
 
 def _manifest_of(folder: Path) -> Mapping[str, Any]:

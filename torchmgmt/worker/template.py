@@ -22,7 +22,7 @@ from torchmgmt.worker import fitness
 from torchmgmt.worker.batch import fault_of
 from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper, dying_with
 from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
-from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, run_to_exit
+from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, hide_variables, run_to_exit
 
 __all__ = ["TemplateProcess"]
 
@@ -34,7 +34,7 @@ class TemplateProcess:
 
     Args:
         job: what it is the template of.
-        fds: the socket to the embedding process, and where stdout and stderr go.
+        fds: the socket to the embedding process, where stdout and stderr go, and a live object that was written down.
         root_pidfd: the embedding process; -1 where there are no pidfds.
         environment: variables that the torch-only process needed otherwise than the program had them. They stay as they
             are while the model is loaded: what makes more than one thread makes a template unfit.
@@ -44,7 +44,9 @@ class TemplateProcess:
         self, job: TemplateJob, fds: Sequence[int], root_pidfd: int, environment: Mapping[str, str | None]
     ) -> None:
         self._spec = job.spec
-        self._channel_fd, self._output_fd = fds
+        self._channel_fd, self._output_fd, *snapshot = fds
+        if self._spec.live is not None:
+            self._spec.live.attach(tuple(snapshot))
         self._root_pidfd = root_pidfd
         self._environment = environment
         self._parent_pid = os.getpid()  # it is made before the fork
@@ -56,6 +58,7 @@ class TemplateProcess:
 
     def _run(self) -> int:
         be_process(self._output_fd)
+        hide_variables(self._spec.blacklist_env_vars)
         become_subreaper()
         os.environ[WORKER_VARIABLE] = str(os.getpid())
         control = socket.socket(fileno=self._channel_fd)

@@ -33,10 +33,8 @@ def send_intermediate_predict_response(
 ) -> None:
     """Send a part of the answer to each request of the batch; of the processes that share a model, the first one does.
 
-    ``req_id_map``, ``message`` and ``code`` count for nothing: ``ret`` has a part for each request, in order.
-
-    Raises:
-        StreamingNotPossible: the answer is wanted whole; see :meth:`torchmgmt.handlers.context.Context.send_intermediate`.
+    ``req_id_map``, ``message`` and ``code`` count for nothing: ``ret`` has a part for each request, in order. See
+    :meth:`torchmgmt.handlers.context.Context.send_intermediate`.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         context.send_intermediate(ret)

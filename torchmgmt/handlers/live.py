@@ -1,0 +1,108 @@
+"""The handler of live objects and model files: runs what a program has registered as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.live_loading import load_live
+from torchmgmt.handlers.stacking import Group, grouped, split
+from torchmgmt.live import Batching, LiveObject, Role
+
+__all__ = ["LiveHandler"]
+
+_BODY = "body"
+
+
+class LiveHandler:
+    """Runs a module, a function or a handler that was registered in place of an archive.
+
+    A handler is run as one in an archive is. A module or function is called with what the requests brought: their data,
+    or their fields as keyword arguments.
+    """
+
+    def __init__(self) -> None:
+        self._call: Callable[..., Any]
+        self._isolates_errors = False
+        self._mode: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def initialize(self, context: Context) -> None:
+        """Load what was registered. Raises whatever that raises."""
+        live = context.live
+        if live is None:
+            raise ValueError(
+                "this handler runs what ModelManager.register is given in place of an archive; this is one"
+            )
+        loaded = load_live(live)
+        if live.batching is None:
+            self._be(loaded() if live.role is Role.HANDLER_CLASS else loaded, live, context)
+            return
+        self._call, self._isolates_errors = loaded, live.isolates_errors
+        if live.role is not Role.FUNCTION:
+            self._mode = torch.inference_mode
+        if live.batching is Batching.LIST:
+            self.handle = self._handle_list  # type: ignore[method-assign]
+
+    def _be(self, service: Any, live: LiveObject, context: Context) -> None:
+        """Hand everything on to a handler."""
+        if callable(initialize := getattr(service, "initialize", None)):
+            if live.target is not None and live.role is Role.HANDLER:
+                live.initialize_once(initialize, context)
+            else:
+                initialize(context)
+        self.handle = service.handle  # type: ignore[method-assign]
+        if callable(describe := getattr(service, "describe_handle", None)):
+            self.describe_handle = describe
+
+    def handle(self, data: Sequence[Any], context: Context) -> Sequence[Any]:
+        """Return an answer for each request: its part of what the batch, stacked, was made into.
+
+        Requests whose tensors have other shapes or types are stacked and run apart, and fail apart.
+        """
+        groups, refused = grouped(data)
+        if len(groups) == 1 and not refused:
+            return self._run(groups[0])
+        answers: list[Any] = [refused.get(position) for position in range(len(data))]
+        for group in groups:
+            for position, answer in zip(group.positions, self._run_apart(group), strict=True):
+                answers[position] = answer
+        return answers
+
+    def _handle_list(self, data: Sequence[Any], context: Context) -> Any:
+        with self._mode():
+            answers = self._call([row[_BODY] if _has_only_body(row) else row for row in data])
+        return list(answers) if isinstance(answers, torch.Tensor) and answers.ndim else answers
+
+    def _run(self, group: Group) -> list[Any]:
+        with self._mode():
+            value = group.stacked()
+            output = self._call(value[_BODY]) if _has_only_body(value) else self._call_by_name(value)
+            return split(output, len(group.positions))
+
+    def _run_apart(self, group: Group) -> Sequence[Any]:
+        """Run one group of several: its error is its own."""
+        try:
+            return self._run(group)
+        except Exception as error:
+            if not self._isolates_errors or len(group.positions) == 1:
+                return [error] * len(group.positions)
+        alone = [Group([position], [value]) for position, value in zip(group.positions, group.values, strict=True)]
+        return [answer for each in alone for answer in self._run_apart(each)]
+
+    def _call_by_name(self, fields: Mapping[str, Any]) -> Any:
+        """Call it with fields; in the order in which it has them, because an exported program heeds that alone."""
+        try:
+            bound = inspect.signature(getattr(self._call, "forward", self._call)).bind(**fields)
+        except (TypeError, ValueError):  # it has no signature, or fields do not fit: the call says which
+            return self._call(**fields)
+        return self._call(*bound.args, **bound.kwargs)
+
+
+def _has_only_body(row: Mapping[str, Any]) -> bool:
+    return len(row) == 1 and _BODY in row
