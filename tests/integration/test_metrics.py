@@ -95,6 +95,18 @@ def test_every_request_is_counted_once_by_how_it_ended(metrics: Metrics, deploy:
     assert errors_of(when_counted(metrics, 8))["NoWorker"] == 1
 
 
+def test_a_running_request_that_is_given_up_is_counted_once(metrics: Metrics, deploy: Deployer, gate: Gate) -> None:
+    """As taken back, and not again when its batch is done."""
+    model = deploy()
+    running = model.submit(gate.expression)
+    until(gate.reached)
+    running.abandon()
+    running.abandon()
+    gate.open()
+    assert model.predict("1") == 1
+    assert errors_of(when_counted(metrics, 2)) == {"Cancelled": 1}
+
+
 def test_what_a_handler_measures_is_on_the_page(metrics: Metrics, deploy: Deployer) -> None:
     """Under its own name, with its dimensions."""
     model = deploy(EVAL)

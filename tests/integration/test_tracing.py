@@ -85,6 +85,16 @@ def test_without_headers_the_span_is_below_the_callers_current_one(spans, deploy
     assert span.kind is trace.SpanKind.INTERNAL
 
 
+def test_a_request_that_is_given_up_ends_its_span(spans, manager, deploy: Deployer, gate: Gate) -> None:
+    """At once, although it still runs."""
+    future = deploy().submit(gate.expression)
+    until(gate.reached)
+    future.abandon()
+    (span,) = ended(spans, 1)
+    assert span.attributes["error.type"] == "Cancelled"
+    assert repr(manager._tracing) == "<Tracing: 0 spans are open>"
+
+
 def test_every_span_ends_and_says_how_the_request_did(spans, manager, deploy: Deployer, gate: Gate) -> None:
     """Also of those that no worker has run; none is kept."""
     model = deploy(config="jobQueueSize: 1\n", batches_in_flight=1)
