@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -28,6 +28,8 @@ class ServedVersion:
     folder: ModelFolder
     batcher: Batcher[WorkerRequest, Encoded]
     pool: WorkerPool
+    on_cancelled: Callable[[], object] | None = None
+    """Told of each request that its caller takes back."""
 
     @property
     def is_wanted(self) -> bool:

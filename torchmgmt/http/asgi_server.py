@@ -33,6 +33,7 @@ class ASGIServer:
     """Serves once made. May be used from any thread. ``url`` is where it serves.
 
     ``mounted`` is the WSGI application that ``app`` has in it, if there is one: its threads are ended with the server.
+    ``on_response`` is told the code of each answer, on the server's thread.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ASGIServer:
         tls: ssl.SSLContext | None = None,
         mounted: MountedWSGI | None = None,
         limits: Limits | None = None,
+        on_response: Callable[[int], object] = lambda _code: None,
     ) -> None:
         self.url = str(address_of(sock, "https" if tls else "http"))
         self._mounted = mounted
@@ -54,7 +56,7 @@ class ASGIServer:
         self._cut_off = False
         self._failure: BaseException | None = None
         self._sock = sock
-        self._server = _Uvicorn(LastResort(app), sock, tls, limits or Limits(), self._started.set)
+        self._server = _Uvicorn(LastResort(app, on_response), sock, tls, limits or Limits(), self._started.set)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         self._started.wait()

@@ -28,10 +28,12 @@ from torchmgmt.http.background import start_in_background, stop_in_background
 from torchmgmt.http.command_line import Action, CommandLine, parse_command_line
 from torchmgmt.http.console import STARTED, Console
 from torchmgmt.http.loader import Loader
+from torchmgmt.http.metrics_app import create_metrics_app
 from torchmgmt.http.pid_file import PidFile
 from torchmgmt.http.server import Servers, start_servers
 from torchmgmt.http.systemd import notify_systemd
 from torchmgmt.http.tokens import Keys, forget_environment, keys_for
+from torchmgmt.metrics import Metrics
 from torchmgmt.records import ModelKey
 from torchmgmt.settings import Settings
 
@@ -102,7 +104,7 @@ class Program:
         settings = command.settings
         store = _find_store(settings)
         with contextlib.ExitStack() as undo:
-            addresses = undo.enter_context(Addresses.bind(settings))
+            addresses = undo.enter_context(Addresses.bind(settings, _roles(settings)))
             keys = keys_for(settings, addresses)
             undo.pop_all()
         forget_environment(os.environ)
@@ -126,7 +128,16 @@ class Program:
             on_restored=self._on_restored,
             named_at_start=self.names_models,
         )
-        servers = start_servers(manager, self.addresses, self.settings, self.keys, is_loading=lambda: loader.is_loading)
+        metrics = Metrics(manager, with_host=not self.settings.disable_system_metrics)
+        servers = start_servers(
+            manager,
+            self.addresses,
+            self.settings,
+            self.keys,
+            metrics=create_metrics_app(metrics),
+            is_loading=lambda: loader.is_loading,
+            on_response=metrics.count_response,
+        )
         self._print_start_lines()
         loader.start()
         reason = self._signals.get()
@@ -192,6 +203,8 @@ class Program:
         self.console.say(f"Registering and unregistering over HTTP: {on}")
         self.console.say(f"Inference address: {self.addresses[Role.INFERENCE]}")
         self.console.say(f"Management address: {self.addresses[Role.MANAGEMENT]}")
+        if self.settings.enable_metrics_api:
+            self.console.say(f"Metrics address: {self.addresses[Role.METRICS]}")
 
 
 class Stopper(threading.Thread):
@@ -221,6 +234,10 @@ class Stopper(threading.Thread):
         if self.is_alive():
             logger.error("Stopping takes too long; the workers end with this process")
             os._exit(1)
+
+
+def _roles(settings: Settings) -> list[Role]:
+    return [role for role in Role if role is not Role.METRICS or settings.enable_metrics_api]
 
 
 def _find_store(settings: Settings) -> Path | None:
