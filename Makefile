@@ -24,11 +24,12 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks
 
-# Kills processes at random while clients ask and models come and go, for as long as wanted: make soak SOAK_SECONDS=60
-SOAK_SECONDS := 600
+# Kills processes at random while clients ask and models come and go, and judges what became of memory, descriptors and
+# latency meanwhile. An hour, or as long as wanted: make soak SOAK_SECONDS=300
+SOAK_SECONDS := 3600
 
 soak: $(VENV)/.installed
-	$(RUN) -m tests.faults.storm --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
+	$(RUN) -m benchmarks.soak --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
 
 docs: $(VENV)/.installed
 	$(RUN) docs/settings_page.py > docs/settings.md

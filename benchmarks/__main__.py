@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
-from benchmarks import machine, predict, scaling, server, startup
+from benchmarks import growth, machine, predict, scaling, server, startup
 from benchmarks.measure import Missing, say
 from benchmarks.peers.torchserve import VARIABLE, TorchServe
 from benchmarks.report import Report, Table
@@ -20,6 +20,7 @@ SUITES: Mapping[str, Callable[[int, TorchServe], list[Table]]] = {
     "scaling": scaling.run,
     "server": server.run,
     "predict": lambda runs, _peer: predict.run(runs),
+    "growth": lambda runs, _peer: growth.run(runs),
 }
 
 

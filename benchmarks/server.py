@@ -58,10 +58,11 @@ def _store(scratch: Path) -> Path:
 
 
 def _run_ours(store: Path, scratch: Path) -> Sample:
-    inference, management = free_ports(2)
+    inference, management, metrics = free_ports(3)
     command = [sys.executable, "-m", "torchmgmt.http", "--model-store", str(store), "--enable-model-api"]
     command += ["--inference-address", f"http://{LOOPBACK}:{inference}"]
     command += ["--management-address", f"http://{LOOPBACK}:{management}"]
+    command += ["--metrics-address", f"http://{LOOPBACK}:{metrics}"]
     with Server(Launch(command, inference, management, scratch, _with_this_torchmgmt())) as server:
         return _measure(server)
 

@@ -27,16 +27,21 @@ class AnswerFuture(Future[Any]):
     """
 
     def __init__(
-        self, key: ModelKey, keeps_alive: object = None, on_abandon: Callable[[], object] | None = None
+        self,
+        key: ModelKey,
+        keeps_alive: object = None,
+        on_abandon: Callable[[], object] | None = None,
+        on_cancelled: Callable[[], object] | None = None,
     ) -> None:
         """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future.
 
-        ``on_abandon`` is called when it is abandoned while it runs.
+        ``on_abandon`` is called when it is abandoned while it runs, ``on_cancelled`` once it is taken back in either way.
         """
         super().__init__()
         self._key = key
         self._keeps_alive = keeps_alive
         self._on_abandon = on_abandon
+        self._on_cancelled = on_cancelled
         self._depth = forks.depth()
         self._answer: Any = _UNREAD
 
@@ -84,8 +89,19 @@ class AnswerFuture(Future[Any]):
             return
         with contextlib.suppress(InvalidStateError):
             self.set_exception(CancelledError())
+            if self._on_cancelled is not None:
+                self._on_cancelled()
             if self._on_abandon is not None:
                 self._on_abandon()
+
+    def cancel(self) -> bool:
+        """Take the request back if it was not started; return whether it is taken back. Any thread; does not block."""
+        is_cancelled = super().cancel()
+        if is_cancelled and self._on_cancelled is not None:
+            mine = object()
+            if self.__dict__.setdefault("_canceller", mine) is mine:  # one step, so that it is told once
+                self._on_cancelled()
+        return is_cancelled
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""

@@ -90,28 +90,33 @@ class Batch(Generic[T, R]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def arrived(self) -> list[float]:
+        """When each item was submitted, by the batcher's clock."""
+        return [entry.since for entry in self._entries]
+
     def is_over(self) -> bool:
         """Whether every item has its outcome already: nobody waits for this batch any more."""
         return all(entry.future.done() for entry in self._entries)
 
-    def finish(self, outcomes: Sequence[R | BaseException]) -> None:
+    def finish(self, outcomes: Sequence[R | BaseException]) -> Sequence[int]:
         """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
+
+        Returns the places of those that nobody waits for any more: they were cancelled, or their deadline has passed.
 
         A wrong number of outcomes fails all of them with an error that names both numbers: nobody could tell whose
         answer is whose.
         """
         if len(outcomes) != len(self._entries):
-            self.fail(WrongNumberOfAnswers(len(self._entries), len(outcomes)))
-            return
+            return self.fail(WrongNumberOfAnswers(len(self._entries), len(outcomes)))
         self._on_end(len(self._entries))  # first: who is answered may ask again before the next one is answered
-        for entry, outcome in zip(self._entries, outcomes, strict=True):
-            _settle(entry.future, outcome)
+        settled = [_settle(entry.future, outcome) for entry, outcome in zip(self._entries, outcomes, strict=True)]
+        return () if all(settled) else _places_of_false(settled)
 
-    def fail(self, error: BaseException) -> None:
-        """Answer every item with ``error``."""
+    def fail(self, error: BaseException) -> Sequence[int]:
+        """Answer every item with ``error``; return as :meth:`finish` does."""
         self._on_end(len(self._entries))
-        for entry in self._entries:
-            _settle(entry.future, error)
+        return _places_of_false([_settle(entry.future, error) for entry in self._entries])
 
 
 class Batcher(Generic[T, R]):
@@ -137,6 +142,7 @@ class Batcher(Generic[T, R]):
         clock: a monotonic clock in seconds.
         on_ready: called, with no lock held, when :meth:`take` may have a batch. Only without ``function``.
         call_at: ``call_at(when, callback)`` runs a callback at a time of ``clock``. Only without ``function``.
+        on_expired: called, with no lock held, with the number of items whose deadline has passed, after they failed.
 
     Raises:
         InvalidArgument: one of the numbers is out of its range.
@@ -154,6 +160,7 @@ class Batcher(Generic[T, R]):
         clock: Clock = time.monotonic,
         on_ready: Callable[[], object] | None = None,
         call_at: Callable[[float, Callable[[], object]], object] | None = None,
+        on_expired: Callable[[int], object] | None = None,
     ) -> None:
         check_number("batch_size", batch_size, minimum=1)
         check_number("max_batch_delay", max_batch_delay, minimum=0, unit="milliseconds")
@@ -172,6 +179,7 @@ class Batcher(Generic[T, R]):
         self.capacity = capacity
         self.name = name
         self.clock = clock
+        self._on_expired = on_expired
         self._delay_s = max_batch_delay / 1000
         waits = batch_size > 1 and self._delay_s > 0
         self._arrivals = Arrivals(self._delay_s) if cuts_early and waits else None  # guarded by _lock
@@ -320,8 +328,11 @@ class Batcher(Generic[T, R]):
         """Fail the items whose deadline has passed, waiting or running. Does not block, but runs their callbacks."""
         with self._lock:
             expired = self._claim_expired_locked(self.clock())
-        for future, timeout_s in expired:
-            _settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s))
+        count = sum(
+            _settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s)) for future, timeout_s in expired
+        )
+        if count and self._on_expired is not None:
+            self._on_expired(count)
 
     def _check_room_locked(self) -> None:
         if self._closed is not None:
@@ -502,6 +513,10 @@ def _check_wishes(timeout: float | None, wait_timeout: float | None, priority: o
             check_number(name, seconds, minimum=0, unit="seconds", whole=False)
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > _HIGHEST_PRIORITY:
         raise InvalidArgument("priority", priority, f"a whole number from {-_HIGHEST_PRIORITY} to {_HIGHEST_PRIORITY}")
+
+
+def _places_of_false(settled: Sequence[bool]) -> Sequence[int]:
+    return [place for place, is_settled in enumerate(settled) if not is_settled]
 
 
 def _rank(entry: _Waiting[Any, Any]) -> float:

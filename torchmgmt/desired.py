@@ -20,6 +20,8 @@ class Desired:
         self._models: dict[str, dict[str, StoredVersion]] = {}
         self._defaults: dict[str, str] = {}
         self._seen: set[str] = set()
+        self._of_item: dict[str, dict[ModelKey, StoredVersion]] = {}
+        self._stored: dict[str, StoredModel] = {}  # those that have not changed since they were last to be stored
 
     def __repr__(self) -> str:
         return f"<Desired: {sum(map(len, self._models.values()))} model versions>"
@@ -28,14 +30,16 @@ class Desired:
         """Take over what is stored; what is known already stays."""
         self._seen |= set(state.seen)
         for model in state.models:
-            known = self._models.setdefault(model.name, {})
+            self._models.setdefault(model.name, {})
             for version in model.versions:
-                known.setdefault(version.key.version, version)
+                if self.find(version.key) is None:
+                    self._set(version)
             self._defaults.setdefault(model.name, model.default)
+            self._stored.pop(model.name, None)
 
     def state(self) -> DesiredState:
         """Return what is to be stored."""
-        models = [StoredModel(self._defaults[name], tuple(found.values())) for name, found in self._models.items()]
+        models = [self._stored.get(name) or self._store(name) for name in self._models]
         return DesiredState(tuple(models), tuple(sorted(self._seen)))
 
     def find(self, key: ModelKey) -> StoredVersion | None:
@@ -52,8 +56,7 @@ class Desired:
 
     def from_item(self, item: str) -> list[StoredVersion]:
         """Return the versions that an item of ``load_models`` brought."""
-        everything = (version for found in self._models.values() for version in found.values())
-        return [version for version in everything if version.item == item]
+        return list(self._of_item.get(item, {}).values())
 
     def has_seen(self, item: str) -> bool:
         """Whether an item of ``load_models`` was loaded once, also if what it brought was unregistered since."""
@@ -62,7 +65,8 @@ class Desired:
     def put(self, version: StoredVersion) -> None:
         """Want a version, in place of an earlier one of the same key; the first one of a model is its default."""
         key = version.key
-        self._models.setdefault(key.name, {})[key.version] = version
+        self._models.setdefault(key.name, {})
+        self._set(version)
         self._defaults.setdefault(key.name, key.version)
         if version.loaded_at_startup:
             self._seen.add(version.item)
@@ -71,19 +75,42 @@ class Desired:
         """Want other numbers of workers for a version, if it is wanted at all."""
         version = self.find(key)
         if version is not None:
-            self._models[key.name][key.version] = attrs.evolve(version, scale=scale)
+            self._set(attrs.evolve(version, scale=scale))
 
     def set_default(self, key: ModelKey) -> None:
         """Make a version the default, if it is wanted at all."""
         if self.find(key) is not None:
             self._defaults[key.name] = key.version
+            self._stored.pop(key.name, None)
 
     def remove(self, key: ModelKey) -> None:
         """Want a version no more; the oldest one that is left becomes the default if this one was. Idempotent."""
         found = self._models.get(key.name, {})
-        if found.pop(key.version, None) is None:
+        version = found.pop(key.version, None)
+        if version is None:
             return
+        self._forget(version)
         if not found:
             del self._models[key.name], self._defaults[key.name]
         elif self._defaults[key.name] == key.version:
             self._defaults[key.name] = next(iter(found))
+
+    def _store(self, name: str) -> StoredModel:
+        model = self._stored[name] = StoredModel(self._defaults[name], tuple(self._models[name].values()))
+        return model
+
+    def _set(self, version: StoredVersion) -> None:
+        key = version.key
+        before = self._models[key.name].get(key.version)
+        if before is not None:
+            self._forget(before)
+        self._models[key.name][key.version] = version
+        self._of_item.setdefault(version.item, {})[key] = version
+        self._stored.pop(key.name, None)
+
+    def _forget(self, version: StoredVersion) -> None:
+        of_item = self._of_item[version.item]
+        del of_item[version.key]
+        if not of_item:
+            del self._of_item[version.item]
+        self._stored.pop(version.key.name, None)

@@ -8,15 +8,18 @@ What it raises is logged and goes no further.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
-from attrs import frozen
+from attrs import define, field, frozen
 
 from torchmgmt.lifecycle import VersionState
-from torchmgmt.records import MetricRecord, ModelKey, WorkerExit
+from torchmgmt.records import MetricRecord, ModelKey, WorkerExit, WorkerRequest
 
 __all__ = [
+    "NO_FAILURES",
+    "BatchFinished",
     "DefaultVersionSet",
     "DownloadProgress",
     "Event",
@@ -24,10 +27,15 @@ __all__ = [
     "Listener",
     "ModelRegistered",
     "ModelUnregistered",
+    "RequestsDropped",
     "VersionStateChanged",
     "WorkerReady",
     "WorkerStopped",
 ]
+
+
+NO_FAILURES: Mapping[int, str] = MappingProxyType({})
+"""What :class:`BatchFinished` says where all went well."""
 
 
 @frozen
@@ -103,6 +111,41 @@ class HandlerMetrics:
     records: Sequence[MetricRecord]
 
 
+@define(eq=False)
+class BatchFinished:
+    """A worker has answered a batch, or ended while it had it. It comes after the answers, and not for descriptions.
+
+    Times are those of ``time.monotonic``, in seconds. Not frozen, as other events are: one is made for each batch. Nobody
+    may change it, nor keep ``requests``: they hold the data.
+    """
+
+    key: ModelKey
+    worker_id: str
+    requests: Sequence[WorkerRequest] = field(repr=False)
+    arrived: Sequence[float]
+    """When each request was accepted."""
+    began: float
+    """When the worker could begin the batch: it had it, and was done with the one before."""
+    ended: float
+    """When its answer was here, or the worker gone."""
+    handler_s: float | None
+    """How long the worker took: to read the requests, to run the handler, to write the answers; None: it ended."""
+    failed: Mapping[int, str] = NO_FAILURES
+    """The class of the error of each request that failed, by its place in ``requests``."""
+    abandoned: Sequence[int] = ()
+    """The places of requests whose answers nobody got: they had expired or been taken back, as RequestsDropped has told."""
+
+
+@frozen
+class RequestsDropped:
+    """Requests ended that no worker has answered: refused at once, expired, taken back, or left over at the end."""
+
+    key: ModelKey
+    error: str
+    """The class of the error that the callers got; ``Cancelled`` for what they took back themselves."""
+    count: int = 1
+
+
 Event: TypeAlias = (
     ModelRegistered
     | ModelUnregistered
@@ -112,5 +155,7 @@ Event: TypeAlias = (
     | WorkerReady
     | WorkerStopped
     | HandlerMetrics
+    | BatchFinished
+    | RequestsDropped
 )
 Listener: TypeAlias = Callable[[Event], None]

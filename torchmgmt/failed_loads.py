@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from enum import Enum
 
 from attrs import frozen
@@ -44,22 +45,26 @@ class FailedLoads:
     """Remembers each with its reason, so that it can be shown beside what is registered. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._all: dict[ModelKey, _Failed] = {}
+        self._all: dict[str, dict[str, _Failed]] = {}  # by name and version
 
     def __repr__(self) -> str:
-        return f"<FailedLoads: {len(self._all)}>"
+        return f"<FailedLoads: {sum(map(len, self._all.values()))}>"
+
+    def __iter__(self) -> Iterator[ModelInfo]:
+        """Every one of them."""
+        return (failed.info for failed in self._failed())
 
     def add(self, info: ModelInfo, certainty: Certainty) -> None:
         """Remember one, in place of an earlier failure of the same version."""
-        self._all[info.spec.key] = _Failed(info, certainty)
+        self._all.setdefault(info.name, {})[info.version] = _Failed(info, certainty)
 
     def names(self) -> set[str]:
         """Return the names of the models."""
-        return {key.name for key in self._all}
+        return set(self._all)
 
     def versions(self, name: str) -> list[ModelInfo]:
         """Return those of one model, oldest first."""
-        return [failed.info for key, failed in self._all.items() if key.name == name]
+        return [failed.info for failed in self._all.get(name, {}).values()]
 
     def find(self, name: str, version: str | None) -> ModelInfo | None:
         """Return a version, the oldest one if none is given; None if there is no such failure."""
@@ -68,13 +73,17 @@ class FailedLoads:
 
     def settle(self, key: ModelKey, url: str) -> None:
         """Forget what failed before and is registered now."""
-        self._all = {each: failed for each, failed in self._all.items() if not failed.is_settled_by(key, url)}
+        for info in [failed.info for failed in self._failed() if failed.is_settled_by(key, url)]:
+            self.remove(info.name, info.version)
 
     def remove(self, name: str, version: str | None) -> list[ModelKey]:
         """Forget a version, all of the model if none is given; return what that were."""
-        removed = [key for key in self._all if key.name == name and version in {None, key.version}]
+        found = self._all.get(name, {})
+        removed = [failed.info.spec.key for failed in found.values() if version in {None, failed.info.version}]
         for key in removed:
-            del self._all[key]
+            del found[key.version]
+        if not found:
+            self._all.pop(name, None)
         return removed
 
     def check(self, name: str, version: str | None) -> None:
@@ -84,6 +93,9 @@ class FailedLoads:
             why = info.last_error.partition("\n")[0]
             reason = f"it could not be loaded at the start ({why}); register it again"
             raise NoWorker(info.name, info.version, reason)
+
+    def _failed(self) -> Iterator[_Failed]:
+        return (failed for found in self._all.values() for failed in found.values())
 
 
 def failed_load(

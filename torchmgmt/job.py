@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import Outcome
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
-__all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "answers_of", "error_of_death", "size_of"]
+__all__ = [
+    "Job",
+    "JobQueue",
+    "JobSource",
+    "OwnJob",
+    "Ran",
+    "answers_of",
+    "error_of_death",
+    "failures_of",
+    "size_of",
+]
+
+
+Ran: TypeAlias = tuple[float, float, "float | None"]
+"""When a batch began and ended (``time.monotonic``), and how long its worker took; None if that did not end well."""
 
 
 class Job(Protocol):
@@ -23,14 +38,18 @@ class Job(Protocol):
     def items(self) -> Sequence[WorkerRequest]:
         """The requests."""
 
+    @property
+    def arrived(self) -> Sequence[float]:
+        """When each was accepted (``time.monotonic``)."""
+
     def is_over(self) -> bool:
         """Whether nobody waits for any of them any more."""
 
-    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
-        """Take one outcome for each request, in order."""
+    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
+        """Take one outcome for each request, in order; return the places of those that nobody waits for any more."""
 
-    def fail(self, error: BaseException) -> None:
-        """Take the error that ended all of them."""
+    def fail(self, error: BaseException) -> Sequence[int]:
+        """Take the error that ended all of them; return as ``finish`` does."""
 
 
 class JobSource(Protocol):
@@ -115,6 +134,7 @@ class OwnJob:
     def __init__(self, key: ModelKey, items: Sequence[WorkerRequest] | None) -> None:
         self.is_description = items is None
         self.items = items or ()
+        self.arrived = [time.monotonic()] * len(self.items)
         self.future = AnswerFuture(key)
 
     def begin(self) -> bool:
@@ -125,18 +145,29 @@ class OwnJob:
         """Whether it was ended before there was an answer."""
         return self.future.done()
 
-    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
+    def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
         """Answer with the list of all outcomes, or fail with the first that is an error."""
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if errors:
             self.future.set_exception(errors[0])
         else:
             self.future.set_result(outcomes[0] if self.is_description else list(outcomes))
+        return ()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> Sequence[int]:
         """Fail, unless it was cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
+        return ()
+
+
+def failures_of(outcomes: Sequence[object], abandoned: Sequence[int]) -> Mapping[int, str]:
+    """Return the class of each outcome that is an error, by its place, but for those that nobody got."""
+    return {
+        place: type(outcome).__name__
+        for place, outcome in enumerate(outcomes)
+        if isinstance(outcome, BaseException) and place not in abandoned
+    }
 
 
 def answers_of(

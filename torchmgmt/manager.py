@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -26,14 +28,17 @@ from torchmgmt.batcher import Batcher
 from torchmgmt.desired import Desired
 from torchmgmt.errors import (
     AlreadyRegistered,
+    DeadlineExceeded,
     InvalidArgument,
     ManagerClosed,
     ModelNotFound,
     ModelVersionNotFound,
+    NoWorker,
+    QueueFull,
     TorchmgmtError,
     WouldWaitForever,
 )
-from torchmgmt.events import DefaultVersionSet, Listener, ModelRegistered, ModelUnregistered
+from torchmgmt.events import DefaultVersionSet, Listener, ModelRegistered, ModelUnregistered, RequestsDropped
 from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
 from torchmgmt.model import Model
 from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
@@ -60,6 +65,7 @@ from torchmgmt.streams import AnswerStream
 
 if TYPE_CHECKING:
     from torchmgmt.state_file import StateKeeper
+    from torchmgmt.tracing import Tracing
 
 __all__ = ["ModelManager"]
 
@@ -118,6 +124,7 @@ class ModelManager:
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
         self._announcer = Announcer(check_listeners(listeners))
+        self._tracing = self._make_tracing()
         self._sources = sources_of(model_store, self.settings, self._announcer.tell)
         self._backend: Backend = ProcessBackend(self.settings.blacklist_env_vars) if backend is None else backend
         self._backends: dict[str, Backend] = {"process": self._backend}
@@ -178,7 +185,7 @@ class ModelManager:
         """The names of all models, sorted."""
         self._check_usable()
         with self._lock:
-            return iter(self._registry.names())
+            return iter(tuple(self._registry.names()))
 
     def __len__(self) -> int:
         """The number of models, whatever number of versions each has."""
@@ -375,18 +382,45 @@ class ModelManager:
         with self._lock:
             return [item for item in items if self._is_to_load_locked(item, over_state=over_state)]
 
-    def models(self) -> tuple[ModelInfo, ...]:
+    def models(self, *, start: int = 0, limit: int | None = None) -> tuple[ModelInfo, ...]:
         """Return the default version of every model, sorted by name. Does not block.
 
         A model of which nothing is registered because it could not be loaded at the start is there, too.
+
+        Args:
+            start: how many models to leave out at the beginning, at least 0.
+            limit: the most to return, at least 0; None: all. What a few cost does not depend on how many there are.
+        """
+        self._check_usable()
+        check_number("start", start, minimum=0)
+        if limit is not None:
+            check_number("limit", limit, minimum=0)
+        end = None if limit is None else start + limit
+        with self._lock:
+            names = self._registry.names()
+            missing = self._failed_loads.names() - self._registry.keys()
+            page = (sorted([*names, *missing]) if missing else names)[start:end]
+            found = [
+                self._failed_loads.versions(name)[0] if name in missing else self._registry.get(name) for name in page
+            ]
+        return tuple(each if isinstance(each, ModelInfo) else each.info(is_default=True) for each in found)
+
+    def wanted(self) -> tuple[ModelInfo, ...]:
+        """Return every version that shall have workers at all times, or has failed, in no order. Does not block.
+
+        Its cost depends little on how many others there are, so that it may be asked each second whether all is well.
         """
         self._check_usable()
         with self._lock:
-            versions = [self._registry.get(name) for name in self._registry.names()]
-            failed = [self._failed_loads.versions(name)[0] for name in self._failed_loads.names()]
-            failed = [info for info in failed if info.name not in self._registry]
-        infos = [*(version.info(is_default=True) for version in versions), *failed]
-        return tuple(sorted(infos, key=lambda info: info.name))
+            served = [each for each in self._registry if each.is_wanted]
+            defaults = {each.spec.key.name: self._registry.default(each.spec.key.name) for each in served}
+            failed = [
+                info
+                for info in self._failed_loads
+                if not self._is_registered_locked(info.name, info.version)  # a further attempt may be under way
+            ]
+        infos = [each.info(is_default=defaults[each.spec.key.name] == each.spec.key.version) for each in served]
+        return (*infos, *failed)
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
         """Return all versions of a model, oldest first; raise ModelNotFound. Does not block.
@@ -647,6 +681,17 @@ class ModelManager:
         self._submit(name, version, request, timeout, wait_timeout, priority, stream.bind)
         return stream
 
+    def add_listener(self, listener: Listener) -> None:
+        """Have ``listener`` called with each event from now on; see :mod:`torchmgmt.events`. Does not block; any thread.
+
+        Raises InvalidArgument if it is not callable.
+        """
+        self._announcer.add(*check_listeners([listener]))
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Call ``listener`` no more, but for the events that are being told at this moment. Any thread; idempotent."""
+        self._announcer.remove(listener)
+
     def close(self, timeout: float = 30) -> CloseReport:
         """End everything within about ``timeout`` seconds and return what had to be done for it. Blocks; idempotent.
 
@@ -663,6 +708,27 @@ class ModelManager:
             return self._report
 
     # -- the rest is for this file -------------------------------------------------------------------------------------
+
+    def _note_refused(self, served: ServedVersion, request: WorkerRequest, error: TorchmgmtError) -> None:
+        if isinstance(error, (NoWorker, QueueFull)):  # else the version is gone, and what was counted of it, too
+            _tell_dropped(self._announcer, served.spec.key, type(error).__name__)
+        if self._tracing is not None:
+            self._tracing.refuse(request, error)
+
+    def _make_tracing(self) -> Tracing | None:
+        if self.settings.tracing == "off" or (self.settings.tracing == "auto" and "opentelemetry" not in sys.modules):
+            return None
+        try:
+            from torchmgmt.tracing import tracing_of  # most programs have no OpenTelemetry
+        except ImportError as error:
+            if self.settings.tracing == "auto":
+                return None
+            allowed = f"auto or off without {error.name}: pip install 'torchmgmt[otel]'"
+            raise InvalidArgument("tracing", self.settings.tracing, allowed) from error
+        tracing = tracing_of(self.settings.tracing)
+        if tracing is not None:
+            self._announcer.add(tracing.listen)
+        return tracing
 
     def _request(
         self,
@@ -687,13 +753,18 @@ class ModelManager:
     ) -> AnswerFuture:
         served = self._get(name, version)
         # A caller may hold nothing but the future, so it keeps all alive.
-        future = AnswerFuture(served.spec.key, self, served.pool.abandon_unwanted)
+        future = AnswerFuture(served.spec.key, self, served.pool.abandon_unwanted, served.on_cancelled)
         if on_future is not None:
             on_future(future)
+        if self._tracing is not None:
+            self._tracing.begin(served.spec.key, request, future)
         try:
             served.submit(request, future, timeout, wait_timeout, priority)
-        except (ManagerClosed, ModelNotFound):
-            raise self._not_found(served) from None
+        except TorchmgmtError as error:
+            self._note_refused(served, request, error)
+            if isinstance(error, (ManagerClosed, ModelNotFound)):
+                raise self._not_found(served) from None
+            raise
         return future
 
     def _check_usable(self, name: object = "", version: object = None) -> None:
@@ -895,7 +966,7 @@ class ModelManager:
             spec,
             backend=backend,
             worker_ids=self._worker_ids,
-            listener=self._announcer.tell,
+            listener=self._announcer,
         )
         batcher: Batcher[WorkerRequest, Encoded] = Batcher(
             batch_size=spec.batch_size,
@@ -904,13 +975,15 @@ class ModelManager:
             name=f"model {key.name} version {key.version}",
             on_ready=pool.pump,
             call_at=backend.call_at,
+            on_expired=functools.partial(_tell_dropped, self._announcer, key, DeadlineExceeded.__name__),
         )
         pool.feed_from(batcher)
         with self._lock:
             if self._closed:
                 raise ManagerClosed
             self._registry.reserve(key)
-            served = ServedVersion(spec, folder, batcher, pool)
+            on_cancelled = functools.partial(_tell_dropped, self._announcer, key, "Cancelled", 1)
+            served = ServedVersion(spec, folder, batcher, pool, on_cancelled)
             is_default = self._registry.add(key, served)
         self._announcer.tell(ModelRegistered(key))
         if is_default:
@@ -985,6 +1058,11 @@ class ModelManager:
             self._keeper.close()
         self._finalizer.detach()
         return total_of(time.monotonic() - started, reports)
+
+
+def _tell_dropped(announcer: Announcer, key: ModelKey, error: str, count: int = 1) -> None:
+    if announcer:
+        announcer.tell(RequestsDropped(key, error, count))
 
 
 _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()

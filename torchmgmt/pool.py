@@ -28,8 +28,18 @@ from torchmgmt.errors import (
     WorkerDied,
     WorkerStartFailed,
 )
-from torchmgmt.events import Event, HandlerMetrics, Listener, VersionStateChanged, WorkerReady, WorkerStopped
-from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, answers_of, error_of_death, size_of
+from torchmgmt.events import (
+    NO_FAILURES,
+    BatchFinished,
+    Event,
+    HandlerMetrics,
+    Listener,
+    RequestsDropped,
+    VersionStateChanged,
+    WorkerReady,
+    WorkerStopped,
+)
+from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, Ran, answers_of, error_of_death, failures_of, size_of
 from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState, advance_version
 from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
 from torchmgmt.records import (
@@ -101,7 +111,7 @@ class WorkerPool:
         workers: how many workers ``with`` starts and waits for, at least 0.
         backend: how workers are run. None: a ProcessBackend of the pool's own, closed with it.
         worker_ids: where the workers' ids come from.
-        listener: called with each event, with no lock held.
+        listener: called with each event, with no lock held; while it is false, what is told of each batch is not made.
 
     Raises:
         InvalidArgument: ``workers`` is not a whole number of at least 0.
@@ -636,7 +646,13 @@ class WorkerPool:
         for job in jobs:
             job.fail(error)
         source = self._queue.source
-        return size_of(jobs) + (source.fail_waiting(error) if source is not None else 0)
+        from_source = source.fail_waiting(error) if source is not None else 0
+        self._tell_dropped(error, sum(len(job.items) for job in jobs) + from_source)
+        return size_of(jobs) + from_source
+
+    def _tell_dropped(self, error: BaseException, count: int) -> None:
+        if self._listener and count:
+            self._listener(RequestsDropped(self.spec.key, type(error).__name__, count))
 
     def _look(self, when: float) -> None:
         """Deal with every worker whose time is over, then with what is wanted."""
@@ -668,30 +684,35 @@ class WorkerPool:
         self._reconcile()  # the one that it takes the place of can go now
         self.pump()
 
-    def _on_done(self, worker: PoolWorker, number: int, outcomes: Sequence[Outcome]) -> None:
+    def _on_done(self, worker: PoolWorker, number: int, outcomes: Sequence[Outcome], handler_s: float | None) -> None:
         with self._lock:
             now = time.monotonic()
-            took_s = now - worker.began_at
+            ran = (worker.began_at, now, handler_s)
             job = worker.finish(number, now, self.spec.response_timeout_s)
             if job is None:
                 return
-            self._workers.note_run(took_s)
+            self._workers.note_run(now - ran[0])
             is_worn = self._wears and worker.note_wear(self.spec)
             self._after_batch_locked(worker)
             is_idle = worker.state is WorkerState.READY and not self._queue.may_have_some()
         if is_idle:
-            self._answer(worker, job, outcomes)  # first, as somebody waits for this, and for nothing else
+            self._answer(worker, job, outcomes, ran)  # first, as somebody waits for this, and for nothing else
         if is_worn:
             self._reconcile()
         if self._actions or self._queue.may_have_some():
             self.pump()
         if not is_idle:
-            self._answer(worker, job, outcomes)  # last, so that the worker computes meanwhile
+            self._answer(worker, job, outcomes, ran)  # last, so that the worker computes meanwhile
 
-    def _answer(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome]) -> None:
+    def _answer(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome], ran: Ran) -> None:
         has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
         lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
-        job.finish(answers_of(self.spec.key, job.items, outcomes, lines))
+        items = job.items
+        answers = answers_of(self.spec.key, items, outcomes, lines)
+        abandoned = job.finish(answers)
+        if self._listener and items:
+            failed = failures_of(answers, abandoned) if has_faults else NO_FAILURES
+            self._listener(BatchFinished(self.spec.key, worker.id, items, job.arrived, *ran, failed, abandoned))
 
     def _after_batch_locked(self, worker: PoolWorker) -> None:
         """Let a worker that has nothing more to do wait for the next batch, or go."""
@@ -722,7 +743,7 @@ class WorkerPool:
             on_part(part)
 
     def _on_measured(self, worker: PoolWorker, metrics: Sequence[RawMetric]) -> None:
-        if self._listener is None:
+        if not self._listener:
             return
         event = HandlerMetrics(self.spec.key, worker.id, tuple(map(MetricRecord.of, metrics)))
         with self._lock:
@@ -751,11 +772,20 @@ class WorkerPool:
             self._changed.notify_all()
         log.debug("Worker %s of %s went from %s to its end", worker.id, self.spec.key, was.name)
         for job in lost:
-            job.fail(error)
+            self._fail_lost(worker, job, error)
         for job in unstarted if self._is_ending else ():
             job.fail(self._closed_error())
+            self._tell_dropped(self._closed_error(), len(job.items))
         self._reconcile()
         self.pump()
+
+    def _fail_lost(self, worker: PoolWorker, job: Job, error: WorkerStartFailed | WorkerDied) -> None:
+        abandoned = job.fail(error)
+        items = job.items
+        if self._listener and items:
+            failed = failures_of([error] * len(items), abandoned)
+            ran = (worker.began_at, time.monotonic(), None)
+            self._listener(BatchFinished(self.spec.key, worker.id, items, job.arrived, *ran, failed, abandoned))
 
     def _note_success_locked(self) -> None:
         """A worker has served: back-off begins anew, and once all that are wanted are there, all is well again."""
@@ -786,8 +816,8 @@ class _WorkerEvents:
     def ready(self) -> None:
         self._pool._on_ready(self._worker)
 
-    def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
-        self._pool._on_done(self._worker, number, outcomes)
+    def done(self, number: int, outcomes: Sequence[Outcome], handler_s: float | None = None) -> None:
+        self._pool._on_done(self._worker, number, outcomes, handler_s)
 
     def part(self, number: int, index: int, part: Encoded) -> None:
         self._pool._on_part(self._worker, number, index, part)

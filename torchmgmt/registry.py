@@ -6,7 +6,8 @@ other versions exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Iterator, KeysView, Sequence
 from typing import Generic, TypeVar
 
 from attrs import define, field
@@ -32,6 +33,8 @@ class Registry(Generic[V]):
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry[V]] = {}
+        self._names: list[str] = []  # sorted at all times: to sort thousands for each page of a list would take longer
+        self._size = 0
         self._reserved: set[ModelKey] = set()
 
     def __repr__(self) -> str:
@@ -39,7 +42,7 @@ class Registry(Generic[V]):
 
     def __len__(self) -> int:
         """The number of model versions."""
-        return sum(len(entry.versions) for entry in self._entries.values())
+        return self._size
 
     def __iter__(self) -> Iterator[V]:
         """Every version of every model."""
@@ -66,8 +69,12 @@ class Registry(Generic[V]):
     def add(self, key: ModelKey, value: V) -> bool:
         """Add a version that was reserved; return whether it became the default."""
         self._reserved.discard(key)
-        entry = self._entries.setdefault(key.name, _Entry(key.version))
+        entry = self._entries.get(key.name)
+        if entry is None:
+            entry = self._entries[key.name] = _Entry(key.version)
+            bisect.insort(self._names, key.name)
         entry.versions[key.version] = value
+        self._size += 1
         return entry.default == key.version
 
     def get(self, name: str, version: str | None = None) -> V:
@@ -87,9 +94,13 @@ class Registry(Generic[V]):
         """Return the default version of a model; raise ModelNotFound if it is not registered."""
         return self._entry(name).default
 
-    def names(self) -> list[str]:
-        """Return the names of all models, sorted."""
-        return sorted(self._entries)
+    def names(self) -> Sequence[str]:
+        """Return the names of all models, sorted: what is kept of them, not a copy."""
+        return self._names
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of all models as a set, in no order; it changes with them."""
+        return self._entries.keys()
 
     def versions(self, name: str) -> list[V]:
         """Return all versions of a model, oldest first; raise ModelNotFound if it is not registered."""
@@ -121,9 +132,7 @@ class Registry(Generic[V]):
         removed = entry.default if version is None else version
         if removed == entry.default and len(entry.versions) > 1:
             raise DefaultVersionInUse(name, removed)
-        del entry.versions[removed]
-        if not entry.versions:
-            del self._entries[name]
+        self._drop(name, entry, removed)
         return value
 
     def withdraw(self, key: ModelKey, value: V) -> bool:
@@ -134,12 +143,17 @@ class Registry(Generic[V]):
         entry = self._entries.get(key.name)
         if entry is None or entry.versions.get(key.version) is not value:
             return False
-        del entry.versions[key.version]
-        if not entry.versions:
-            del self._entries[key.name]
-        elif entry.default == key.version:
+        self._drop(key.name, entry, key.version)
+        if entry.versions and entry.default == key.version:
             entry.default = next(iter(entry.versions))
         return True
+
+    def _drop(self, name: str, entry: _Entry[V], version: str) -> None:
+        del entry.versions[version]
+        self._size -= 1
+        if not entry.versions:
+            del self._entries[name]
+            del self._names[bisect.bisect_left(self._names, name)]
 
     def _entry(self, name: str) -> _Entry[V]:
         if name not in self._entries:

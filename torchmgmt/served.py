@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -13,6 +13,7 @@ from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.archive import ModelFolder
 from torchmgmt.batcher import Batcher
 from torchmgmt.errors import DeadlineExceeded, ModelNotFound, TorchmgmtError
+from torchmgmt.lifecycle import VersionState
 from torchmgmt.pool import WorkerPool
 from torchmgmt.records import CloseReport, Encoded, ModelInfo, ModelSpec, WorkerRequest, check_number
 
@@ -27,6 +28,13 @@ class ServedVersion:
     folder: ModelFolder
     batcher: Batcher[WorkerRequest, Encoded]
     pool: WorkerPool
+    on_cancelled: Callable[[], object] | None = None
+    """Told of each request that its caller takes back."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it shall have workers at all times, or has failed."""
+        return self.pool.wanted.min_workers > 0 or self.pool.state is VersionState.FAILED
 
     def submit(
         self,

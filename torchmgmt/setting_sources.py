@@ -43,16 +43,17 @@ NOT_OURS: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "enable_metrics_api",
-            "metrics_format",
             "metrics_mode",
-            "metrics_config",
-            "metric_time_interval",
-            "model_metrics_auto_detect",
-            "system_metrics_cmd",
-            "disable_system_metrics",
+            "metrics_format",
         ),
-        "this release serves no metrics",
+        "/metrics is in Prometheus' format, and no log has metrics",
+    ),
+    **dict.fromkeys(
+        ("metrics_config", "model_metrics_auto_detect"),
+        "all metrics are served, those of handlers too, declared or not",
+    ),
+    **dict.fromkeys(
+        ("metric_time_interval", "system_metrics_cmd"), "this machine is measured whenever /metrics is read"
     ),
     **dict.fromkeys(("keystore_pass", "keystore_type"), "key stores are not read; see certificate_file"),
     **dict.fromkeys(

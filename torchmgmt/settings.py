@@ -115,8 +115,17 @@ class Settings:
     metrics_address: str = _setting(
         ADDRESS_KIND,
         "http://127.0.0.1:8082",
-        "Where metrics are served; port 0: the system chooses.",
-        without_effect="it serves no metrics yet",
+        "Where /metrics is served, without a key; port 0: the system chooses.",
+    )
+    enable_metrics_api: bool = _setting(TRUTH_KIND, True, "Serve /metrics, at metrics_address.")
+    disable_system_metrics: bool = _setting(
+        TRUTH_KIND, False, "Leave this machine's processor, memory and disk out of the metrics."
+    )
+    tracing: str = _setting(
+        one_of("auto", "on", "off"),
+        "auto",
+        "OpenTelemetry spans of predictions, which need the extra otel. auto: if the program has set a tracer provider"
+        " before it makes the manager.",
     )
     certificate_file: Path | None = _setting(
         FILE_KIND, None, "The certificate chain of https:// addresses, a PEM file.", optional=True

@@ -1,6 +1,7 @@
 """The desired state of a manager: which versions it shall have, from where, and how they are to be run. Pure.
 
-It is what a state file holds, as JSON that says its format, and what a restart brings back. It holds what was asked for,
+It is what a state file holds, and what a restart brings back: JSON that says its format, and after it a line of JSON for
+each change since that was written, so that a change among thousands of versions need not write them all. It holds what was asked for,
 not what came of it: what a registration left open is filled in anew, from the archive and the settings, when it is
 restored; the numbers of workers are stored as they are. TorchServe's snapshots are read into the same.
 """
@@ -8,6 +9,7 @@ restored; the numbers of workers are stored as they are. TorchServe's snapshots 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,17 @@ from attrs import field, frozen
 from torchmgmt.errors import InvalidArgument, TorchmgmtError
 from torchmgmt.records import ModelKey, Scale
 
-__all__ = ["FORMAT", "DesiredState", "StoredModel", "StoredVersion", "from_json", "from_torchserve", "to_json"]
+__all__ = [
+    "FORMAT",
+    "Change",
+    "DesiredState",
+    "StoredModel",
+    "StoredVersion",
+    "change_to_json",
+    "from_json",
+    "from_torchserve",
+    "to_json",
+]
 
 FORMAT = 1
 """The format that is written. To be raised with every key that is added: a release must not drop what it does not know."""
@@ -86,34 +98,91 @@ class DesiredState:
         """Every version of every model."""
         return (version for model in self.models for version in model.versions)
 
+    def change_to(self, new: DesiredState) -> Change | None:
+        """Return what makes ``new`` of this; None if no change can, because the models stand in another order.
+
+        Quick where most of the models are the very same objects.
+        """
+        same = _length_of_same(self.models, new.models)
+        old_rest, new_rest = self.models[same:], new.models[same:]
+        same_end = _length_of_same(old_rest[::-1], new_rest[::-1])
+        old = DesiredState(old_rest[: len(old_rest) - same_end], self.seen)
+        wanted = DesiredState(new_rest[: len(new_rest) - same_end], new.seen)
+        before = {model.name: model for model in old.models}
+        put = tuple(model for model in wanted.models if before.get(model.name) != model)
+        removed = tuple(before.keys() - {model.name for model in wanted.models})
+        change = Change(put, removed, None if new.seen == self.seen else new.seen)
+        comes_last = not same_end or all(model.name in before for model in put)
+        return change if comes_last and old.changed(change) == wanted else None
+
+    def changed(self, change: Change) -> DesiredState:
+        """Return what a change makes of this."""
+        models = {model.name: model for model in self.models}
+        for name in change.removed:
+            models.pop(name, None)
+        models.update({model.name: model for model in change.models})
+        return DesiredState(tuple(models.values()), self.seen if change.seen is None else change.seen)
+
+
+@frozen
+class Change:
+    """What has changed of a desired state."""
+
+    models: Sequence[StoredModel] = ()
+    """Those that are new, which come last, or not what they were."""
+    removed: Sequence[str] = ()
+    """The names of those that are no more."""
+    seen: Sequence[str] | None = None
+    """What ``seen`` is now; None: what it was."""
+
+
+def _length_of_same(some: Sequence[StoredModel], others: Sequence[StoredModel]) -> int:
+    """Return with how many of the same objects both begin."""
+    differing = (place for place, (one, other) in enumerate(zip(some, others, strict=False)) if one is not other)
+    return next(differing, min(len(some), len(others)))
+
 
 def to_json(state: DesiredState) -> bytes:
-    """Return the text of a state file."""
-    document = {
-        "format": FORMAT,
-        "models": [
-            {
-                "name": model.name,
-                "default": model.default,
-                "versions": [_version_to_json(version) for version in model.versions],
-            }
-            for model in state.models
-        ],
-        "seen": list(state.seen),
-    }
-    return json.dumps(document, indent=1).encode("ascii") + b"\n"
+    """Return the text of a state file without changes: a line for each model, for who looks at it."""
+    models = ",\n".join(json.dumps(_model_to_json(model)) for model in state.models)
+    text = f'{{"format": {FORMAT}, "seen": {json.dumps(list(state.seen))}, "models": [\n{models}\n]}}\n'
+    return text.encode("ascii")
+
+
+def change_to_json(change: Change) -> bytes:
+    """Return the line that is to be added to the text of a state file."""
+    item: dict[str, Any] = {"models": [_model_to_json(model) for model in change.models], "removed": [*change.removed]}
+    if change.seen is not None:
+        item["seen"] = [*change.seen]
+    return json.dumps(item).encode("ascii") + b"\n"
 
 
 def from_json(text: bytes) -> DesiredState:
-    """Return what :func:`to_json` wrote.
+    """Return what :func:`to_json` wrote, with the changes after it. The last one may be cut off, and does not count then.
 
     Raises:
         ValueError: it is something else, or of a format that a later release writes. The text says what is wrong where.
     """
     try:
-        document = json.loads(text)
+        whole = text.decode()
+        document, end = json.JSONDecoder().raw_decode(whole)
     except ValueError as error:
         raise ValueError(f"it is no JSON ({error})") from None
+    state = _state_from_json(document)
+    lines = whole[end:].removeprefix("\n").split("\n")
+    lines.pop()  # who was killed while writing a line, or met a full disk, has told nobody that it is written
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"change {number} after it is no JSON ({error})") from None
+        state = state.changed(_change_from_json(item, f"change {number}"))
+    return state
+
+
+def _state_from_json(document: object) -> DesiredState:
     if not isinstance(document, dict) or not isinstance(document.get("format"), int):
         raise ValueError('it is no state file of torchmgmt: it has no "format"')
     if document["format"] != FORMAT:
@@ -121,12 +190,26 @@ def from_json(text: bytes) -> DesiredState:
     reader = _Reader(document, "it")
     reader.take("format", int)
     models = [_model_from_json(model, n) for n, model in enumerate(reader.take("models", list))]
-    seen = reader.take("seen", list)
+    seen = _texts("seen", "it", reader.take("seen", list))
     reader.end()
-    if not all(isinstance(item, str) for item in seen):
-        raise ValueError(f"'seen' of it is {seen!r:.100}, but must be a list of texts")
     _check_once("models", [model.name for model in models])
-    return DesiredState(tuple(models), tuple(seen))
+    return DesiredState(tuple(models), seen)
+
+
+def _change_from_json(item: object, where: str) -> Change:
+    reader = _Reader(item, where)
+    models = [_model_from_json(model, n) for n, model in enumerate(reader.take("models", list))]
+    removed = _texts("removed", where, reader.take("removed", list))
+    seen = reader.take("seen", list, None)
+    reader.end()
+    return Change(tuple(models), removed, None if seen is None else _texts("seen", where, seen))
+
+
+def _texts(key: str, where: str, items: Sequence[object]) -> tuple[str, ...]:
+    texts = tuple(item for item in items if isinstance(item, str))
+    if len(texts) != len(items):
+        raise ValueError(f"{key!r} of {where} is {items!r:.100}, but must be a list of texts")
+    return texts
 
 
 def from_torchserve(snapshot: Mapping[str, Any]) -> DesiredState:
@@ -168,6 +251,11 @@ class _Reader:
         """Refuse what is left: it would be lost at the next write."""
         if self._item:
             raise ValueError(f"{self._where} has {', '.join(map(repr, self._item))}, which this release does not know")
+
+
+def _model_to_json(model: StoredModel) -> dict[str, Any]:
+    versions = [_version_to_json(version) for version in model.versions]
+    return {"name": model.name, "default": model.default, "versions": versions}
 
 
 def _version_to_json(version: StoredVersion) -> dict[str, Any]:
@@ -236,6 +324,6 @@ def _torchserve_version(key: ModelKey, item: object) -> StoredVersion:
 
 
 def _check_once(what: str, names: Sequence[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"it has {what} twice: {', '.join(map(repr, twice))}")

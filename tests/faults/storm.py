@@ -1,46 +1,62 @@
 """A storm: processes are killed and stopped at random while clients ask and models come, go and are scaled.
 
-The test runs it for some seconds; ``python -m tests.faults.storm --seconds 600 --seed 1`` for as long as one likes. All
-choices follow from the seed; what they meet depends on the machine. What must hold is written down in
-:func:`complaints` and :meth:`Storm.run`: every request ends once, in time, with its answer or an error that makes sense,
+``benchmarks/soak.py`` runs it, for as long as one likes, and judges how memory and latency go meanwhile; a test runs that
+for half a minute. All choices follow from the seed; what they meet depends on the machine. What must hold is written down in
+:mod:`tests.faults.storm_audit` and here: every request ends once, in time, with its answer or an error that makes sense,
 and is begun at most once; the pools come to what was wanted; nothing is left.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import gc
-import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from typing import TypeAlias
 
 import attrs
 import psutil
 
-from tests.faults.storm_actors import LONG_S, STEADY, Assassin, Client, Request, Steward, World, write_models
+from tests.faults.storm_actors import Assassin, Caller, Client, Steward, World, write_models
+from tests.faults.storm_audit import Audit
 from tests.leaks import MARK, carries, our_descriptors
 from torchmgmt import ModelManager
-from torchmgmt.errors import DeadlineExceeded, TorchmgmtError, WorkerDied
+from torchmgmt.errors import TorchmgmtError
+from torchmgmt.http import serve
 
-__all__ = ["Remains", "Report", "complaints", "storm"]
+__all__ = ["Look", "Remains", "Report", "storm"]
 
 CLIENTS = 6
-MARGIN_S = 5.0
-"""How much later than its limit a request may end: the machine may be busy with other things."""
 REST_S = 60.0
 """How long the pools may take to come to what is wanted, once nobody disturbs them."""
+
+
+Look: TypeAlias = Callable[[World, float], object]
+
+
+@attrs.frozen
+class Watch:
+    """Who looks on while the storm rages, and for how long that is."""
+
+    seconds: float
+    look: Look
+    period_s: float
+
+    def run(self, world: World, audit: Audit) -> None:
+        """Block until it is over."""
+        end = time.monotonic() + self.seconds
+        while (left_s := end - time.monotonic()) > 0:
+            audit.look()
+            self.look(world, left_s)
+            world.over.wait(max(0.0, min(self.period_s, end - time.monotonic())))
 
 
 @attrs.frozen
@@ -80,6 +96,7 @@ class Report:
     outcomes: Mapping[str, int]
     kills: Mapping[str, int]
     steps: Mapping[str, int]
+    calls: Mapping[str, int]
     before: Remains
     after: Remains
     complaints: list[str]
@@ -90,6 +107,7 @@ class Report:
             f"  ends: {_listed(self.outcomes)}",
             f"  kills: {_listed(self.kills)}",
             f"  steps: {_listed(self.steps)}",
+            f"  over HTTP: {_listed(self.calls)}",
             f"  before: {_fields(self.before)}",
             f"  after: {_fields(self.after)}",
         ]
@@ -107,61 +125,47 @@ def _fields(remains: Remains) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in attrs.asdict(remains).items())
 
 
-def complaints(requests: list[Request], begun: Mapping[int, list[float]]) -> Iterator[str]:
-    """Say what is wrong with how requests ended; ``begun`` has the times at which each was begun, by its number."""
-    for request in requests:
-        yield from _complaints_of(request, begun.get(request.number, []))
+def storm(
+    seconds: float,
+    seed: int,
+    *,
+    look: Look = lambda _world, _left_s: None,
+    look_period_s: float = 1.0,
+    peace_s: float = 0.4,
+) -> Report:
+    """Run one storm of ``seconds`` seconds; blocks for some seconds longer than that.
 
-
-def _complaints_of(request: Request, begun: list[float]) -> Iterator[str]:
-    outcome = request.outcome
-    if request.ends != 1:
-        yield f"{request} ended {request.ends} times"
-        return
-    took_s = request.ended_at - request.asked_at
-    if took_s > request.limit_s + MARGIN_S:
-        yield f"{request} ended after {took_s:.1f} s"
-    if len(begun) > 1:
-        yield f"{request} was begun {len(begun)} times"
-    if begun and begun[0] > request.asked_at + request.limit_s + MARGIN_S:
-        yield f"{request} was begun when nobody waited for it any more"
-    if outcome is None:
-        if not request.is_right:
-            yield f"{request} got a wrong answer"
-        if not begun:
-            yield f"{request} was answered without having been begun"
-    elif isinstance(outcome, DeadlineExceeded):
-        if took_s < request.limit_s - 0.05:
-            yield f"{request} failed too early, after {took_s:.3f} s: {outcome}"
-        elif request.limit_s >= LONG_S and request.model in STEADY:
-            yield f"{request} was lost: all that time nobody answered it"
-    elif isinstance(outcome, WorkerDied):
-        if not (outcome.pid and outcome.reason):
-            yield f"{request} failed with a death that does not say whose and why: {outcome}"
-    elif not isinstance(outcome, request.allowed):
-        yield f"{request} failed with {type(outcome).__name__}: {outcome}"
-
-
-def storm(seconds: float, seed: int) -> Report:
-    """Run one storm of ``seconds`` seconds; blocks for some seconds longer than that."""
+    ``look`` is called meanwhile, so often, with the seconds that are left; at last, with 0, when the storm is over and
+    nothing is closed yet. ``peace_s`` is the most time between two attempts on a process.
+    """
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     try:
         with _marked() as run, _temporary_files_in(folder / "temporary"):
             before = Remains.now(run)
-            world = World(ModelManager(), write_models(folder), folder / "begun", run)
-            wrong = _rage(world, seconds, seed)
+            world = World(ModelManager(), write_models(folder), folder / "begun", run, peace_s)
+            audit = Audit(world)
+            wrong = _rage(world, audit, Watch(seconds, look, look_period_s), seed)
             after = _settled(run, before)
+        audit.finish()
+        wrong += audit.wrong
         if after.exceeds(before):
             wrong.append("something was left: see the counts")
-        begun = _begun(world.begun)
-        wrong += complaints(world.requests, begun)
-        ends = Counter(type(each.outcome).__name__ if each.outcome else "answer" for each in world.requests)
-        steady = [each for each in world.requests if each.model in STEADY]
-        answered = sum(each.is_right for each in steady)
-        if answered <= len(steady) / 2:
-            wrong.append(f"only {answered} of {len(steady)} requests to models that are always there were answered")
+        if audit.steady_answered <= audit.steady / 2:
+            wrong.append(
+                f"only {audit.steady_answered} of {audit.steady} requests to models that are always there were answered"
+            )
         return Report(
-            seconds, seed, len(world.requests), len(begun), ends, world.kills, world.steps, before, after, wrong
+            seconds,
+            seed,
+            audit.ended,
+            audit.begun,
+            audit.outcomes,
+            world.kills,
+            world.steps,
+            world.calls,
+            before,
+            after,
+            wrong,
         )
     finally:
         shutil.rmtree(folder)
@@ -192,19 +196,22 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
         tempfile.tempdir = before
 
 
-def _rage(world: World, seconds: float, seed: int) -> list[str]:
+def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
     """Let everybody loose, then see whether all comes to rest; return what is wrong."""
     wrong: list[str] = []
-    with world.manager:
+    with world.manager, serve(world.manager, port=0) as server:
         steward = Steward(world, Random(f"{seed} steward"))
         steward.begin()
         actors = [Client(world, Random(f"{seed} client {number}"), number) for number in range(CLIENTS)]
-        threads = [threading.Thread(target=actor.run) for actor in (*actors, steward)]
+        caller = Caller(world, Random(f"{seed} caller"), server.url)
+        threads = [threading.Thread(target=actor.run) for actor in (*actors, steward, caller)]
         assassin = threading.Thread(target=Assassin(world, Random(f"{seed} assassin")).run)
         for thread in (*threads, assassin):
             thread.start()
-        world.over.wait(seconds)
-        world.over.set()
+        try:
+            watch.run(world, audit)
+        finally:
+            world.over.set()
         deadline = time.monotonic() + REST_S
         for thread in (assassin, *threads):
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -212,6 +219,7 @@ def _rage(world: World, seconds: float, seed: int) -> list[str]:
                 wrong.append("a call did not come back")
         wrong += world.wrong
         wrong += _restless(world)
+        watch.look(world, 0.0)
         report = world.manager.close(30)
         if report.failed_requests:
             wrong.append(f"closing found {report.failed_requests} requests that nobody waits for")
@@ -254,30 +262,3 @@ def _settled(run: str, before: Remains) -> Remains:
     while (after := Remains.now(run)).exceeds(before) and time.monotonic() < deadline:
         time.sleep(0.05)
     return after
-
-
-def _begun(file: Path) -> dict[int, list[float]]:
-    begun: dict[int, list[float]] = {}
-    for line in file.read_text().splitlines():
-        number, when = line.split()
-        begun.setdefault(int(number), []).append(float(when))
-    return begun
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    parser = argparse.ArgumentParser(prog="storm", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=600, help="how long it rages (default: 600)")
-    parser.add_argument("--seed", type=int, help="what its choices follow from (default: another each time)")
-    options = parser.parse_args(arguments)
-    seed = Random().randrange(1 << 32) if options.seed is None else options.seed
-    logging.getLogger("torchmgmt").setLevel(logging.CRITICAL)  # of deaths there is no end
-    say = functools.partial(print, flush=True)
-    say(f"storm of {options.seconds:g} s, seed {seed}")
-    report = storm(options.seconds, seed)
-    say(report)
-    return 1 if report.complaints else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,11 @@
-"""Who is loose in a storm: clients that ask, a steward who changes what there is, an assassin who kills."""
+"""Who is loose in a storm: clients that ask, a steward and a caller who change what there is, an assassin who kills."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 
 import attrs
 import psutil
+import requests
 
 from tests.leaks import carries
 from torchmgmt import ModelManager
@@ -34,7 +36,7 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 
-__all__ = ["LONG_S", "STEADY", "Assassin", "Client", "Request", "Steward", "World", "write_models"]
+__all__ = ["LONG_S", "STEADY", "Assassin", "Caller", "Client", "Request", "Steward", "World", "write_models"]
 
 HANDLER = """
 import os, time, zlib
@@ -57,6 +59,8 @@ STEADY: Mapping[str, Mapping[str, Any]] = {
 }
 """Models that are there all the time, and what they are registered with."""
 LIMITS: Mapping[str, Any] = {"startup_timeout": 30, "response_timeout": 30}
+SIZES = (*[10, 100, 1000] * 30, *[100_000] * 7, *[4_000_000] * 2, 1 << 17)
+"""In bytes, each as often as it is there."""
 GUESTS = ("guest0", "guest1", "guest2")
 """Models that come and go, from an archive."""
 MOST_WORKERS = 3
@@ -72,12 +76,16 @@ class Request:
     model: str
     limit_s: float
     size: int
+    pause_s: float = 0.0
+    """How long the handler sleeps over it."""
     asked_at: float = 0.0
     ended_at: float = 0.0
     ends: int = 0
     outcome: BaseException | None = None
     """None: an answer."""
     is_right: bool = False
+    closed_at: float = math.inf
+    """When who asked has seen how it ended."""
 
     @property
     def allowed(self) -> tuple[type[BaseException], ...]:
@@ -98,20 +106,31 @@ class World:
     models: Path
     begun: Path
     run: str
+    peace_s: float = 0.4
+    """The most time between two attempts on a process."""
     over: threading.Event = attrs.field(factory=threading.Event)
-    requests: list[Request] = attrs.field(factory=list)
+    requests: deque[Request] = attrs.field(factory=deque)
+    """Those that were not checked yet."""
+    took_s: deque[float] = attrs.field(factory=deque)
+    """How long it took to answer each small request to a model that is always there, less what its handler slept."""
+    unasked: set[int] = attrs.field(factory=set)
+    """The numbers of rows that belong to no request of a client."""
     kills: Counter[str] = attrs.field(factory=Counter)
     steps: Counter[str] = attrs.field(factory=Counter)
+    calls: Counter[str] = attrs.field(factory=Counter)
+    """Over HTTP, by their method and the status of the answer."""
     wrong: list[str] = attrs.field(factory=list)
     _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
 
     def row(self, *, size: int, pause_s: float, number: int | None = None) -> dict[str, Any]:
         """Return a request's fields; without a number, one of its own."""
-        number = next(self._numbers) if number is None else number
+        if number is None:
+            number = next(self._numbers)
+            self.unasked.add(number)
         return {"number": number, "pause_s": pause_s, "payload": payload_of(number, size)}
 
-    def request(self, model: str, limit_s: float, size: int) -> Request:
-        request = Request(next(self._numbers), model, limit_s, size)
+    def request(self, model: str, limit_s: float, size: int, *, pause_s: float) -> Request:
+        request = Request(next(self._numbers), model, limit_s, size, pause_s)
         self.requests.append(request)
         return request
 
@@ -148,10 +167,10 @@ class Client:
         while not self.world.over.is_set():
             choose = self.random
             name = choose.choice([*STEADY, *STEADY, *GUESTS])
-            size = choose.choice([10, 100, 1000]) if choose.random() < 0.95 else choose.randrange(1 << 17, 1 << 22)
+            size = choose.choice(SIZES)
             limit_s = choose.choice([0.05, 0.5, 5.0, LONG_S, LONG_S])
-            request = self.world.request(name, limit_s, size)
-            row = self.world.row(size=size, pause_s=choose.random() ** 8 * 0.2, number=request.number)
+            request = self.world.request(name, limit_s, size, pause_s=choose.random() ** 8 * 0.2)
+            row = self.world.row(size=size, pause_s=request.pause_s, number=request.number)
             (self._submit if choose.random() < 0.5 else self._predict)(request, row)
             if name in GUESTS and isinstance(request.outcome, TorchmgmtError):
                 self.world.over.wait(0.01)  # it is away; that costs nothing, so it would be most of all requests
@@ -166,7 +185,8 @@ class Client:
             _end(request, error)
         else:
             _end(request, None)
-            request.is_right = _is_right(request, answer)
+            self._answered(request, answer)
+        request.closed_at = time.monotonic()
 
     def _submit(self, request: Request, row: Mapping[str, Any]) -> None:
         request.asked_at = time.monotonic()
@@ -174,6 +194,7 @@ class Client:
             future = self.world.manager.submit(request.model, fields=row, timeout=request.limit_s)
         except BaseException as error:
             _end(request, error)
+            request.closed_at = time.monotonic()
             return
         future.add_done_callback(lambda done: _end(request, done.exception()))
         self._open.append((request, future))
@@ -183,9 +204,15 @@ class Client:
     def _collect(self) -> None:
         request, future = self._open.popleft()
         try:
-            request.is_right = _is_right(request, future.result(request.limit_s + 30))
+            self._answered(request, future.result(request.limit_s + 30))
         except (TorchmgmtError, FutureTimeoutError) as error:
             error.with_traceback(None)  # how it ended is noted; its frames hold other requests' answers
+        request.closed_at = time.monotonic()
+
+    def _answered(self, request: Request, answer: object) -> None:
+        request.is_right = _is_right(request, answer)
+        if request.size <= 1000 and request.model in STEADY:
+            self.world.took_s.append((request.ended_at or time.monotonic()) - request.asked_at - request.pause_s)
 
 
 def _end(request: Request, error: BaseException | None) -> None:
@@ -255,17 +282,52 @@ class Steward:
             self.world.manager.unregister(name)
 
 
+@attrs.define
+class Caller:
+    """Lists, describes and scales over HTTP: what comes back is as it should be, whatever happens meanwhile."""
+
+    world: World
+    random: Random
+    url: str
+
+    def run(self) -> None:
+        with requests.Session() as session:
+            while not self.world.over.wait(self.random.uniform(0.02, 0.2)):
+                method, path, allowed = self._choose()
+                try:
+                    status = session.request(method, self.url + path, timeout=60).status_code
+                except requests.RequestException as error:
+                    self.world.wrong.append(f"{method} {path} failed with {error!r}")
+                    continue
+                self.world.calls[f"{method} {status}"] += 1
+                if status not in allowed:
+                    self.world.wrong.append(f"{method} {path} was answered with {status}")
+
+    def _choose(self) -> tuple[str, str, set[int]]:
+        steady, guest = self.random.choice([*STEADY]), self.random.choice(GUESTS)
+        least = self.random.randint(1, MOST_WORKERS)
+        return self.random.choice(
+            [
+                ("GET", f"/models?limit={self.random.randint(1, 5)}", {200}),
+                ("GET", f"/models/{steady}", {200}),
+                ("GET", f"/models/{guest}/all", {200, 404}),
+                ("GET", "/models/nobody", {404}),
+                ("PUT", f"/models/{steady}?min_worker={least}&max_worker={MOST_WORKERS}", {202}),
+            ]
+        )
+
+
 CHOICES: Sequence[tuple[str, signal.Signals, int]] = (
-    ("worker", signal.SIGKILL, 30),
-    ("worker", signal.SIGSEGV, 10),
-    ("worker", signal.SIGTERM, 6),
-    ("worker", signal.SIGSTOP, 8),
-    ("template", signal.SIGKILL, 14),
-    ("template", signal.SIGSTOP, 4),
+    ("worker", signal.SIGKILL, 60),
+    ("worker", signal.SIGSEGV, 20),
+    ("worker", signal.SIGTERM, 12),
+    ("worker", signal.SIGSTOP, 16),
+    ("template", signal.SIGKILL, 28),
+    ("template", signal.SIGSTOP, 8),
     ("torch-only", signal.SIGKILL, 3),
     ("torch-only", signal.SIGSTOP, 1),
 )
-"""Whom to send what, and how often in comparison."""
+"""Whom to send what, and how often in comparison. (For some seconds after a torch-only process nothing can be started.)"""
 
 
 @attrs.define
@@ -276,7 +338,7 @@ class Assassin:
     random: Random
 
     def run(self) -> None:
-        while not self.world.over.wait(self.random.uniform(0.02, 0.4)):
+        while not self.world.over.wait(self.random.uniform(0.02, self.world.peace_s)):
             ((kind, number, _),) = self.random.choices(CHOICES, [weight for *_, weight in CHOICES])
             place = self.random.random()
             targets = self._targets()[kind]()

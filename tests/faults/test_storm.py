@@ -7,25 +7,94 @@ from random import Random
 
 import pytest
 
-from tests.faults.storm import MARGIN_S, Remains, Report, complaints, storm
+from benchmarks.soak import Limits, Sample, Verdict, soak, trends_of
+from tests.faults.storm import Remains, Report
 from tests.faults.storm_actors import LONG_S, Request
+from tests.faults.storm_audit import MARGIN_S, complaints
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, NoWorker, WorkerDied
 
-SECONDS = 15.0
+SECONDS = 30.0
 
 
 @pytest.mark.timeout(300)
-def test_a_storm_is_survived(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_soak_is_survived(capsys: pytest.CaptureFixture[str]) -> None:
     """While workers, templates and torch-only processes are killed, stopped and replaced, every request ends once and in
-    time, the pools come to what is wanted, and nothing is left."""
+    time, the pools come to what is wanted, nothing is left, and memory, descriptors and threads stay what they were."""
     # In CI every run makes the same choices, so that a red build is about the change that it tests; locally they vary.
-    report = storm(SECONDS, 1 if os.environ.get("CI") else Random().randrange(1 << 32))
+    verdict = soak(SECONDS, 1 if os.environ.get("CI") else Random().randrange(1 << 32))
+    report = verdict.report
     with capsys.disabled():
-        print(f"\n{report}")
+        print(f"\n{verdict}")
     assert not report.complaints, str(report)
+    # Not its latency: beside other tests that is theirs, too.
+    assert [trend for trend in verdict.trends if not (trend.is_well or trend.is_ratio)] == []
     assert sum(report.kills.values()) > SECONDS
     assert report.requests > 10 * SECONDS
     assert report.outcomes["WorkerDied"] > 0
+    assert report.calls["PUT 202"] > 0
+
+
+def samples(seconds: int = 100, **slopes: float) -> list[Sample]:
+    """Samples of a soak in which all stays as it is, but for what grows by so much in each second."""
+    start = {
+        "parent_mb": 50.0,
+        "torch_only_mb": 100.0,
+        "descriptors": 60,
+        "threads": 10,
+        "processes": 12,
+        "latency_ms": 2.0,
+    }
+    return [
+        Sample(at_s=at, **{name: value + slopes.get(name, 0) * at for name, value in start.items()})  # type: ignore[arg-type]
+        for at in range(seconds)
+    ]
+
+
+def report_with(*wrong: str) -> Report:
+    remains = Remains(0, 5, 0, 0)
+    return Report(15.0, 42, 10, 9, {"answer": 10}, {"worker SIGKILL": 3}, {}, {}, remains, remains, list(wrong))
+
+
+def test_a_soak_in_which_nothing_grows_is_well() -> None:
+    """What is at last as it was at first is no complaint, and the verdict says so."""
+    verdict = Verdict(report_with(), trends_of(samples(), Limits()), samples())
+    assert len(verdict.trends) == 6
+    assert verdict.complaints == []
+    assert "all is well" in str(verdict)
+
+
+@pytest.mark.parametrize(
+    "figure, slope, what",
+    [
+        ("parent_mb", 0.5, "memory of the program"),
+        ("torch_only_mb", 0.5, "memory of the torch-only process"),
+        ("descriptors", 1, "descriptors"),
+        ("threads", 0.2, "threads"),
+        ("processes", 0.3, "processes"),
+        ("latency_ms", 0.05, "latency, median"),
+    ],
+)
+def test_what_grows_is_told(figure: str, slope: float, what: str) -> None:
+    """Each figure that grows all the time makes the verdict bad, and no other is blamed."""
+    trends = trends_of(samples(**{figure: slope}), Limits())
+    assert [trend.what for trend in trends if not trend.is_well] == [what]
+    verdict = Verdict(report_with(), trends, [])
+    assert len(verdict.complaints) == 1
+    assert verdict.complaints[0].startswith(what)
+    assert "NOT WELL" in str(verdict)
+
+
+def test_what_settles_after_the_first_fifth_is_well() -> None:
+    """Warming up is not judged: what grows at the beginning and then stays is no leak."""
+    warming = [*samples(20, parent_mb=5.0), *[sample for sample in samples(100) if sample.at_s >= 20]]
+    assert all(trend.is_well for trend in trends_of(warming, Limits()))
+
+
+def test_a_soak_that_saw_nothing_is_not_well() -> None:
+    """Without samples there is no verdict on them; a lost request is enough for a bad one."""
+    assert Verdict(report_with(), trends_of([], Limits()), []).complaints == ["too little was seen to judge it"]
+    lost = Verdict(report_with("request 7 was lost"), trends_of(samples(), Limits()), [])
+    assert lost.complaints == ["request 7 was lost"]
 
 
 def answered(**changes: object) -> Request:
@@ -97,9 +166,7 @@ def test_what_is_left_is_seen() -> None:
 
 def test_a_report_says_what_is_wrong() -> None:
     """The report of a storm holds its seed, its counts, and every complaint up to a number that can be read."""
-    remains = Remains(0, 5, 0, 0)
-    many = [f"complaint {number}" for number in range(30)]
-    report = Report(15.0, 42, 10, 9, {"answer": 10}, {"worker SIGKILL": 3}, {}, remains, remains, many)
+    report = report_with(*(f"complaint {number}" for number in range(30)))
     assert "seed 42" in str(report)
     assert "worker SIGKILL 3" in str(report)
     assert str(report).count("WRONG") == 20

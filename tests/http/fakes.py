@@ -68,9 +68,14 @@ class FakeManager:
         workers = kwargs["default_workers"] if workers is None else workers
         return FakeModel(info_of(kwargs["model_name"] or "noop", workers=workers))
 
-    def models(self) -> tuple[ModelInfo, ...]:
+    def models(self, *, start: int = 0, limit: int | None = None) -> tuple[ModelInfo, ...]:
         self._note("models")
-        return tuple(sorted(self.infos, key=lambda info: info.name))
+        infos = sorted(self.infos, key=lambda info: info.name)
+        return tuple(infos[start : None if limit is None else start + limit])
+
+    def wanted(self) -> tuple[ModelInfo, ...]:
+        self._note("wanted")
+        return tuple(each for each in self.infos if each.scale.min_workers or each.state is VersionState.FAILED)
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
         found = tuple(info for info in self.infos if info.name == name)
@@ -153,10 +158,10 @@ class KeepingManager(FakeManager):
         shown = info_of(info.name, info.version, workers=min(least, self.MOST_LISTED))
         return attrs.evolve(info, scale=Scale(least, most), workers=shown.workers, state=shown.state)
 
-    def models(self) -> tuple[ModelInfo, ...]:
+    def models(self, *, start: int = 0, limit: int | None = None) -> tuple[ModelInfo, ...]:
         found = tuple(info for info in super().models() if info.is_default)
         self.done["models"] += bool(found)
-        return found
+        return found[start : None if limit is None else start + limit]
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         self._note("describe", name, version, customized=customized)

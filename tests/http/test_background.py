@@ -108,7 +108,7 @@ def test_one_that_cannot_serve_says_why_where_it_was_started(folder: Path) -> No
     """An occupied address and a missing store: the reason on stderr, the code of the foreground, nothing left."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        started = run("--start", "--management-address", url, "--inference-address", "http://127.0.0.1:0", cwd=folder)
+        started = run("--start", *PORTS, "--management-address", url, cwd=folder)
     assert started.returncode == 1
     assert started.stderr == f"torchmgmt: error: Cannot listen at {url}: Address already in use\n"
     started = run("--start", *PORTS, "--model-store", "nowhere", cwd=folder)

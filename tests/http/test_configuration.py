@@ -43,6 +43,7 @@ models={\
     }\
   }\
 }
+metrics_address=http://127.0.0.1:0
 """
 
 

@@ -59,6 +59,13 @@ def same(predicting, connect) -> triton.InferenceServerClient:
     return connect(predicting(NAMED).client)
 
 
+def test_workers_that_are_threads_speak_it_too(predicting, connect):
+    """What reads and writes it is the same."""
+    client = connect(predicting(NAMED, backend="thread").client)
+    array = np.arange(3, dtype=np.float32)
+    assert client.infer("model", [given("x", array, "FP32")]).as_numpy("x").tolist() == [0, 1, 2]
+
+
 def given(name: str, array: np.ndarray, datatype: str, *, binary: bool = True) -> triton.InferInput:
     tensor = triton.InferInput(name, list(array.shape), datatype)
     tensor.set_data_from_numpy(array, binary_data=binary)

@@ -9,13 +9,14 @@ import io
 import pytest
 import torch
 
-from tests.http.conftest import parse_raw
+from tests.http.conftest import Client, parse_raw
 from tests.http.fakes import FakeStream
 from torchmgmt import Response
 from torchmgmt.http import create_inference_app
-from torchmgmt.http.addresses import Role
+from torchmgmt.http.addresses import BoundAddress, Role
+from torchmgmt.http.server import bind, start_server
 from torchmgmt.http.tokens import fixed_keys
-from torchmgmt.settings import Settings
+from torchmgmt.settings import Address, Settings
 
 ROWS = "def handle(data, context):\n    return data and [repr(row) for row in data]\n"
 TEXT = {"Content-Type": "text/plain"}
@@ -393,3 +394,18 @@ def test_any_asgi_server_can_serve_them(manager):
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(ask(endless, body, {"type": "http.disconnect"}))
     assert endless.is_closed
+
+
+def test_each_answer_is_counted_once(manager):
+    """Whether it goes out at once, in parts or as an error."""
+    codes: list[int] = []
+    bound = BoundAddress(frozenset({Role.INFERENCE}), bind(Address("http", "127.0.0.1", 0)))
+    server = start_server(manager, bound, Settings(), on_response=codes.append)
+    try:
+        client = Client(server.url)
+        for path in ("/predictions/noop", "/predictions/nope", "/nope"):
+            client.post(path)
+        client.post("/predictions/noop", headers={"Accept": "text/event-stream"})
+    finally:
+        server.close()
+    assert codes == [200, 404, 404, 200]

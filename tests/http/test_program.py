@@ -22,7 +22,8 @@ from torchmgmt.http.command_line import parse_command_line
 from torchmgmt.http.loader import ModelToLoad
 
 STARTED = "Model server started"
-PORTS = ("--management-address", "http://127.0.0.1:0", "--inference-address", "http://127.0.0.1:0")
+FREE = "http://127.0.0.1:0"
+PORTS = ("--management-address", FREE, "--inference-address", FREE, "--metrics-address", FREE)
 
 
 class Program:
@@ -114,7 +115,7 @@ def test_the_start_lines_say_what_serves_where(start, tmp_path):
     assert f"Model store: {tmp_path / 'model_store'}" in program.lines
     assert "Registering and unregistering over HTTP: on" in program.lines
     ports = [int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", " ".join(program.lines))]
-    assert len(ports) == 2
+    assert len(ports) == 3
     assert 0 not in ports
     assert program.end() == 0
 
@@ -214,10 +215,10 @@ def test_an_occupied_port_is_one_line_and_code_1(start):
     """Which address, and why; nothing is started."""
     program = start()
     url = program.client().url
-    ended = run("--management-address", url, "--inference-address", "http://127.0.0.1:0")
+    ended = run("--management-address", url, "--inference-address", FREE, "--metrics-address", FREE)
     assert ended.returncode == 1
     assert ended.stderr == f"torchmgmt: error: Cannot listen at {url}: Address already in use\n"
-    ended = run("--management-address", "http://127.0.0.1:0", "--inference-address", url)
+    ended = run("--management-address", FREE, "--inference-address", url, "--metrics-address", FREE)
     assert ended.returncode == 1
     assert program.end() == 0
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tests.http.archives import BROKEN, ECHO, write_model
 from torchmgmt import ModelManager, Settings, VersionState
 from torchmgmt.errors import InvalidArgument, InvalidStateFile, ModelNotFound, NoWorker, StateFileInUse
 from torchmgmt.records import ModelKey, Scale
+from torchmgmt.state import StoredModel, from_json
 
 
 @pytest.fixture
@@ -86,24 +87,24 @@ def test_each_change_is_on_the_disk_when_its_call_returns(tmp_path: Path, state_
     write_model(tmp_path, "m2", name="m", version="2")
     write_model(tmp_path, "broken", BROKEN)
 
-    def stored() -> Any:
-        return json.loads(state_file.read_text())["models"]
+    def stored() -> Sequence[StoredModel]:
+        return from_json(state_file.read_bytes()).models
 
     with ModelManager(tmp_path, state_file=state_file) as manager:
         assert not state_file.exists()
         manager.register("m", backend="thread", synchronous=False)
-        assert [model["name"] for model in stored()] == ["m"]
+        assert [model.name for model in stored()] == ["m"]
         with pytest.raises(Exception, match="broken on purpose"):
             manager.register("broken", backend="thread")
         manager.register("m2", backend="thread", initial_workers=0)
         manager.scale("m", 0, 3, version="1", synchronous=False)
-        assert [stored()[0]["versions"][0][key] for key in ("min_workers", "max_workers")] == [0, 3]
+        assert stored()[0].versions[0].scale == Scale(0, 3)
         manager.set_default("m", "2")
-        assert stored()[0]["default"] == "2"
+        assert stored()[0].default == "2"
         manager.unregister("m", "1")
-        assert [version["version"] for version in stored()[0]["versions"]] == ["2"]
+        assert [version.key.version for version in stored()[0].versions] == ["2"]
         manager.unregister("m")
-        assert stored() == []
+        assert stored() == ()
 
 
 def test_without_a_state_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_unregistering_what_could_not_be_restored_forgets_it(tmp_path: Path, sta
         manager.unregister("m")
         with pytest.raises(ModelNotFound):
             manager.describe("m")
-    assert json.loads(state_file.read_text())["models"] == []
+    assert from_json(state_file.read_bytes()).models == ()
 
 
 def test_another_model_at_its_place_is_not_taken_for_it(tmp_path: Path, state_file: Path) -> None:
@@ -241,7 +242,7 @@ def test_a_disk_that_fails_stops_no_call(
         monkeypatch.undo()
         manager.scale("m", 1)
     assert len([record for record in caplog.records if "could not be written" in record.getMessage()]) == 1
-    assert json.loads(state_file.read_text())["models"][0]["versions"][0]["min_workers"] == 1
+    assert from_json(state_file.read_bytes()).models[0].versions[0].scale == Scale(1, 1)
 
 
 def _full(_fd: int) -> None:

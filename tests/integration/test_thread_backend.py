@@ -53,7 +53,7 @@ class Listener:
     def ready(self) -> None:
         self.note("ready")
 
-    def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
+    def done(self, number: int, outcomes: Sequence[Outcome], handler_s: float | None = None) -> None:
         self.note("done", number, outcomes)
 
     def exited(self, exit: WorkerExit) -> None:

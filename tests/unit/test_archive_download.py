@@ -70,8 +70,14 @@ def open_sources() -> Iterator[Callable[..., ModelSources]]:
 
 
 def left(*folders: Path | None) -> list[str]:
-    """What lies in the folders, kept archives and records of URLs aside."""
-    found = [path for folder in folders if folder and folder.exists() for path in folder.rglob("*") if path.is_file()]
+    """What lies in the folders, kept archives, records of URLs and the file of locks aside."""
+    found = [
+        path
+        for folder in folders
+        if folder and folder.exists()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".locks"
+    ]
     return [str(path) for path in found if path.parent.name != "archives" and path.suffix != ".json"]
 
 

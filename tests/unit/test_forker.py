@@ -221,6 +221,21 @@ def test_one_that_becomes_what_was_asked_for_is_told_of_as_what_it_was(scene: Sc
     assert scene.ends == []
 
 
+def test_who_answers_others_is_not_taken_for_stuck(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many forks that are wanted at once the last ones may take long: stuck is who answers nobody for so long."""
+    clock = [100.0]
+    monkeypatch.setattr(forker_module.time, "monotonic", lambda: clock[0])
+    one, _ = (scene.forker.fork(JOB, [], Listener()) for _ in range(2))
+    clock[0] += forker_module.FORK_LIMIT_S - 1
+    scene.says(Kind.FORKED, (one, 77, False))
+    clock[0] += 2
+    scene.dispatcher.run_timers()
+    assert scene.ends == []
+    clock[0] += forker_module.FORK_LIMIT_S
+    scene.dispatcher.run_timers()
+    assert scene.ends == ["stuck"]
+
+
 def test_an_unanswered_wish_is_asked_about_until_nobody_waits(scene: Scene) -> None:
     """A fork without an answer is asked about after each limit, for as long as the asked says to wait on."""
     scene.forker.fork(JOB, [], Listener())

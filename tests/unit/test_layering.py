@@ -40,7 +40,18 @@ LAYERS: dict[int, frozenset[str]] = {
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
     4: frozenset(
-        {"manager", "model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "streams"}
+        {
+            "manager",
+            "model",
+            "registration",
+            "failed_loads",
+            "restoring",
+            "announcer",
+            "request",
+            "served",
+            "streams",
+            "tracing",
+        }
     ),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
@@ -68,7 +79,17 @@ NEIGHBOURS = {
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "streams"},
+    "manager": {
+        "model",
+        "registration",
+        "failed_loads",
+        "restoring",
+        "announcer",
+        "request",
+        "served",
+        "streams",
+        "tracing",
+    },
     "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
@@ -76,7 +97,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "events", "exchange", "records", "redaction", "settings"})
+PUBLIC = frozenset({FACE, "errors", "events", "exchange", "metrics", "records", "redaction", "settings"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})
@@ -99,6 +120,8 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "javaproperties": frozenset({"properties"}),
     "cloudpickle": frozenset({"live"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry", "scaling"},
+    "prometheus_client": frozenset({"metrics"}),
+    "opentelemetry": frozenset({"tracing"}),
     "falcon": frozenset({"http"}),
     "python_multipart": frozenset({"worker"}),  # of the extra http: only what came over HTTP is a form
     "waitress": frozenset({"http"}),

@@ -125,7 +125,8 @@ def test_a_block_runs_as_pasted_and_prints_what_is_shown(block: Block, checkout:
 def server_in(folder: Path) -> Iterator[dict[str, str]]:
     """Run the server as the README starts it, but on ports of the system's choice; yield the environment to find it."""
     command = [sys.executable, "-m", "torchmgmt.http", "--model-store", "model_store", "--enable-model-api"]
-    ports = ["--management-address", "http://127.0.0.1:0", "--inference-address", "http://127.0.0.1:0"]
+    names = ("management", "inference", "metrics")
+    ports = [part for name in names for part in (f"--{name}-address", "http://127.0.0.1:0")]
     with subprocess.Popen(command + ports, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

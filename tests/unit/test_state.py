@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from torchmgmt.desired import Desired
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.records import ModelKey, Scale
-from torchmgmt.state import DesiredState, StoredModel, StoredVersion, from_json, from_torchserve, to_json
+from torchmgmt.state import (
+    Change,
+    DesiredState,
+    StoredModel,
+    StoredVersion,
+    change_to_json,
+    from_json,
+    from_torchserve,
+    to_json,
+)
 
 NAMES = st.text(string.ascii_letters + "äö 漢.-", min_size=1, max_size=5).filter(lambda name: name.strip() == name)
 PARAMETERS = st.dictionaries(NAMES, st.one_of(st.text(max_size=4), st.integers(), st.booleans()), max_size=3)
@@ -66,6 +76,47 @@ def states(draw: st.DrawFn) -> DesiredState:
 def test_what_is_written_is_read_back(state: DesiredState) -> None:
     """Every state survives the way to text and back."""
     assert from_json(to_json(state)) == state
+
+
+@given(states(), st.lists(states(), max_size=3))
+def test_changes_make_of_one_state_the_next(first: DesiredState, others: list[DesiredState]) -> None:
+    """Whatever follows a state is a change that survives the way to text, or stands in another order and is none."""
+    text, last = to_json(first), first
+    for state in others:
+        change = last.change_to(state)
+        if change is None:
+            assert [model.name for model in last.changed(Change(state.models)).models] != [m.name for m in state.models]
+            continue
+        text, last = text + change_to_json(change), state
+        assert from_json(text) == state
+        assert from_json(text + b'{"models') == state
+
+
+@given(states(), st.randoms(use_true_random=False))
+def test_what_stays_the_same_object_is_no_part_of_a_change(state: DesiredState, random: Random) -> None:
+    """Among models that stay, some go, change and come: the change names these, and makes the new state."""
+    kept = [model for model in state.models if random.random() < 0.7]
+    new = [
+        StoredModel(m.default, m.versions[::-1]) if len(m.versions) > 1 and random.random() < 0.5 else m for m in kept
+    ]
+    more = [StoredModel("1", (StoredVersion(key=ModelKey("new!", "1"), url="", scale=Scale(0, 0)),))]
+    wanted = DesiredState((*new, *more), state.seen)
+    change = state.change_to(wanted)
+    assert change is not None
+    assert state.changed(change) == wanted
+    assert {model.name for model in change.models} == {m.name for m in new if m not in kept} | {"new!"}
+    assert set(change.removed) == {model.name for model in state.models} - {model.name for model in kept}
+    if kept:
+        assert state.change_to(DesiredState((*more, *kept), state.seen)) is None, "what is new comes last"
+
+
+def test_a_change_in_the_middle_that_is_none_is_refused() -> None:
+    """Half a line may be the last one only: behind it nothing can have been written."""
+    line = change_to_json(Change(removed=("m",)))
+    with pytest.raises(ValueError, match="change 2 after it is no JSON"):
+        from_json(to_json(DesiredState()) + line + b"{\n" + line)
+    with pytest.raises(ValueError, match="change 1 has 'more', which this release does not know"):
+        from_json(to_json(DesiredState()) + b'{"models": [], "removed": [], "more": 1}\n')
 
 
 @given(states())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import os
@@ -16,7 +18,7 @@ import torchmgmt
 from torchmgmt.errors import InvalidArgument, InvalidStateFile, StateFileInUse
 from torchmgmt.records import ModelKey, Scale
 from torchmgmt.state import DesiredState, StoredModel, StoredVersion, to_json
-from torchmgmt.state_file import StateFile, StateKeeper
+from torchmgmt.state_file import MOST_LINES_BYTES, StateFile, StateKeeper
 
 
 def state(*names: str) -> DesiredState:
@@ -113,12 +115,15 @@ import json, os, signal, sys
 from torchmgmt import state_file
 from torchmgmt.state import from_json, to_json
 
-path, old, new = sys.argv[1], *(from_json(text.encode()) for text in sys.argv[2:])
+path, old, new = sys.argv[1], *(from_json(text.encode()) for text in sys.argv[2:4])
+is_line = sys.argv[4] == "line"
 
 def write_and_die(step):
     whole = os.write
     os.write = lambda fd, text: whole(fd, text[: max(1, len(text) // 3)])  # as a disk that takes it bit by bit
     file, left = state_file.StateFile(path), step
+    if is_line:
+        file.write(old)
     def at_line(frame, event, _arg):
         nonlocal left
         if event == "line":
@@ -151,15 +156,102 @@ print(json.dumps([found, os.listdir(os.path.dirname(path))]))
 """
 
 
-def test_a_kill_at_any_step_leaves_the_old_state_or_the_new_one(tmp_path: Path) -> None:
-    """A real process is killed with SIGKILL before each line of the write: first the old one is there, then the new."""
-    done = python(KILLED, tmp_path / "s.json", to_json(state("m")).decode(), to_json(state("m", "n")).decode())
+@pytest.mark.parametrize("how", ["whole", "line"])
+def test_a_kill_at_any_step_leaves_the_old_state_or_the_new_one(tmp_path: Path, how: str) -> None:
+    """A real process is killed with SIGKILL before each line of the write, of the whole state or of a change: first the
+    old state is there, then the new."""
+    old, new = to_json(state("m")).decode(), to_json(state("m", "n")).decode()
+    done = python(KILLED, tmp_path / "s.json", old, new, how)
     assert done.returncode == 0, done.stderr
     found, left = json.loads(done.stdout)
     assert found == sorted(found, reverse=True)
     assert found.count("old") > 10
     assert found.count("new") > 3
     assert sorted(left) == ["s.json", "s.json.lock"]
+
+
+def added_by(file: StateFile, wanted: DesiredState) -> int:
+    """How many bytes the file is longer after a write."""
+    before = file.path.stat().st_size
+    file.write(wanted)
+    return file.path.stat().st_size - before
+
+
+def test_a_change_writes_itself_and_not_all_the_rest(tmp_path: Path) -> None:
+    """What a change adds to the file does not depend on how many versions there are, and nobody else is rewritten."""
+    added = []
+    for count in (1, 500):
+        names = [f"m{number:03}" for number in range(count)]
+        file = StateFile(tmp_path / f"{count}.json")
+        file.write(state(*names))
+        inode = file.path.stat().st_ino
+        more = state(*names, "new!")
+        added.append((added_by(file, more), added_by(file, state(*names))))
+        assert file.path.stat().st_ino == inode
+        assert file.read() == state(*names)
+        file.close()
+    assert added[0] == added[1]
+
+
+def test_changes_do_not_pile_up(tmp_path: Path) -> None:
+    """When they are longer than the state that they change, it is written whole again."""
+    file = StateFile(tmp_path / "s.json")
+    sizes = []
+    for number in range(1500):
+        file.write(state("m", f"n{number % 2}"))
+        sizes.append(file.path.stat().st_size)
+    assert file.read() == state("m", "n1")
+    file.close()
+    assert max(sizes) <= MOST_LINES_BYTES + len(to_json(state("m", "n1")))
+    assert sum(after < before for before, after in itertools.pairwise(sizes)) in range(2, 20)
+
+
+@pytest.mark.parametrize("rest", [b'{"mod', b'{"models": [], "removed": []}', b"\0" * 40 + b"\n"])
+def test_half_a_change_does_not_count(tmp_path: Path, rest: bytes) -> None:
+    """What somebody was killed over, and so nobody was told of, is read over, and is gone after the next write."""
+    path = tmp_path / "s.json"
+    with contextlib.closing(StateFile(path)) as file:
+        file.write(state("m"))
+        file.write(state("m", "n"))
+    path.write_bytes(path.read_bytes() + rest)
+    with contextlib.closing(StateFile(path)) as file:
+        assert file.read() == state("m", "n")
+        file.write(state("n"))
+        assert file.read() == state("n")
+        assert path.read_bytes() == to_json(state("n"))
+
+
+def test_a_file_that_was_cleaned_away_or_changed_is_written_whole(tmp_path: Path) -> None:
+    """A line is added only to what this program has written there."""
+    path = tmp_path / "s.json"
+    with contextlib.closing(StateFile(path)) as file:
+        file.write(state("m"))
+        path.unlink()
+        file.write(state("m", "n"))
+        assert path.read_bytes() == to_json(state("m", "n"))
+        path.write_text("something else")
+        file.write(state("m"))
+        assert path.read_bytes() == to_json(state("m"))
+
+
+def test_a_line_that_failed_is_followed_by_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk may have taken half of a line: no other is written after it."""
+    path = tmp_path / "s.json"
+
+    def half(fd: int, text: memoryview) -> int:
+        whole(fd, text[:7])
+        raise OSError(28, "No space left on device")
+
+    whole = os.write
+    with contextlib.closing(StateFile(path)) as file:
+        file.write(state("m"))
+        monkeypatch.setattr(os, "write", half)
+        with pytest.raises(OSError, match="No space"):
+            file.write(state("m", "n"))
+        monkeypatch.undo()
+        assert file.read() == state("m")
+        file.write(state("m", "n"))
+        assert path.read_bytes() == to_json(state("m", "n"))
 
 
 class Disk:

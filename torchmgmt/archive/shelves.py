@@ -20,7 +20,7 @@ from typing import Protocol
 
 from attrs import frozen
 
-from torchmgmt.archive.locks import FileLock, hold_folder
+from torchmgmt.archive.locks import KeyLock, KeyLocks, hold_folder
 from torchmgmt.errors import ManagerClosed
 
 __all__ = ["Place", "PrivateShelf", "SharedShelf", "Shelf", "remove_tree"]
@@ -180,8 +180,8 @@ def _sweep(root: Path) -> None:
 class SharedShelf:
     """Copies in a folder that programs share; each is there for as long as one of them uses it, and ``keep_s`` longer.
 
-    ``DIGEST`` is a copy and ``DIGEST.lock`` is held by all who use it, or alone by who makes or removes it. What a killed
-    program left, locked by nobody, is removed when the next one begins.
+    ``DIGEST`` is a copy, and its lock is held by all who use it, or alone by who makes or removes it. What a killed program
+    left, locked by nobody, is removed when the next one begins. The locks are those of a file beside the folder.
 
     Args:
         root: a folder on a file system with locks; made when it is first needed.
@@ -193,11 +193,12 @@ class SharedShelf:
         self._keep_s = keep_s
         self._lock = threading.Lock()
         self._is_swept = False  # guarded by _lock
+        self._locks = KeyLocks(root.with_name(root.name + ".locks"), root)
 
     def take(self, digest: str, build: Callable[[Path], None], keep_on: Callable[[], None]) -> Place:
         """Return the copy, whoever made it; see :class:`Shelf`. Blocks while another program makes or removes it."""
         self._prepare()
-        lock = self._lock_of(digest)
+        lock = self._locks.of(digest)
         while True:
             lock.share(keep_on)
             if self._folder(digest).is_dir():
@@ -217,7 +218,7 @@ class SharedShelf:
         self._prepare()
         if not self._folder(digest).is_dir():
             return None
-        lock = self._lock_of(digest)
+        lock = self._locks.of(digest)
         lock.share(keep_on)
         if self._folder(digest).is_dir():
             return self._place(digest, lock)
@@ -235,7 +236,7 @@ class SharedShelf:
             self._is_swept = True
             for digest in {path.name.partition(".")[0] for path in self._root.iterdir()}:
                 if _DIGEST.fullmatch(digest):
-                    self._remove_unused(digest, self._lock_of(digest))
+                    self._remove_unused(digest, self._locks.of(digest))
 
     def _make(self, digest: str, build: Callable[[Path], None]) -> None:
         partial = self._root / f"{digest}.partial"
@@ -243,7 +244,7 @@ class SharedShelf:
         build(partial)
         partial.rename(self._folder(digest))
 
-    def _place(self, digest: str, lock: FileLock) -> Place:
+    def _place(self, digest: str, lock: KeyLock) -> Place:
         def give_back() -> None:
             self._note_use(digest)
             self._remove_unused(digest, lock)
@@ -263,7 +264,7 @@ class SharedShelf:
         except FileNotFoundError:
             return False
 
-    def _remove_unused(self, digest: str, lock: FileLock) -> None:
+    def _remove_unused(self, digest: str, lock: KeyLock) -> None:
         is_unused = lock.try_own()
         try:
             if is_unused and not self._is_kept(digest):
@@ -282,9 +283,6 @@ class SharedShelf:
 
     def _folder(self, digest: str) -> Path:
         return self._root / digest
-
-    def _lock_of(self, digest: str) -> FileLock:
-        return FileLock(self._root / f"{digest}.lock")
 
 
 def remove_tree(folder: Path) -> None:

@@ -28,8 +28,8 @@ class WorkerListener(Protocol):
     def ready(self) -> None:
         """The model is loaded; the worker takes batches from now on. At most once."""
 
-    def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
-        """The batch of this number was run; one outcome for each of its requests, in order."""
+    def done(self, number: int, outcomes: Sequence[Outcome], handler_s: float | None = None) -> None:
+        """The batch of this number was run, in ``handler_s`` seconds; one outcome for each of its requests, in order."""
 
     def part(self, number: int, index: int, part: Encoded) -> None:
         """A part of the answer to the request at ``index`` of the batch of this number is there, before ``done``."""

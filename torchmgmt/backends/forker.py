@@ -19,7 +19,8 @@ from torchmgmt.records import TemplateJob, WorkerJob
 
 __all__ = ["FORK_LIMIT_S", "ForkListener", "Forker"]
 
-# A fork takes milliseconds. One that takes longer than this hangs.
+# A fork takes milliseconds, so a process that answers nothing for longer than this hangs. One of many forks that were
+# asked for together may take longer: a hundred models that are loaded at once leave the torch-only process little time.
 FORK_LIMIT_S = 10.0
 _MAX_FDS = 16
 
@@ -53,7 +54,8 @@ class Forker:
         numbers: where the children's numbers come from; no two processes of one backend may use the same.
         on_message: gets what the process says beside what becomes of its children.
         on_end: called once when the process has closed its end, after all that it had said was dealt with.
-        on_stuck: called when it has not answered for so long that it must hang; returns whether to go on waiting.
+        on_stuck: called when it was asked, and has answered nothing at all for so long that it must hang; returns whether
+            to go on waiting.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Forker:
         self._on_stuck = on_stuck
         self._reader = FrameReader(max_fds=_MAX_FDS)
         self._sender = FrameSender(control, self._watch_writable)
+        self._heard_at = 0.0  # belongs to the dispatcher's thread
         self._lock = threading.Lock()
         # guarded by _lock
         self._listeners: dict[int, ForkListener] = {}
@@ -114,7 +117,7 @@ class Forker:
                 self._dispatcher.call_soon(lambda: listener.fork_failed(reason, [], is_retryable=True))
             return number
         self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
-        self._look_later(number)
+        self._look_later(number, time.monotonic() + FORK_LIMIT_S)
         return number
 
     def adopt(self, template: int, orphans: Mapping[int, tuple[int, ForkListener]]) -> None:
@@ -172,6 +175,7 @@ class Forker:
             self._on_frame(frame)
 
     def _on_frame(self, frame: Frame) -> None:
+        self._heard_at = time.monotonic()
         if frame.kind is Kind.FORKED:
             number, pid, has_pidfd = frame.head
             # It got lost if this program has no descriptor left.
@@ -203,15 +207,20 @@ class Forker:
             self._unanswered.discard(number)
             return self._listeners.pop(number, None) if is_over else self._listeners.get(number)
 
-    def _look_later(self, number: int) -> None:
+    def _look_later(self, number: int, when: float) -> None:
         with contextlib.suppress(ManagerClosed):
-            self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, lambda: self._check(number))
+            self._dispatcher.call_at(when, lambda: self._check(number))
 
     def _check(self, number: int) -> None:
         with self._lock:
             is_waiting = number in self._unanswered
-        if is_waiting and self._on_stuck():
-            self._look_later(number)
+        if not is_waiting:
+            return
+        now, limit = time.monotonic(), self._heard_at + FORK_LIMIT_S
+        if now < limit:  # it is at work for others
+            self._look_later(number, limit)
+        elif self._on_stuck():
+            self._look_later(number, now + FORK_LIMIT_S)
 
     def _watch_writable(self, on: bool) -> None:
         self._dispatcher.watch_writable(self._control, self._sender.flush if on else None)

@@ -269,8 +269,8 @@ class ProcessWorker:
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind is Kind.DONE:
-            number, head, metrics = frame.head
-            self._listener.done(number, _outcomes(head, frame.segments))
+            number, head, metrics, handler_s = frame.head
+            self._listener.done(number, _outcomes(head, frame.segments), handler_s)
             if metrics:
                 self._listener.measured(metrics)
         elif frame.kind is Kind.PART:

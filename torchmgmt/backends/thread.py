@@ -362,10 +362,11 @@ class ThreadWorker:
         self._tell(self._listener.ready)
         self._tell_metrics(model)
         while (task := self._next_task()) is not None:
+            began = time.perf_counter()
             outcomes = task.run(
                 model, functools.partial(self._send, task.number), functools.partial(self._is_abandoned, task.number)
             )
-            self._tell(functools.partial(self._listener.done, task.number, outcomes))
+            self._tell(functools.partial(self._listener.done, task.number, outcomes, time.perf_counter() - began))
             self._tell_metrics(model)
         self._end("it was told to end")
 

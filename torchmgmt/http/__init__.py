@@ -12,6 +12,8 @@ try:
     import falcon  # noqa: F401
     import uvicorn  # noqa: F401
     import waitress  # noqa: F401
+
+    import torchmgmt.metrics  # noqa: F401  # which needs prometheus-client
 except ImportError as _error:
     _LINE = f"torchmgmt.http needs {_error.name}: pip install 'torchmgmt[http]'"
     # `python -m` imports this package before it runs __main__, and would show a traceback of an ImportError.
@@ -21,6 +23,7 @@ except ImportError as _error:
 
 from torchmgmt.http.inference import create_inference_app
 from torchmgmt.http.management import create_app
+from torchmgmt.http.metrics_app import create_metrics_app
 from torchmgmt.http.server import serve
 
-__all__ = ["create_app", "create_inference_app", "serve"]
+__all__ = ["create_app", "create_inference_app", "create_metrics_app", "serve"]

@@ -34,6 +34,7 @@ class ASGIServer:
 
     ``mounted`` is the WSGI application that ``app`` has in it, if there is one: its threads are ended with the server.
     ``on_drain`` is called when it begins to take no further request.
+    ``on_response`` is told the code of each answer, on the server's thread.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ASGIServer:
         mounted: MountedWSGI | None = None,
         limits: Limits | None = None,
         on_drain: Callable[[], object] = lambda: None,
+        on_response: Callable[[int], object] = lambda _code: None,
     ) -> None:
         self._on_drain = on_drain
         self.url = str(address_of(sock, "https" if tls else "http"))
@@ -57,7 +59,7 @@ class ASGIServer:
         self._cut_off = False
         self._failure: BaseException | None = None
         self._sock = sock
-        self._server = _Uvicorn(LastResort(app), sock, tls, limits or Limits(), self._started.set)
+        self._server = _Uvicorn(LastResort(app, on_response), sock, tls, limits or Limits(), self._started.set)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         self._started.wait()

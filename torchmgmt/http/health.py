@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from attrs import frozen
 
 import torchmgmt
 from torchmgmt import VersionState
-from torchmgmt.errors import ManagerClosed, ModelNotFound
+from torchmgmt.errors import ManagerClosed
 from torchmgmt.http.render import Reply, render_reply
 from torchmgmt.records import ModelInfo
 
@@ -33,7 +33,6 @@ __all__ = [
     "ServerReady",
     "State",
     "health_of",
-    "versions_of",
 ]
 
 NAME = "torchmgmt"
@@ -54,25 +53,11 @@ def health_of(manager: ModelManager, *, is_loading: bool = False) -> Health:
 
     ``is_loading`` is whether there are models still to come, which nobody can see in ``manager`` yet.
     """
-    wanting = _wanting(manager)
+    wanting = manager.wanted()
     unready = [info for info in wanting if info.state is not VersionState.READY]
     if not unready and not is_loading:
         return Health.HEALTHY
     return Health.PARTIAL if len(unready) < len(wanting) else Health.UNHEALTHY
-
-
-def _wanting(manager: ModelManager) -> list[ModelInfo]:
-    """Return every version that shall have workers."""
-    infos = [info for model in manager.models() for info in versions_of(manager, model.name)]
-    return [info for info in infos if info.scale.min_workers > 0 or info.state is VersionState.FAILED]
-
-
-def versions_of(manager: ModelManager, name: str) -> Sequence[ModelInfo]:
-    """Return the versions of a model; none if it was unregistered since it was listed."""
-    try:
-        return manager.versions(name)
-    except ModelNotFound:
-        return ()
 
 
 def _is_ready(info: ModelInfo) -> bool:
@@ -96,7 +81,7 @@ class State:
         is_loading = self.is_loading()
         try:
             unready = [
-                f"{info.name}:{info.version}" for info in _wanting(self.manager) if info.state is not VersionState.READY
+                f"{info.name}:{info.version}" for info in self.manager.wanted() if info.state is not VersionState.READY
             ]
             is_draining = self.is_draining()
         except ManagerClosed:

@@ -161,12 +161,12 @@ class ManagementAPI:
     def list_models(self, values: Values, path: Mapping[str, str]) -> Reply:
         """GET /models."""
         start, limit = values["next_page_token"], min(values["limit"], self.contract.most_on_a_page)
-        infos = self.manager.models()
+        # One more than the page shows says whether there is another page.
+        infos = self.manager.models(start=start, limit=limit + 1)
         item: dict[str, object] = {}
-        if start + limit < len(infos):
+        if len(infos) > limit:
             item["nextPageToken"] = str(start + limit)
-        page = infos[start : start + limit]
-        item["models"] = [_list_item(info) for info in page]
+        item["models"] = [_list_item(info) for info in infos[:limit]]
         return Reply(200, item)
 
     def describe(self, values: Values, path: Mapping[str, str]) -> Reply:

@@ -16,10 +16,10 @@ from attrs import define, field, frozen
 
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
 from torchmgmt.http.middleware import request_id_of
-from torchmgmt.http.uvicorn_parts import raw_headers
+from torchmgmt.http.uvicorn_parts import EXCHANGE, Exchange, raw_headers
 from torchmgmt.http.waitress_parts import Dispatcher
 
-__all__ = ["ASGIApp", "LastResort", "MountedWSGI", "Paths"]
+__all__ = ["ASGIApp", "LastResort", "MountedWSGI", "Paths", "counted"]
 
 logger = logging.getLogger("torchmgmt.http.server")
 
@@ -58,14 +58,21 @@ class LastResort:
     """Answers in JSON where an application, against its habit, raised; the log says what."""
 
     app: ASGIApp
+    on_response: Callable[[int], object] = lambda _code: None
+    """Told the code of each answer."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         started = False
+        exchange: Exchange | None = scope.get(EXCHANGE)
+        if exchange is not None:  # what is answered there goes past send
+            exchange.on_answer = self.on_response
 
         async def send_on(message: dict[str, Any]) -> None:
             nonlocal started
-            started = True
+            if not started:
+                started = True
+                self.on_response(message["status"])
             await send(message)
 
         try:
@@ -75,9 +82,23 @@ class LastResort:
         except Exception:
             request_id = _request_id(scope)
             logger.exception("%s %r failed (request %s)", scope["method"], scope["path"], request_id)
-            if started:
+            if started or (exchange is not None and exchange.has_begun):
                 raise  # uvicorn ends the connection, so that nobody takes half an answer for a whole one
+            self.on_response(500)
             await _send_answer(answer_for_code(500, INTERNAL), request_id, send)
+
+
+def counted(app: WSGIApp, on_response: Callable[[int], object]) -> WSGIApp:
+    """Return ``app`` such that ``on_response`` is told the code of each of its answers."""
+
+    def call(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        def start(status: str, *more: Any) -> Any:
+            on_response(int(status[:3]))
+            return start_response(status, *more)
+
+        return app(environ, start)
+
+    return call
 
 
 @define

@@ -6,6 +6,7 @@ mounts the same application: there is never a second set of resources.
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import threading
@@ -27,7 +28,7 @@ from torchmgmt.http.inference import create_inference_app
 from torchmgmt.http.limits import Limits, connection_limit
 from torchmgmt.http.management import create_app
 from torchmgmt.http.management_server import CLOSE_TIMEOUT_S, THREADS, ManagementServer
-from torchmgmt.http.mount import ASGIApp, MountedWSGI, Paths
+from torchmgmt.http.mount import ASGIApp, MountedWSGI, Paths, counted
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.sockets import address_of, bind
 from torchmgmt.http.tls import tls_context
@@ -49,6 +50,8 @@ __all__ = [
     "start_servers",
 ]
 
+
+logger = logging.getLogger(__name__)
 
 # Where both APIs have paths below one segment, on an address that serves both.
 INVOKE = re.compile(r"(?:POST|OPTIONS) /models/[^/]+/invoke/?")
@@ -140,10 +143,12 @@ def start_server(
     metrics: ASGIApp | None = None,
     limits: Limits | None = None,
     is_loading: Callable[[], bool] = lambda: False,
+    on_response: Callable[[int], object] = lambda _code: None,
 ) -> RunningServer:
     """Serve on one address what its roles say; ``metrics`` is the application that has ``/metrics``.
 
-    While ``is_loading`` returns True, /ping does not answer that all is well.
+    While ``is_loading`` returns True, /ping does not answer that all is well. ``on_response`` is told the code of each
+    answer, on whichever thread gives it.
 
     ``settings`` default to the manager's, ``keys`` to those that the environment fixes.
     """
@@ -152,9 +157,11 @@ def start_server(
     for role in (Role.MANAGEMENT, Role.INFERENCE):
         if role in bound.roles:
             log_who_may_call(role.value, bound.address, settings)
+    if bound.roles == {Role.METRICS} and not bound.address.is_loopback:
+        logger.info("The metrics at %s are there for everybody who reaches it: they need no key", bound.address)
     if bound.tls is None and bound.roles == {Role.MANAGEMENT}:
         management = create_app(manager, settings=settings, keys=keys)
-        return ManagementServer(management, bound.sock, settings.max_request_size, limits)
+        return ManagementServer(counted(management, on_response), bound.sock, settings.max_request_size, limits)
     name = "torchmgmt-" + "-".join(role.value for role in Role if role in bound.roles)
     mounted = None
     if Role.MANAGEMENT in bound.roles:
@@ -166,7 +173,16 @@ def start_server(
         )
     draining = threading.Event()
     app = _application(manager, bound, settings, keys, mounted, metrics, is_loading, draining.is_set)
-    return ASGIServer(app, bound.sock, name=name, tls=bound.tls, mounted=mounted, limits=limits, on_drain=draining.set)
+    return ASGIServer(
+        app,
+        bound.sock,
+        name=name,
+        tls=bound.tls,
+        mounted=mounted,
+        limits=limits,
+        on_drain=draining.set,
+        on_response=on_response,
+    )
 
 
 def _application(
@@ -237,16 +253,26 @@ def start_servers(
     *,
     metrics: ASGIApp | None = None,
     is_loading: Callable[[], bool] = lambda: False,
+    on_response: Callable[[int], object] = lambda _code: None,
 ) -> Servers:
     """Serve ``manager`` at all ``addresses``. If one server cannot be started, those that were are closed.
 
-    ``metrics`` and ``is_loading`` are as for :func:`start_server`.
+    ``metrics``, ``is_loading`` and ``on_response`` are as for :func:`start_server`.
     """
     limits = Limits(connections=connection_limit(len(addresses.bound)))
     running: list[RunningServer] = []
     try:
         for bound in sorted(addresses.bound, key=lambda one: Role.MANAGEMENT in one.roles):
-            server = start_server(manager, bound, settings, keys, metrics=metrics, limits=limits, is_loading=is_loading)
+            server = start_server(
+                manager,
+                bound,
+                settings,
+                keys,
+                metrics=metrics,
+                limits=limits,
+                is_loading=is_loading,
+                on_response=on_response,
+            )
             running.append(server)
     except BaseException:
         Servers(tuple(running)).close(0)

@@ -41,11 +41,18 @@ EXCHANGE = "torchmgmt.exchange"
 class Exchange:
     """One request on its connection, for an application that is asked often: what ASGI has no, or only a costly, way for."""
 
-    __slots__ = ("_cycle", "_protocol")
+    __slots__ = ("_cycle", "_protocol", "on_answer")
 
     def __init__(self, protocol: LimitedProtocol, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
         self._cycle = cycle
+        self.on_answer: Callable[[int], object] | None = None
+        """Told the code of a whole answer."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an answer is on its way."""
+        return self._cycle.response_started
 
     def on_disconnect(self, callback: Callable[[], object] | None) -> None:
         """Have ``callback`` called, on the event loop, if the client goes before it has its answer; None: nothing any more."""
@@ -80,6 +87,8 @@ class Exchange:
             cycle.transport.write(b"".join(lines))
             cycle.transport.write(body)
         cycle.response_started = cycle.response_complete = True
+        if self.on_answer is not None:
+            self.on_answer(status)
         cycle.message_event.set()
         if not cycle.keep_alive:
             cycle.transport.close()

@@ -232,9 +232,10 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
             if frame.kind is Kind.RUN:
                 number, requests = frame.head
                 _note_start(page, number)
+                began = time.perf_counter()
                 outcomes = run_batch(handler, requests, frame.segments, _ChannelSender(channel, page, number))
                 frame.segments = ()  # their memory can be used again: the answer says so
-                _answer(channel, number, outcomes, handler.take_metrics())
+                _answer(channel, number, outcomes, handler.take_metrics(), time.perf_counter() - began)
             elif frame.kind is Kind.DESCRIBE:
                 _note_start(page, frame.head)
                 _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
@@ -258,7 +259,11 @@ class _ChannelSender(PartSender):
 
 
 def _answer(
-    channel: Channel, number: int, outcomes: Sequence[Encoded | WorkerFault], metrics: Sequence[RawMetric]
+    channel: Channel,
+    number: int,
+    outcomes: Sequence[Encoded | WorkerFault],
+    metrics: Sequence[RawMetric],
+    handler_s: float | None = None,
 ) -> None:
     head: list[WorkerFault | AnswerHead] = []
     segments: list[Buffer] = []
@@ -268,7 +273,7 @@ def _answer(
             continue
         head.append(_head_of(outcome))
         segments += outcome.segments
-    channel.send(Frame(Kind.DONE, (number, head, metrics), segments))
+    channel.send(Frame(Kind.DONE, (number, head, metrics, handler_s), segments))
 
 
 def _head_of(answer: Encoded) -> AnswerHead:
