@@ -151,6 +151,7 @@ def test_status_phrase_headers_and_content_type_are_the_handlers(evaluating):
         "context.set_response_status(200, 'two\\nlines', 0)",
         "context.set_response_header(0, 'X-A', 'b\\r\\nSet-Cookie: c')",
         "context.set_response_header(0, 'X A', 'b')",
+        "context.set_response_content_type(0, 'text/plain\\r\\nSet-Cookie: c')",
     ],
 )
 def test_what_http_does_not_have_is_an_error_that_says_so(evaluating, sets):

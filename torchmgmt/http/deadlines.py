@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from torchmgmt.errors import InvalidArgument
 
@@ -13,7 +14,7 @@ PRIORITY = "x-priority"
 LONGEST_MS = 2**31 - 1
 MOST_PRIORITY = 10
 
-Wishes = tuple["float | None", int]
+Wishes: TypeAlias = "tuple[float | None, int]"
 """How many seconds the caller waits in all (None: it does not say), and its priority."""
 
 

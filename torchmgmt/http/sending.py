@@ -59,7 +59,7 @@ class Sender:
         Raises:
             AnswerNotSendable: the handler has set a status or a header that cannot be sent.
         """
-        headers = [*self._own, (b"content-type", response.content_type.encode("latin-1", "replace"))]
+        headers = [*self._own, (b"content-type", _content_type(response))]
         if response.headers or response.phrase or response.status != 200:
             headers = _merged(headers, response)
         await self._respond(response.status, response.phrase, headers, response.body)
@@ -85,8 +85,8 @@ class Sender:
         Raises:
             AnswerNotSendable: as :meth:`whole`.
         """
-        content_type = EVENT_STREAM if self._as_events else first.content_type
-        headers = [*self._own, (b"content-type", content_type.encode("latin-1", "replace"))]
+        content_type = EVENT_STREAM.encode() if self._as_events else _content_type(first)
+        headers = [*self._own, (b"content-type", content_type)]
         headers.append((b"x-accel-buffering", b"no"))  # a proxy that collects the parts would make them one
         if first.headers or first.phrase or first.status != 200:
             headers = _merged(headers, first)
@@ -126,6 +126,15 @@ class Sender:
             return
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _content_type(response: Response) -> bytes:
+    raw = response.content_type.encode("latin-1", "replace")
+    if _NOT_IN_A_VALUE.search(raw):
+        raise AnswerNotSendable(
+            f"The handler has set a content type that HTTP does not have: {response.content_type!r}"
+        )
+    return raw
 
 
 def _merged(headers: Iterable[tuple[bytes, bytes]], response: Response) -> list[tuple[bytes, bytes]]:
