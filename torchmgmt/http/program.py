@@ -46,9 +46,6 @@ SWITCH_INTERVAL_S = 0.001
 YOUNG_OBJECTS = 20_000
 """So many new objects the collector lets be before it looks at them: requests in flight are not worth a look."""
 """How long a thread may keep the others waiting; with Python's 5 ms a flood of requests slows management four times."""
-GC_THRESHOLDS = (20_000, 20, 20)
-"""A prediction makes some dozens of objects, none of them in a ring: looking for rings as often as Python does by default
-takes 8 % of what a no-op costs."""
 DRAIN_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 8.0
 """Together below the 30 s that orchestrators wait between SIGTERM and SIGKILL."""
@@ -120,9 +117,6 @@ class Program:
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
