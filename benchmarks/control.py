@@ -90,7 +90,7 @@ class _Server:
         return self._ask("DELETE", f"/models/{name}")
 
     def weigh_mb(self) -> float:
-        return self.server.pss_mb()
+        return self.server.own_pss_mb()
 
     def _ask(self, method: str, path: str) -> bytes:
         try:
@@ -129,7 +129,7 @@ def _library(setup: Setup, scratch: Path, sizes: Sequence[int]) -> Table:
         rows += _by_size(result, _PLAIN, figure, what, sizes, goal)
     rows += _by_size(result, _STATEFUL, "register", f"register one more, {_STATEFUL}", sizes, None)
     each = result.series(_PLAIN, "kB each", "kB")
-    rows.append(Row(f"memory of this process for each of {sizes[-1]:,} models", each, goal=Goal(50)))
+    rows.append(Row(f"memory of this process for each of {_models(sizes[-1])}", each, goal=Goal(50)))
     notes = [
         (
             f"Python calls in this process. At each size {_MORE} more are registered and unregistered again, and {_ASKS} are"
@@ -148,8 +148,12 @@ def _by_size(
     rows: list[Row] = []
     for size in sizes:
         series = result.series(variant, f"{figure} {size}", "ms", scale=1e3)
-        rows.append(Row(f"{what}, {size:,} models", series, rows[0] if rows else None, goal, short=f"{size:,}"))
+        rows.append(Row(f"{what}, {_models(size)}", series, rows[0] if rows else None, goal, short=f"{size:,}"))
     return rows
+
+
+def _models(size: int) -> str:
+    return f"{size:,} model{'s' if size > 1 else ''}"
 
 
 def _servers(setup: Setup, store: Path, sizes: Sequence[int]) -> Table:
@@ -165,8 +169,10 @@ def _servers(setup: Setup, store: Path, sizes: Sequence[int]) -> Table:
     rows = []
     for figure, (what, _percent, goal) in _FIGURES.items():
         for size in sizes:
-            rows += beside(result, list(peers), "", f"{figure} {size}", "ms", f"{what}, {size:,} models", goal)
-    rows += beside(result, list(peers), "", "kB each", "kB", f"memory for each of {sizes[-1]:,} models")
+            rows += beside(result, list(peers), "", f"{figure} {size}", "ms", f"{what}, {_models(size)}", goal)
+    rows += beside(
+        result, list(peers), "", "kB each", "kB", f"memory of the server's process for each of {_models(sizes[-1])}"
+    )
     notes = [
         (
             f"One connection that is kept, one call after the other; `list` is a page of {_PAGE}. The same archive under"

@@ -140,6 +140,14 @@ class Server:
         processes = tree(self._process.pid)
         return pss_mb(process.pid for process in processes[1 if self._launch.behind_launcher else 0 :])
 
+    def own_pss_mb(self) -> float:
+        """Return what the process that manages the models weighs, without workers and what they are made from."""
+        return pss_mb(
+            [process.pid for process in tree(self._process.pid)][1:2]
+            if self._launch.behind_launcher
+            else [self._process.pid]
+        )
+
     def check_alive(self) -> None:
         """Raise ServerFailed, with its last line, if it has ended."""
         if self._process.poll() is not None:
