@@ -13,10 +13,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchmgmt.answer_future import AnswerFuture as AnswerFuture
     from torchmgmt.backends.process import ProcessBackend as ProcessBackend
     from torchmgmt.backends.thread import ThreadBackend as ThreadBackend
     from torchmgmt.batcher import Batch as Batch
     from torchmgmt.batcher import Batcher as Batcher
+    from torchmgmt.exchange import Form as Form
+    from torchmgmt.exchange import HttpBody as HttpBody
+    from torchmgmt.exchange import Response as Response
     from torchmgmt.launcher import register_model as register_model
     from torchmgmt.launcher import register_model_with_params as register_model_with_params
     from torchmgmt.lifecycle import VersionState as VersionState
@@ -32,19 +36,25 @@ if TYPE_CHECKING:
     from torchmgmt.records import Sharing as Sharing
     from torchmgmt.records import WorkerInfo as WorkerInfo
     from torchmgmt.settings import Settings as Settings
+    from torchmgmt.streams import AnswerStream as AnswerStream
 
     __version__: str
 
 _HOMES = {
+    "AnswerFuture": "answer_future",
+    "AnswerStream": "streams",
     "Batch": "batcher",
     "Batcher": "batcher",
     "CloseReport": "records",
+    "Form": "exchange",
+    "HttpBody": "exchange",
     "Model": "model",
     "ModelInfo": "records",
     "ModelKey": "records",
     "ModelManager": "manager",
     "ModelSpec": "records",
     "ProcessBackend": "backends.process",
+    "Response": "exchange",
     "Settings": "settings",
     "ShareWeights": "records",
     "Sharing": "records",

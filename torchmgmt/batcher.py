@@ -90,6 +90,10 @@ class Batch(Generic[T, R]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def is_over(self) -> bool:
+        """Whether every item has its outcome already: nobody waits for this batch any more."""
+        return all(entry.future.done() for entry in self._entries)
+
     def finish(self, outcomes: Sequence[R | BaseException]) -> None:
         """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
 

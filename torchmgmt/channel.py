@@ -14,23 +14,18 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import define
 
-from torchmgmt import forks
 from torchmgmt.encoding import decode, encode
-from torchmgmt.errors import HandlerFailed, ManagerClosed
-from torchmgmt.records import Encoded, ModelKey, ResponseProperties
 from torchmgmt.segments import SHARED_FROM, BrokenSegment, Buffer, SharedSegments, size_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
-    "AnswerFuture",
     "BrokenSegment",
     "Buffer",
     "Channel",
@@ -69,6 +64,7 @@ class Kind(IntEnum):
     FAILED = 11
     DONE = 12
     ALIVE = 13  # before a warm-up, which may take long
+    PART = 14  # of an answer, before the rest
     # to the torch-only process
     HELLO = 19
     FORK = 20  # to a template, too
@@ -92,63 +88,6 @@ class Frame:
     kind: Kind
     head: Any = None
     segments: Sequence[Buffer] = ()
-
-
-_UNREAD = object()
-
-
-class AnswerFuture(Future[Any]):
-    """The future of an :class:`Encoded` answer, or of a list of them, which gives what was encoded.
-
-    It is unpickled by whoever asks for it, not by the thread that received it: unpickling a tensor imports torch, which
-    takes seconds the first time, and no other answer may have to wait for that.
-    """
-
-    def __init__(self, key: ModelKey, keeps_alive: object = None) -> None:
-        """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future."""
-        super().__init__()
-        self._key = key
-        self._keeps_alive = keeps_alive
-        self._depth = forks.depth()
-        self._answer: Any = _UNREAD
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Return the answer, waiting for at most ``timeout`` seconds; raise what ended the request otherwise.
-
-        Raises HandlerFailed, too, if the answer cannot be unpickled in this process, and ManagerClosed in one that was
-        forked before the answer was read: it may never come there.
-        """
-        self._check_process()
-        received = super().result(timeout)
-        if self._answer is _UNREAD:
-            self._answer = self._read(received)
-        return self._answer
-
-    def response_properties(self, timeout: float | None = None) -> ResponseProperties | None:
-        """Return what the handler has set for the answer beside its body; None if nothing. Waits and raises as :meth:`result`.
-
-        It unpickles nothing, so it may be called on a thread that must not wait for that.
-        """
-        self._check_process()
-        received = super().result(timeout)
-        return received.properties if isinstance(received, Encoded) else None
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""
-        self._check_process()
-        return super().exception(timeout)
-
-    def _check_process(self) -> None:
-        # No lock is asked for: in a forked copy it may be held by a thread that is not there.
-        if forks.depth() != self._depth and self._answer is _UNREAD:
-            raise ManagerClosed("This future", "belongs to the process that this one was forked from")
-
-    def _read(self, received: Any) -> Any:
-        try:
-            return [decode(each) for each in received] if isinstance(received, list) else decode(received)
-        except Exception as error:  # whatever a pickle may raise
-            reason = f"its answer cannot be unpickled in this process; it should answer with plain data ({error!r})"
-            raise HandlerFailed(self._key.name, self._key.version, reason, error_type=type(error).__name__) from error
 
 
 def frame_parts(frame: Frame, shared: SharedSegments | None = None, *, offers: bool = False) -> list[Buffer]:

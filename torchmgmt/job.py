@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Protocol
 
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import Outcome
-from torchmgmt.channel import AnswerFuture
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
@@ -22,6 +22,9 @@ class Job(Protocol):
     @property
     def items(self) -> Sequence[WorkerRequest]:
         """The requests."""
+
+    def is_over(self) -> bool:
+        """Whether nobody waits for any of them any more."""
 
     def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
         """Take one outcome for each request, in order."""
@@ -117,6 +120,10 @@ class OwnJob:
     def begin(self) -> bool:
         """Mark it as running; False if it was cancelled."""
         return self.future.set_running_or_notify_cancel()
+
+    def is_over(self) -> bool:
+        """Whether it was ended before there was an answer."""
+        return self.future.done()
 
     def finish(self, outcomes: Sequence[Encoded | BaseException]) -> None:
         """Answer with the list of all outcomes, or fail with the first that is an error."""

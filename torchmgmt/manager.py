@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,11 @@ from attrs import evolve
 
 from torchmgmt import forks
 from torchmgmt.announcer import Announcer, check_listeners
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.archive import ModelFolder, ModelSources
 from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.batcher import Batcher
-from torchmgmt.channel import AnswerFuture
 from torchmgmt.desired import Desired
 from torchmgmt.errors import (
     AlreadyRegistered,
@@ -56,6 +56,7 @@ from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore,
 from torchmgmt.served import ServedVersion, total_of
 from torchmgmt.settings import Settings
 from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
+from torchmgmt.streams import AnswerStream
 
 if TYPE_CHECKING:
     from torchmgmt.state_file import StateKeeper
@@ -531,6 +532,8 @@ class ModelManager:
         version: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
     ) -> Any:
         """Run one request and return what the handler answered to it. Blocks until then; arguments as in :meth:`submit`.
 
@@ -538,15 +541,35 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound, NoWorker, QueueFull, InvalidArgument, ManagerClosed: as :meth:`submit`.
             HandlerFailed: the handler raised, or answered wrongly; has its traceback and the worker's last lines.
             WorkerDied: the worker ended while it ran the request.
-            DeadlineExceeded: there was no answer within ``timeout``.
+            DeadlineExceeded: there was no answer within ``timeout``, or it was not begun within ``wait_timeout``.
         """
         self._check_may_wait("predict")
-        future = self.submit(name, data, fields=fields, version=version, headers=headers, timeout=timeout)
+        request = self._request(data, fields, headers)
+        future = self._submit(name, version, request, timeout, wait_timeout, priority)
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # the caller was interrupted, so nobody waits for it any more
+            future.abandon()  # the caller was interrupted, so nobody waits for it any more
             raise
+
+    async def apredict(
+        self,
+        name: str,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+    ) -> Any:
+        """Run one request and return what the handler answered to it, on the event loop that runs; never blocks it.
+
+        Arguments and errors are those of :meth:`predict`. A task that is cancelled takes its request back.
+        """
+        request = self._request(data, fields, headers)
+        return await self._submit(name, version, request, timeout, wait_timeout, priority)
 
     def submit(
         self,
@@ -557,20 +580,30 @@ class ModelManager:
         version: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
     ) -> AnswerFuture:
         """Queue one request and return the future of its answer. Does not block; any thread.
 
         Callbacks of the future run on the thread that reads all answers, so they must not wait for another one:
-        ``predict`` and other calls that wait raise WouldWaitForever there.
+        ``predict`` and other calls that wait raise WouldWaitForever there. ``await`` takes the future, too.
 
         Args:
             name: the model.
-            data: what the handler gets as ``{"body": data}``; must be picklable.
+            data: what the handler gets as ``{"body": data}``; must be picklable. Of an :class:`~torchmgmt.HttpBody` the
+                worker makes the row, and writes the answer as the future's ``response()``.
             fields: the whole row that the handler gets, in place of that.
             version: the version; default: the default one.
             headers: what the handler finds through ``context.get_request_header``.
-            timeout: seconds until the request fails with DeadlineExceeded, at least 0; None: no limit. One that was not
-                started by then never runs. ``Future.cancel`` takes a request back that was not started.
+            timeout: seconds until the request fails with DeadlineExceeded, at least 0; None: what the archive says
+                (``clientTimeoutInMills``), else no limit. One that was not started by then never runs.
+                ``Future.cancel`` takes a request back that was not started, ``abandon`` any.
+            wait_timeout: the same for one that was not started by then. None: what the archive says
+                (``queueTimeoutInMills``), else no limit but ``timeout``.
+            priority: from -10 to 10. A request goes before those that have waited for fewer seconds more than it has less
+                priority than they, so what has little waits longer, but not for ever.
+            request_id: what the handler finds as ``context.get_request_id``; None: one that no other request has.
 
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
@@ -578,16 +611,32 @@ class ModelManager:
             QueueFull: ``job_queue_size`` requests wait already.
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
-        served = self._get(name, version)
-        request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
-        request = new_request(data, fields, headers, request_id, timeout)
-        future = AnswerFuture(served.spec.key, keeps_alive=self)  # a caller may hold nothing but the future
-        try:
-            served.pool.check_serving()
-            served.batcher.submit(request, timeout=timeout, future=future)
-        except (ManagerClosed, ModelNotFound):
-            raise self._not_found(served) from None
-        return future
+        request = self._request(data, fields, headers, request_id)
+        return self._submit(name, version, request, timeout, wait_timeout, priority)
+
+    def stream(
+        self,
+        name: str,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> AnswerStream:
+        """Queue one request and return the parts of its answer, as they come. Does not block; any thread.
+
+        Arguments and errors are those of :meth:`submit`. The handler's time for the batch (``response_timeout``) begins
+        anew with each part.
+        """
+        stream = AnswerStream()
+        request = self._request(data, fields, headers, request_id)
+        request.on_part = stream.take_part
+        self._submit(name, version, request, timeout, wait_timeout, priority, stream.bind)
+        return stream
 
     def close(self, timeout: float = 30) -> CloseReport:
         """End everything within about ``timeout`` seconds and return what had to be done for it. Blocks; idempotent.
@@ -605,6 +654,38 @@ class ModelManager:
             return self._report
 
     # -- the rest is for this file -------------------------------------------------------------------------------------
+
+    def _request(
+        self,
+        data: object,
+        fields: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None,
+        request_id: str | None = None,
+    ) -> WorkerRequest:
+        if request_id is None:
+            request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
+        return new_request(data, fields, headers, request_id)
+
+    def _submit(
+        self,
+        name: str,
+        version: str | None,
+        request: WorkerRequest,
+        timeout: float | None,
+        wait_timeout: float | None,
+        priority: int,
+        on_future: Callable[[AnswerFuture], object] | None = None,
+    ) -> AnswerFuture:
+        served = self._get(name, version)
+        # A caller may hold nothing but the future, so it keeps all alive.
+        future = AnswerFuture(served.spec.key, self, served.pool.abandon_unwanted)
+        if on_future is not None:
+            on_future(future)
+        try:
+            served.submit(request, future, timeout, wait_timeout, priority)
+        except (ManagerClosed, ModelNotFound):
+            raise self._not_found(served) from None
+        return future
 
     def _check_usable(self, name: object = "", version: object = None) -> None:
         """Raise ManagerClosed, or InvalidArgument for a name or version that can be none. Takes no lock."""

@@ -11,8 +11,9 @@ from torchmgmt.lifecycle import VersionState
 from torchmgmt.records import CloseReport, ModelInfo, ModelKey, check_number
 
 if TYPE_CHECKING:
-    from torchmgmt.channel import AnswerFuture
+    from torchmgmt.answer_future import AnswerFuture
     from torchmgmt.manager import ModelManager
+    from torchmgmt.streams import AnswerStream
 
 __all__ = ["Model"]
 
@@ -73,10 +74,41 @@ class Model:
         fields: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
     ) -> Any:
         """Run one request on this version; see :meth:`ModelManager.predict`."""
         return self._manager.predict(
-            self.name, data, fields=fields, version=self.version, headers=headers, timeout=timeout
+            self.name,
+            data,
+            fields=fields,
+            version=self.version,
+            headers=headers,
+            timeout=timeout,
+            wait_timeout=wait_timeout,
+            priority=priority,
+        )
+
+    async def apredict(
+        self,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+    ) -> Any:
+        """Run one request on this version without blocking the event loop; see :meth:`ModelManager.apredict`."""
+        return await self._manager.apredict(
+            self.name,
+            data,
+            fields=fields,
+            version=self.version,
+            headers=headers,
+            timeout=timeout,
+            wait_timeout=wait_timeout,
+            priority=priority,
         )
 
     def submit(
@@ -86,10 +118,45 @@ class Model:
         fields: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
     ) -> AnswerFuture:
         """Queue one request for this version; see :meth:`ModelManager.submit`."""
         return self._manager.submit(
-            self.name, data, fields=fields, version=self.version, headers=headers, timeout=timeout
+            self.name,
+            data,
+            fields=fields,
+            version=self.version,
+            headers=headers,
+            timeout=timeout,
+            wait_timeout=wait_timeout,
+            priority=priority,
+            request_id=request_id,
+        )
+
+    def stream(
+        self,
+        data: object = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        wait_timeout: float | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> AnswerStream:
+        """Give the parts of the answer to one request as they come; see :meth:`ModelManager.stream`."""
+        return self._manager.stream(
+            self.name,
+            data,
+            fields=fields,
+            version=self.version,
+            headers=headers,
+            timeout=timeout,
+            wait_timeout=wait_timeout,
+            priority=priority,
+            request_id=request_id,
         )
 
     def map(self, items: Iterable[object], *, timeout: float | None = None) -> Iterator[Any]:

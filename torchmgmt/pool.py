@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import Backend, Outcome
 from torchmgmt.backends.process import ProcessBackend
-from torchmgmt.channel import AnswerFuture, encode
+from torchmgmt.channel import encode
 from torchmgmt.errors import (
     DeadlineExceeded,
     ManagerClosed,
@@ -33,6 +34,7 @@ from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerS
 from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
 from torchmgmt.records import (
     CloseReport,
+    Encoded,
     MetricRecord,
     ModelSpec,
     RawMetric,
@@ -267,6 +269,19 @@ class WorkerPool:
     def describe(self) -> AnswerFuture:
         """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""
         return self._add(OwnJob(self.spec.key, None))
+
+    def abandon_unwanted(self) -> None:
+        """Let workers know for whose batch nobody waits any more. Does not block."""
+        with self._lock:
+            unwanted = [
+                (worker.handle, number)
+                for worker in self._workers
+                for number, job in worker.jobs.items()
+                if worker.handle is not None and job.is_over()
+            ]
+        # The first one that is with a worker is what it computes, and it keeps one number in mind: so that comes last.
+        for handle, number in reversed(unwanted):
+            handle.abandon(number)
 
     def check_serving(self) -> None:
         """Raise ManagerClosed or NoWorker if a request that came now would never be run. Does not block."""
@@ -695,6 +710,17 @@ class WorkerPool:
         if self._state is VersionState.RETIRING:
             self._changed.notify_all()
 
+    def _on_part(self, worker: PoolWorker, number: int, index: int, part: Encoded) -> None:
+        with self._lock:
+            job = worker.prolong(number, time.monotonic() + self.spec.response_timeout_s)
+        if job is None:
+            return
+        if job.is_over():
+            if worker.handle is not None:
+                worker.handle.abandon(number)
+        elif (on_part := job.items[index].on_part) is not None:
+            on_part(part)
+
     def _on_measured(self, worker: PoolWorker, metrics: Sequence[RawMetric]) -> None:
         if self._listener is None:
             return
@@ -762,6 +788,9 @@ class _WorkerEvents:
 
     def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
         self._pool._on_done(self._worker, number, outcomes)
+
+    def part(self, number: int, index: int, part: Encoded) -> None:
+        self._pool._on_part(self._worker, number, index, part)
 
     def measured(self, metrics: Sequence[RawMetric]) -> None:
         self._pool._on_measured(self._worker, metrics)

@@ -83,6 +83,13 @@ class PoolWorker:
             self.overdue_at = NEVER
         return job
 
+    def prolong(self, number: int, overdue_at: float) -> Job | None:
+        """Note that a part of the answers to a batch is there, and return that; None if it is not with it any more."""
+        job = self.jobs.get(number)
+        if job is not None and not self.end_reason:
+            self.overdue_at = overdue_at
+        return job
+
     def take_jobs(self, last_started: int | None) -> tuple[list[Job], list[Job]]:
         """Take away all batches: those that died with it, and those that it had not begun.
 

@@ -22,6 +22,8 @@ __all__ = [
     "BACKENDS",
     "EXPIRED",
     "NUMBER_BYTES",
+    "AnswerHead",
+    "BodyHead",
     "CloseReport",
     "Encoded",
     "MetricKind",
@@ -30,6 +32,7 @@ __all__ = [
     "ModelKey",
     "ModelSpec",
     "RawMetric",
+    "RequestHead",
     "ResponseProperties",
     "Scale",
     "ShareWeights",
@@ -51,7 +54,8 @@ __all__ = [
 ]
 
 NUMBER_BYTES = 8
-"""In so many bytes, the lowest first, a worker writes down the number of the batch that it begins."""
+"""In so many bytes, the lowest first, a worker writes down the number of the batch that it begins, and the embedding process
+behind it that of the batch for which nobody waits any more."""
 
 WIRE_STATUS: Mapping[WorkerState, str] = {
     WorkerState.WANTED: "LOADING",
@@ -208,6 +212,10 @@ class ModelSpec:
     is_sealed: bool = False
     """Whether nobody rewrites the files in ``model_dir``, because they were unpacked by us: workers may map them."""
     loaded_at_startup: bool = False
+    client_timeout_ms: int = field(default=0, validator=number("client_timeout", 0, "milliseconds"))
+    """How long a request may take in all whose caller sets no limit; 0: no limit."""
+    queue_timeout_ms: int = field(default=0, validator=number("queue_timeout", 0, "milliseconds"))
+    """How long a request may wait whose caller sets no limit for that; 0: no limit."""
     backend: str = field(default="process", validator=backend_name)
     """How its workers are run: one of :data:`BACKENDS`."""
     share_weights: ShareWeights = field(default=ShareWeights.AUTO, converter=share_weights_of)
@@ -245,17 +253,40 @@ class ResponseProperties:
         """The content type that the handler set; None if it set none."""
         return next((value for name, value in self.headers.items() if name.lower() == "content-type"), None)
 
+    def over(self, beneath: ResponseProperties | None) -> ResponseProperties:
+        """Return these, with the headers of ``beneath`` that are not among them."""
+        if beneath is None:
+            return self
+        return ResponseProperties(self.status, self.phrase, {**beneath.headers, **self.headers})
+
 
 # These two are not frozen, as other facts are: to make a frozen one costs a microsecond more, for each request thrice.
 
 
 @define(eq=False)
 class Encoded:
-    """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker."""
+    """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker.
+
+    With a :class:`~torchmgmt.exchange.HttpBody` it is that body, and the body of the answer to it, in one segment. An
+    answer without segments is the end of one that came in parts.
+    """
 
     segments: Sequence[bytes | bytearray | memoryview]
     properties: ResponseProperties | None = None
     """Of an answer: what the handler has set beside it, if anything."""
+    content_type: str | None = None
+    """Of the body of an answer: its type; None: this is no body but a pickle."""
+
+
+BodyHead: TypeAlias = tuple[int, str, tuple[tuple[str, str], ...], bool, int, int]
+"""Of a body: its form, content type, query, whether it is to be parsed, how much of it is JSON, and how large the answer may
+be (:class:`torchmgmt.exchange.HttpBody`)."""
+RequestHead: TypeAlias = tuple[str, "Mapping[str, str] | None", int, "float | None", "BodyHead | None", bool]
+"""What a worker is told of a request: its id, its headers, the number of its segments, its deadline, what it is if it is a
+body, and whether its answer may come in parts."""
+
+AnswerHead: TypeAlias = "int | tuple[int, ResponseProperties | None, str | None]"
+"""Of an answer on its way: the number of its segments; if there is more to say, what was set beside it and its content type."""
 
 
 @define(eq=False)
@@ -269,6 +300,21 @@ class WorkerRequest:
     """When nobody waits for it any more, on the monotonic clock of the machine (s); it is not begun after that."""
     limit_s: float = 0.0
     """How long after the request was made that is."""
+    body: BodyHead | None = None
+    """What the row is to be made of, if it is a body."""
+    on_part: Callable[[Encoded], object] | None = None
+    """Takes a part of the answer that came before the rest, and must not block; None: the answer is wanted whole."""
+
+    def head(self) -> RequestHead:
+        """Return what the worker is told of it beside its row."""
+        return (
+            self.request_id,
+            self.headers,
+            len(self.row.segments),
+            self.deadline,
+            self.body,
+            self.on_part is not None,
+        )
 
 
 @frozen
@@ -284,8 +330,8 @@ class WorkerFault:
     out_of_memory: bool = False
 
 
-EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun", "")
-"""What a worker says of a request that it did not begin because nobody waited for it any more."""
+EXPIRED = WorkerFault("DeadlineExceeded", "its deadline was over before it was begun, or before it was done", "")
+"""What a worker says of a request that it did not begin, or not go on with, because nobody waited for it any more."""
 
 
 class MetricKind(Enum):
@@ -427,7 +473,7 @@ class ModelInfo:
             "responseTimeout": _plain(spec.response_timeout_s),
             "startupTimeout": _plain(spec.startup_timeout_s),
             "maxRetryTimeoutInSec": _plain(spec.max_retry_timeout_s),
-            "clientTimeoutInMills": 0,
+            "clientTimeoutInMills": spec.client_timeout_ms,
             "parallelType": "",
             "parallelLevel": 0,
             "deviceType": "cpu",
@@ -447,6 +493,7 @@ class ModelInfo:
             },
             "state": self.state.value,
             "defaultVersion": self.is_default,
+            "queueTimeoutInMills": spec.queue_timeout_ms,
             "shareWeights": spec.share_weights.value,
             "weightsShared": self.sharing.is_shared,
             "weightsSharedReason": self.sharing.reason,

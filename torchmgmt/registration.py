@@ -47,6 +47,8 @@ CONFIG_KEYS: Mapping[str, str] = {
     "startup_timeout": "startupTimeout",
     "max_retry_timeout": "maxRetryTimeoutInSec",
     "job_queue_size": "jobQueueSize",
+    "client_timeout": "clientTimeoutInMills",
+    "queue_timeout": "queueTimeoutInMills",
     "min_worker": "minWorkers",
     "max_worker": "maxWorkers",
     # Ours, written as TorchServe writes its own.
@@ -167,6 +169,8 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             startup_timeout_s=value("startup_timeout", settings.default_startup_timeout),
             max_retry_timeout_s=value("max_retry_timeout", settings.max_retry_timeout),
             job_queue_size=value("job_queue_size", settings.job_queue_size),
+            client_timeout_ms=value("client_timeout", 0),
+            queue_timeout_ms=value("queue_timeout", 0),
             backend=value("backend", "process"),
             share_weights=value("share_weights", settings.share_weights),
             threads_per_worker=value("threads_per_worker", settings.threads_per_worker),

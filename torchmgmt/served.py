@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from attrs import frozen
 
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.archive import ModelFolder
 from torchmgmt.batcher import Batcher
 from torchmgmt.errors import DeadlineExceeded, ModelNotFound, TorchmgmtError
 from torchmgmt.pool import WorkerPool
-from torchmgmt.records import CloseReport, Encoded, ModelInfo, ModelSpec, WorkerRequest
+from torchmgmt.records import CloseReport, Encoded, ModelInfo, ModelSpec, WorkerRequest, check_number
 
 __all__ = ["ServedVersion", "total_of"]
 
@@ -25,6 +27,26 @@ class ServedVersion:
     folder: ModelFolder
     batcher: Batcher[WorkerRequest, Encoded]
     pool: WorkerPool
+
+    def submit(
+        self,
+        request: WorkerRequest,
+        future: AnswerFuture,
+        timeout: float | None,
+        wait_timeout: float | None,
+        priority: int,
+    ) -> None:
+        """Queue a request whose answer goes to ``future``; see :meth:`torchmgmt.ModelManager.submit`. Does not block."""
+        spec = self.spec
+        if timeout is None and spec.client_timeout_ms:
+            timeout = spec.client_timeout_ms / 1000
+        if wait_timeout is None and spec.queue_timeout_ms:
+            wait_timeout = spec.queue_timeout_ms / 1000
+        if timeout is not None:
+            check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
+            request.deadline, request.limit_s = time.monotonic() + timeout, timeout
+        self.pool.check_serving()
+        self.batcher.submit(request, timeout=timeout, wait_timeout=wait_timeout, priority=priority, future=future)
 
     def refuse(self) -> None:
         """Take no new request; what was accepted is still run."""

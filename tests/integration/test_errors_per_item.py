@@ -12,7 +12,7 @@ import torch
 
 from tests.handlers import ECHO, EVAL, PATIENCE_S, TOOLS, Deployer, Gate, lines_of, write_manifest
 from torchmgmt import Model, ModelManager, ProcessBackend, Settings
-from torchmgmt.channel import AnswerFuture
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed
 
 REFUSING = """

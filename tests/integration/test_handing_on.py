@@ -14,7 +14,7 @@ import pytest
 
 from tests.handlers import TOOLS, Deployer, Gate, lines_of, until
 from torchmgmt import Model
-from torchmgmt.channel import AnswerFuture
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied
 
 # A request is a name; those that begin with "gate" wait, "poison" ends the process. What is begun is noted first.

@@ -54,7 +54,8 @@ class Worker:
         handler = Handler(self.handle, context, isolates_errors=self.isolates_errors, limit_s=self.limit_s)
         encoded = [encode(row) for row in rows]
         heads = [
-            (str(index), None, len(each.segments), (deadlines or {}).get(index)) for index, each in enumerate(encoded)
+            (str(index), None, len(each.segments), (deadlines or {}).get(index), None, False)
+            for index, each in enumerate(encoded)
         ]
         segments = [_arrived(segment) for each in encoded for segment in each.segments]
         return [decode(each) if isinstance(each, Encoded) else each for each in run_batch(handler, heads, segments)]

@@ -18,8 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.patterns import pattern
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.channel import (
-    AnswerFuture,
     Frame,
     FrameReader,
     FrameSender,

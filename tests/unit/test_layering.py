@@ -14,7 +14,7 @@ PACKAGE = "torchmgmt"
 
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
-    1: frozenset({"errors", "lifecycle", "records", "events", "forks"}),
+    1: frozenset({"errors", "lifecycle", "records", "exchange", "events", "forks"}),
     2: frozenset(
         {
             "settings",
@@ -28,6 +28,8 @@ LAYERS: dict[int, frozenset[str]] = {
             "state",
             "state_file",
             "desired",
+            "answer_future",
+            "loops",
             "channel",
             "encoding",
             "segments",
@@ -35,7 +37,9 @@ LAYERS: dict[int, frozenset[str]] = {
         }
     ),
     3: frozenset({"batcher", "backends", "job", "pool", "pool_worker"}),
-    4: frozenset({"manager", "model", "registration", "failed_loads", "restoring", "announcer", "request", "served"}),
+    4: frozenset(
+        {"manager", "model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "streams"}
+    ),
     5: frozenset({"worker", "handlers", "compat"}),
     6: frozenset({"http", "metrics", "launcher"}),
 }
@@ -50,15 +54,17 @@ NEIGHBOURS = {
     "lifecycle": {"errors"},
     "records": {"errors", "lifecycle"},
     "events": {"errors", "lifecycle", "records"},
+    "exchange": {"records"},
     "settings": {"setting_kinds", "setting_sources"},
     "setting_sources": {"setting_kinds", "properties"},
     "state_file": {"state"},
     "desired": {"state"},
     "channel": {"encoding", "segments"},
+    "answer_future": {"encoding", "loops"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
-    "manager": {"model", "registration", "failed_loads", "restoring", "announcer", "request", "served"},
+    "manager": {"model", "registration", "failed_loads", "restoring", "announcer", "request", "served", "streams"},
     "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
@@ -66,7 +72,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "events", "records", "settings"})
+PUBLIC = frozenset({FACE, "errors", "events", "exchange", "records", "settings"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})

@@ -31,6 +31,9 @@ class WorkerListener(Protocol):
     def done(self, number: int, outcomes: Sequence[Outcome]) -> None:
         """The batch of this number was run; one outcome for each of its requests, in order."""
 
+    def part(self, number: int, index: int, part: Encoded) -> None:
+        """A part of the answer to the request at ``index`` of the batch of this number is there, before ``done``."""
+
     def measured(self, metrics: Sequence[RawMetric]) -> None:
         """Its handler has measured these since it told last; never empty. They come after the batch's answers."""
 
@@ -73,6 +76,9 @@ class WorkerHandle(Protocol):
         It may be handed more while it computes; it runs one after the other. What it does not begin, also because it was
         told to end before, is not answered: ``WorkerExit.last_started`` tells, which counts descriptions as well.
         """
+
+    def abandon(self, number: int) -> None:
+        """Let it know that nobody waits for this batch any more: a handler that sends parts can be stopped there."""
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``, to be answered by ``done(number, [answer])``."""

@@ -25,8 +25,8 @@ from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import (
     NUMBER_BYTES,
+    AnswerHead,
     Encoded,
-    ResponseProperties,
     WorkerExit,
     WorkerFault,
     WorkerJob,
@@ -143,9 +143,14 @@ class ProcessWorker:
 
     def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
         """Send it a batch."""
-        head = [(each.request_id, each.headers, len(each.row.segments), each.deadline) for each in requests]
+        head = [each.head() for each in requests]
         segments = [segment for request in requests for segment in request.row.segments]
         self._send(Frame(Kind.RUN, (number, head), segments))
+
+    def abandon(self, number: int) -> None:
+        """Let it know that nobody waits for a batch any more."""
+        with contextlib.suppress(ValueError):  # it is gone, and its page closed
+            self._page[NUMBER_BYTES:] = number.to_bytes(NUMBER_BYTES, "little")
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
@@ -210,7 +215,7 @@ class ProcessWorker:
         if self._was_cut_off and exitcode in {None, -signal.SIGKILL} and not self._end_reason:
             reason = "it had closed the socket through which it is spoken to, and was killed"
         lines = self.last_lines()
-        started = int.from_bytes(self._page[:], "little")
+        started = int.from_bytes(self._page[:NUMBER_BYTES], "little")
         self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started))
 
     def orphaned(self) -> None:
@@ -268,6 +273,9 @@ class ProcessWorker:
             self._listener.done(number, _outcomes(head, frame.segments))
             if metrics:
                 self._listener.measured(metrics)
+        elif frame.kind is Kind.PART:
+            number, index, head = frame.head
+            self._listener.part(number, index, _answer(head, frame.segments))
         elif frame.kind is Kind.READY:
             self._is_alive = True
             self._listener.ready()
@@ -356,30 +364,32 @@ def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | No
 
 
 def _shared_page() -> tuple[int, mmap.mmap]:
-    """Return memory in which a worker writes what it begins, as a descriptor for it and as a mapping for us."""
+    """Return memory in which a worker writes what it begins, and we what it need not finish, as a descriptor for it and as a mapping for us."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("torchmgmt-started")
     else:
         with tempfile.TemporaryFile(buffering=0) as file:
             fd = os.dup(file.fileno())
     try:
-        os.ftruncate(fd, NUMBER_BYTES)
-        return fd, mmap.mmap(fd, NUMBER_BYTES)
+        os.ftruncate(fd, 2 * NUMBER_BYTES)
+        return fd, mmap.mmap(fd, 2 * NUMBER_BYTES)
     except BaseException:
         os.close(fd)
         raise
 
 
-def _outcomes(
-    head: Sequence[int | tuple[int, ResponseProperties] | WorkerFault], segments: Sequence[Buffer]
-) -> list[Outcome]:
+def _outcomes(head: Sequence[AnswerHead | WorkerFault], segments: Sequence[Buffer]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     start = 0
-    for answer in head:
-        if isinstance(answer, WorkerFault):
-            outcomes.append(answer)
+    for each in head:
+        if isinstance(each, WorkerFault):
+            outcomes.append(each)
             continue
-        count, properties = (answer, None) if isinstance(answer, int) else answer
-        outcomes.append(Encoded(segments[start : start + count], properties))
-        start += count
+        stop = start + (each if isinstance(each, int) else each[0])
+        outcomes.append(_answer(each, segments[start:stop]))
+        start = stop
     return outcomes
+
+
+def _answer(head: AnswerHead, segments: Sequence[Buffer]) -> Encoded:
+    return Encoded(segments) if isinstance(head, int) else Encoded(segments, head[1], head[2])

@@ -27,7 +27,7 @@ from attrs import frozen
 from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import ModelSpec, Sharing, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.records import Encoded, ModelSpec, Sharing, WorkerExit, WorkerFault, WorkerRequest
 
 if TYPE_CHECKING:
     from torchmgmt.worker.thread import ThreadModel
@@ -203,8 +203,10 @@ class _Task:
     number: int
     requests: Sequence[WorkerRequest] | None
 
-    def run(self, model: ThreadModel) -> Sequence[Outcome]:
-        return [model.describe()] if self.requests is None else model.run(self.requests)
+    def run(
+        self, model: ThreadModel, send: Callable[[int, Encoded], object], is_abandoned: Callable[[], bool]
+    ) -> Sequence[Outcome]:
+        return [model.describe()] if self.requests is None else model.run(self.requests, send, is_abandoned)
 
 
 class ThreadWorker:
@@ -231,6 +233,7 @@ class ThreadWorker:
         self._doing = _Doing.NOTHING_YET
         self._tasks: deque[_Task] = deque()
         self._last_started = 0
+        self._abandoned = 0  # the number of the batch that nobody waits for
         self._last_lines: Sequence[str] = ()
         self._is_stopping = False  # it takes nothing more, and ends after what it has
         self._is_terminated = False  # it begins nothing more
@@ -259,6 +262,10 @@ class ThreadWorker:
     def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
         """Give it a batch; see :class:`torchmgmt.backends.WorkerHandle`."""
         self._put(_Task(number, requests))
+
+    def abandon(self, number: int) -> None:
+        """Let it know that nobody waits for a batch any more."""
+        self._abandoned = number
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
@@ -355,7 +362,10 @@ class ThreadWorker:
         self._tell(self._listener.ready)
         self._tell_metrics(model)
         while (task := self._next_task()) is not None:
-            self._tell(functools.partial(self._listener.done, task.number, task.run(model)))
+            outcomes = task.run(
+                model, functools.partial(self._send, task.number), functools.partial(self._is_abandoned, task.number)
+            )
+            self._tell(functools.partial(self._listener.done, task.number, outcomes))
             self._tell_metrics(model)
         self._end("it was told to end")
 
@@ -371,6 +381,12 @@ class ThreadWorker:
             task = self._tasks.popleft()
             self._doing, self._last_started = _Doing.COMPUTING, task.number
             return task
+
+    def _send(self, number: int, index: int, part: Encoded) -> None:
+        self._tell(functools.partial(self._listener.part, number, index, part))
+
+    def _is_abandoned(self, number: int) -> bool:
+        return self._abandoned == number
 
     def _tell_metrics(self, model: ThreadModel) -> None:
         if metrics := model.take_metrics():

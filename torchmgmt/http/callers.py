@@ -35,8 +35,11 @@ OPEN_TO_ALL = frozenset(
         ("GET", "/live"),
         ("GET", "/ready"),
         ("GET", "/metrics"),
+        ("GET", "/v2/health/live"),
+        ("GET", "/v2/health/ready"),
     }
 )
+READINESS_OF_ONE = "/ready/"
 NEW_KEY = ("GET", "/token")
 
 HOW_TO_SEND = "send the header 'Authorization: Bearer KEY'"
@@ -141,7 +144,7 @@ class Guard:
 def _is_open(method: str, path: str, header: Header) -> bool:
     # A browser sends no key with a preflight; its answer depends on nothing but the path.
     is_preflight = method == "OPTIONS" and header("Access-Control-Request-Method") is not None
-    return is_preflight or (method, path) in OPEN_TO_ALL
+    return is_preflight or (method, path) in OPEN_TO_ALL or (method == "GET" and path.startswith(READINESS_OF_ONE))
 
 
 def host_name(host: str | None) -> str:

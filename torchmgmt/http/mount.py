@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, TypeAlias
 
@@ -33,15 +34,23 @@ BODY = "torchmgmt.body"
 
 @frozen
 class Paths:
-    """Hands each request to the application that has its path's first segment, or else to the default one."""
+    """Hands each request to the application that has its path's first segment, or else to the default one.
+
+    Before that, ``exceptions`` are looked at: regular expressions for method and path, as ``POST /a/b``.
+    """
 
     by_segment: Mapping[str, ASGIApp]
     default: ASGIApp
+    exceptions: Sequence[tuple[re.Pattern[str], ASGIApp]] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        segment = scope["path"][1:].partition("/")[0]
-        await self.by_segment.get(segment, self.default)(scope, receive, send)
+        path: str = scope["path"]
+        for pattern, app in self.exceptions:
+            if pattern.fullmatch(f"{scope['method']} {path}"):
+                await app(scope, receive, send)
+                return
+        await self.by_segment.get(path[1:].partition("/")[0], self.default)(scope, receive, send)
 
 
 @frozen

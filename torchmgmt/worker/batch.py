@@ -5,44 +5,50 @@ from __future__ import annotations
 import operator
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
 from attrs import evolve, frozen
 
-from torchmgmt.channel import Buffer, decode, encode
-from torchmgmt.records import EXPIRED, Encoded, WorkerFault
+from torchmgmt.channel import Buffer, decode
+from torchmgmt.records import EXPIRED, BodyHead, Encoded, RequestHead, WorkerFault
 from torchmgmt.worker.loader import Handler
+from torchmgmt.worker.parts import BatchAbandoned, Parts, PartSender, encoded
+from torchmgmt.worker.rows import row_of
 
-__all__ = ["RequestHead", "attempt", "fault_of", "own_buffers", "run_batch"]
+__all__ = ["attempt", "fault_of", "own_buffers", "run_batch"]
 
 _DEVICE_OUT_OF_MEMORY = torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError
 """Where it stands since torch 2.5, and where it stood before."""
 _OUT_OF_MEMORY = (MemoryError, _DEVICE_OUT_OF_MEMORY)
 
 
-RequestHead: TypeAlias = tuple[str, Mapping[str, str] | None, int, float | None]
-"""Of one request: its id, its headers, the number of its segments, and when nobody waits for it any more (monotonic, s)."""
+_TAKEN_WHOLE = PartSender()
+
 Outcome: TypeAlias = Encoded | WorkerFault
 Ended: TypeAlias = "list[Outcome] | _Failure"
 """How a run of some requests ended: with an outcome for each, or raising."""
 
 
 def run_batch(
-    handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer]
+    handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer], sender: PartSender = _TAKEN_WHOLE
 ) -> list[Encoded | WorkerFault]:
     """Run one batch; return an answer or a fault for each of its requests, in order. Raises nothing of the handler's.
 
+    What the handler sends of an answer before the rest goes to ``sender``.
+
     A batch that raised is run again without the requests that the error names; if it names none and the handler isolates
     errors, request by request. Nothing is run again that is past its deadline, or that could take longer than
-    ``handler.limit_s`` with all that was run before.
+    ``handler.limit_s`` with all that was run before, and nothing of a batch of which a part was sent.
     """
     began = time.monotonic()
-    end = _run(handler, requests, segments)
+    end = _run(handler, requests, segments, sender, range(len(requests)))
+    if isinstance(end, _Failure) and end.is_final:
+        return [end.fault if outcome is None else outcome for outcome in end.outcomes]
     if isinstance(end, _Failure):
-        end = _Repetition(handler, requests, segments, began, end).outcomes()
+        end = _Repetition(handler, requests, segments, sender, began, end).outcomes()
     return end
 
 
@@ -55,44 +61,61 @@ class _Failure:
     fault: WorkerFault
     names_some: bool
     """Whether the error named those that it is about; they have their faults in ``outcomes``."""
+    is_final: bool
+    """Whether nothing may be run again, since a part of an answer is with its caller."""
 
 
-def _run(handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> Ended:
-    """Run requests as one batch, once, but for those that are past their deadlines or cannot be read."""
+def _run(
+    handler: Handler,
+    requests: Sequence[RequestHead],
+    segments: Sequence[Buffer],
+    sender: PartSender,
+    places: Sequence[int],
+) -> Ended:
+    """Run requests as one batch, once, but for those that are past their deadlines or cannot be read.
+
+    ``places`` says where they stand in the batch as it came.
+    """
     # What a handler writes into the arrays that it is given must not be there when they are run again.
     copies = handler.isolates_errors and len(requests) > 1
     outcomes: list[Outcome | None] = []
-    rows, ids, headers = [], [], []
+    rows, given = [], []
     start = 0
-    for request_id, request_headers, count, deadline in requests:
-        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count], copies)
+    for request in requests:
+        _, _, count, deadline, body, _ = request
+        row = EXPIRED if _is_over(deadline) else _row(segments[start : start + count], body, handler, copies)
         start += count
         if isinstance(row, WorkerFault):
             outcomes.append(row)
             continue
+        given.append(len(outcomes))
         outcomes.append(None)
         rows.append(row)
-        ids.append(request_id)
-        headers.append(request_headers or {})
+    asked = [requests[index] for index in given]
+    # Only the row of an inference request says something of the answer; the handler may replace it.
+    wishes = [getattr(row, "asked", None) if type(row) is not dict else None for row in rows]
+    parts = Parts(asked, [places[index] for index in given], sender, handler.response_properties, wishes)
     try:
-        answers = iter(_answered(handler, rows, ids, headers) if rows else ())
+        answers = iter(_answered(handler, asked, rows, parts) if rows else ())
+    except BatchAbandoned:
+        return [EXPIRED if outcome is None else outcome for outcome in outcomes]
     except Exception as error:
         # To be made here, and the error let go of: its frames hold what the handler had made of the batch, maybe all memory.
-        return _failure_of(error, outcomes)
+        return _failure_of(error, outcomes, is_final=parts.any_sent)
     return [next(answers) if outcome is None else outcome for outcome in outcomes]
 
 
-def _answered(
-    handler: Handler, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]
-) -> list[Outcome]:
+def _answered(handler: Handler, requests: Sequence[RequestHead], rows: list[Any], parts: Parts) -> list[Outcome]:
     """Run the handler once, and return what came out for each row. Raises what the handler raises."""
-    answers = handler.run(rows, ids, headers)
+    ids = [request[0] for request in requests]
+    headers = [request[1] or {} for request in requests]
+    answers = parts.drained(handler.run(rows, ids, headers, parts.send))
     properties = handler.response_properties()
-    outcomes = [_outcome(answer) for answer in answers]
+    outcomes = [_outcome(parts, index, answer) for index, answer in enumerate(answers)]
     if properties is not None:
         for outcome, each in zip(outcomes, properties, strict=False):  # the handler can replace what is asked
-            if isinstance(outcome, Encoded):
-                outcome.properties = each
+            if isinstance(outcome, Encoded) and each is not None:
+                outcome.properties = each.over(outcome.properties)
     return outcomes
 
 
@@ -101,8 +124,10 @@ def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _row(segments: Sequence[Buffer], copies: bool) -> Any:
+def _row(segments: Sequence[Buffer], body: BodyHead | None, handler: Handler, copies: bool) -> Any:
     try:
+        if body is not None:
+            return row_of(body, segments[0], handler.served_as)
         return decode(Encoded(own_buffers(segments) if copies else segments))
     except Exception as error:
         return fault_of(error)
@@ -110,15 +135,19 @@ def _row(segments: Sequence[Buffer], copies: bool) -> Any:
 
 def own_buffers(segments: Sequence[Buffer]) -> list[Buffer]:
     """Return the segments of one request with buffers of its own: to write into them changes nothing elsewhere."""
-    pickled, *buffers = segments
-    return [pickled, *map(bytearray, buffers)]
+    return [*segments[:1], *map(bytearray, segments[1:])]
 
 
-def _outcome(answer: Any) -> Outcome:
-    return fault_of(answer) if isinstance(answer, BaseException) else _encoded(answer)
+def _outcome(parts: Parts, index: int, answer: Any) -> Outcome:
+    if isinstance(answer, BaseException):
+        return fault_of(answer)
+    try:
+        return parts.outcome(index, answer)
+    except Exception as error:
+        return fault_of(error)
 
 
-def _failure_of(error: Exception, outcomes: Sequence[Outcome | None]) -> _Failure:
+def _failure_of(error: Exception, outcomes: Sequence[Outcome | None], *, is_final: bool) -> _Failure:
     """Return what a run that raised leaves; ``outcomes`` has None for each request that the handler was given."""
     fault = fault_of(error)
     given = [position for position, outcome in enumerate(outcomes) if outcome is None]
@@ -126,7 +155,7 @@ def _failure_of(error: Exception, outcomes: Sequence[Outcome | None]) -> _Failur
     named = _indexes_of(error, len(given))
     for index in named:
         settled[given[index]] = _fault_at(index, error, fault)
-    return _Failure(settled, fault, names_some=bool(named))
+    return _Failure(settled, fault, names_some=bool(named), is_final=is_final)
 
 
 def _indexes_of(error: Exception, batch_size: int) -> Collection[int]:
@@ -152,7 +181,7 @@ def _parts(requests: Sequence[RequestHead], segments: Sequence[Buffer]) -> list[
     """Return the segments of each request."""
     parts = []
     start = 0
-    for _, _, count, _ in requests:
+    for _, _, count, _, _, _ in requests:
         parts.append(segments[start : start + count])
         start += count
     return parts
@@ -162,7 +191,7 @@ class _Repetition:
     """Runs what is left of a batch that raised again: what an error named is left out, or each request runs alone.
 
     Args:
-        handler, requests, segments: what raised.
+        handler, requests, segments, sender: what raised.
         began: when it began, on the monotonic clock.
         failure: how it ended.
     """
@@ -172,12 +201,14 @@ class _Repetition:
         handler: Handler,
         requests: Sequence[RequestHead],
         segments: Sequence[Buffer],
+        sender: PartSender,
         began: float,
         failure: _Failure,
     ) -> None:
         self._handler = handler
         self._requests = requests
         self._parts = _parts(requests, segments)
+        self._sender = sender
         self._began = began
         self._failure = failure
         self._outcomes = list(failure.outcomes)
@@ -186,11 +217,11 @@ class _Repetition:
     def outcomes(self) -> list[Outcome]:
         """Run again what may be, and return an outcome for each request."""
         # Each error that names some settles these, so there are no more runs than requests.
-        while self._failure.names_some and self._may_run(left := self._left()):
+        while self._failure.names_some and not self._failure.is_final and self._may_run(left := self._left()):
             self._failure = self._run(left) or self._failure
         # What is left now failed together, and nobody was named; what failed alone would fail alone again.
         left = self._left()
-        if self._handler.isolates_errors and len(left) > 1:
+        if self._handler.isolates_errors and len(left) > 1 and not self._failure.is_final:
             self._run_alone(left)
         return [self._failure.fault if outcome is None else outcome for outcome in self._outcomes]
 
@@ -221,7 +252,8 @@ class _Repetition:
         """Run some requests as one batch, note what that settles, and return the failure if they raised."""
         began = time.monotonic()
         segments = [segment for position in positions for segment in self._parts[position]]
-        end = _run(self._handler, [self._requests[position] for position in positions], segments)
+        requests = [self._requests[position] for position in positions]
+        end = _run(self._handler, requests, segments, self._sender, positions)
         self._longest_s = max(self._longest_s, (time.monotonic() - began) / len(positions))
         settled = end.outcomes if isinstance(end, _Failure) else end
         for position, outcome in zip(positions, settled, strict=True):
@@ -232,14 +264,7 @@ class _Repetition:
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
     """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
-        return _encoded(make())
-    except Exception as error:
-        return fault_of(error)
-
-
-def _encoded(answer: Any) -> Outcome:
-    try:
-        return encode(answer)
+        return encoded(make(), None)
     except Exception as error:
         return fault_of(error)
 

@@ -7,15 +7,19 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
+from types import GeneratorType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from attrs import frozen
 
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
 from torchmgmt.worker.declarations import declare_metrics
+from torchmgmt.worker.parts import NO_MORE
 
 if TYPE_CHECKING:
     from torchmgmt.records import ModelSpec, RawMetric, ResponseProperties
@@ -30,6 +34,19 @@ class HandlerError(Exception):
     """The handler does not have a form that can be run, or did not keep to its side of the protocol."""
 
 
+def _drop(_parts: Sequence[Any]) -> None:
+    """Take parts that nobody waits for."""
+
+
+@frozen
+class ServedAs:
+    """What a handler's model is called where it is served, and how the archive wants requests to be unwrapped."""
+
+    name: str = ""
+    version: str = ""
+    envelope: str = ""
+
+
 class Handler:
     """A loaded handler: its entry point, the context it is given, and the object that it belongs to, if any.
 
@@ -39,6 +56,7 @@ class Handler:
         service: the object that it belongs to, if any.
         isolates_errors: whether a batch that raised is to be run again, request by request.
         limit_s: for how long a batch may run, in s, with all that is run again of it.
+        served_as: what its model is called.
     """
 
     def __init__(
@@ -49,30 +67,35 @@ class Handler:
         *,
         isolates_errors: bool = False,
         limit_s: float = math.inf,
+        served_as: ServedAs | None = None,
     ) -> None:
         self.entry_point = entry_point
         self._context = context
         self._service = service
         self.isolates_errors = isolates_errors
         self.limit_s = limit_s
+        self.served_as = served_as or ServedAs()
         self._recorder = context.recorder
         self.take_metrics: Callable[[], Sequence[RawMetric]] = context.recorder.take
         """Returns what the handler has measured since the last call; empty if nothing. Not wrapped: every batch asks."""
 
-    def run(self, rows: list[Any], ids: Sequence[str], headers: Sequence[Mapping[str, str]]) -> Sequence[Any]:
-        """Return one answer for each row. Raises whatever the handler raises, and HandlerError for a wrong answer."""
+    def run(
+        self,
+        rows: list[Any],
+        ids: Sequence[str],
+        headers: Sequence[Mapping[str, str]],
+        send_parts: Callable[[Sequence[Any]], None] = _drop,
+    ) -> Sequence[Any]:
+        """Return one answer for each row, where ``send_parts`` has not taken it. Raises HandlerError for a wrong answer.
+
+        And whatever the handler raises. ``send_parts`` takes a part of the answer to each row.
+        """
         self._context.begin_batch(ids, headers)
+        self._context.send_partial = send_parts
         answers = self.entry_point(rows, self._context)
-        if not isinstance(answers, (list, tuple)):
-            raise HandlerError(
-                f"the handler returned {_kind(answers)}, but must return a list with one answer for each request"
-            )
-        if len(answers) != len(rows):
-            raise HandlerError(
-                f"the handler returned {len(answers)} answers for a batch of {len(rows)} requests;"
-                " it must return a list with one answer for each, in order"
-            )
-        return answers
+        if isinstance(answers, GeneratorType):
+            answers = _drained(answers, send_parts, len(rows))
+        return _checked(answers, len(rows))
 
     def response_properties(self) -> Sequence[ResponseProperties | None] | None:
         """Return what was set for each answer of the last batch beside its body; None if nothing for any."""
@@ -88,6 +111,30 @@ class Handler:
         return {} if describe is None else describe()
 
 
+def _drained(parts: Generator[Any, Any, Any], send: Callable[[Sequence[Any]], None], rows: int) -> Any:
+    """Send what a handler yields for all of its rows at a time, and return what it returns, if anything."""
+    try:
+        while True:
+            send(_checked(next(parts), rows))
+    except StopIteration as end:
+        return [NO_MORE] * rows if end.value is None else end.value
+    finally:
+        parts.close()
+
+
+def _checked(answers: Any, rows: int) -> Sequence[Any]:
+    if not isinstance(answers, (list, tuple)):
+        raise HandlerError(
+            f"the handler returned {_kind(answers)}, but must return a list with one answer for each request"
+        )
+    if len(answers) != rows:
+        raise HandlerError(
+            f"the handler returned {len(answers)} answers for a batch of {rows} requests;"
+            " it must return a list with one answer for each, in order"
+        )
+    return answers
+
+
 def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | None = None) -> Handler:
     """Import the handler of ``spec`` and initialise it. Raises whatever importing and initialising it raise.
 
@@ -98,10 +145,17 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
     name, _, function = spec.handler.partition(":")
     module = load_module(name, Path(spec.model_dir), import_file)
     function = function or "handle"
-    limits: dict[str, Any] = {"isolates_errors": spec.isolate_errors, "limit_s": spec.response_timeout_s}
+    served_as = ServedAs(spec.key.name, spec.key.version, str(spec.manifest.get("model", {}).get("envelope") or ""))
+    limits: dict[str, Any] = {
+        "isolates_errors": spec.isolate_errors,
+        "limit_s": spec.response_timeout_s,
+        "served_as": served_as,
+    }
     if callable(entry_point := getattr(module, function, None)):
         # The protocol of a function: the first call has no data and is the time to load.
-        entry_point(None, context)
+        started = entry_point(None, context)
+        if isinstance(started, GeneratorType):  # one that answers in parts runs only when they are asked for
+            deque(started, maxlen=0)
         return Handler(entry_point, context, **limits)
     if function != "handle":
         raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")

@@ -24,10 +24,10 @@ from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.recorder import make_current
 from torchmgmt.records import (
     NUMBER_BYTES,
+    AnswerHead,
     Encoded,
     ModelSpec,
     RawMetric,
-    ResponseProperties,
     WorkerFault,
     WorkerJob,
 )
@@ -35,6 +35,7 @@ from torchmgmt.segments import BrokenSegment
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
 from torchmgmt.worker.loader import Handler, load_handler
+from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.process import (
     EXIT_NOT_LOADED,
     EXIT_STOPPED,
@@ -177,7 +178,7 @@ def _prove_threads(threads: int) -> None:
 
 def _page(fd: int) -> mmap.mmap:
     with os.fdopen(fd, "r+b", buffering=0) as file:
-        return mmap.mmap(file.fileno(), NUMBER_BYTES)
+        return mmap.mmap(file.fileno(), 2 * NUMBER_BYTES)
 
 
 class _Attention:
@@ -221,7 +222,7 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
             if frame.kind is Kind.RUN:
                 number, requests = frame.head
                 _note_start(page, number)
-                outcomes = run_batch(handler, requests, frame.segments)
+                outcomes = run_batch(handler, requests, frame.segments, _ChannelSender(channel, page, number))
                 frame.segments = ()  # their memory can be used again: the answer says so
                 _answer(channel, number, outcomes, handler.take_metrics())
             elif frame.kind is Kind.DESCRIBE:
@@ -231,21 +232,42 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
                 return
 
 
+class _ChannelSender(PartSender):
+    """Sends the parts of one batch to the embedding process."""
+
+    def __init__(self, channel: Channel, page: mmap.mmap, number: int) -> None:
+        self._channel = channel
+        self._page = page
+        self._number = number
+
+    def send(self, index: int, part: Encoded) -> None:
+        self._channel.send(Frame(Kind.PART, (self._number, index, _head_of(part)), part.segments))
+
+    def is_abandoned(self) -> bool:
+        return int.from_bytes(self._page[NUMBER_BYTES:], "little") == self._number
+
+
 def _answer(
     channel: Channel, number: int, outcomes: Sequence[Encoded | WorkerFault], metrics: Sequence[RawMetric]
 ) -> None:
-    head: list[WorkerFault | int | tuple[int, ResponseProperties]] = []
+    head: list[WorkerFault | AnswerHead] = []
     segments: list[Buffer] = []
     for outcome in outcomes:
         if isinstance(outcome, WorkerFault):
             head.append(outcome)
             continue
-        count = len(outcome.segments)
-        head.append(count if outcome.properties is None else (count, outcome.properties))
+        head.append(_head_of(outcome))
         segments += outcome.segments
     channel.send(Frame(Kind.DONE, (number, head, metrics), segments))
 
 
+def _head_of(answer: Encoded) -> AnswerHead:
+    count = len(answer.segments)
+    if answer.properties is None and answer.content_type is None:
+        return count
+    return count, answer.properties, answer.content_type
+
+
 def _note_start(page: mmap.mmap, number: int) -> None:
     """Write down which batch begins, for the case that it ends this process: those behind it are run elsewhere then."""
-    page[:] = number.to_bytes(NUMBER_BYTES, "little")
+    page[:NUMBER_BYTES] = number.to_bytes(NUMBER_BYTES, "little")

@@ -6,7 +6,7 @@ import ast
 import itertools
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from torchmgmt.handlers.context import Context
 from torchmgmt.records import Encoded, ModelSpec, RawMetric, WorkerFault, WorkerRequest
 from torchmgmt.worker.batch import attempt, fault_of, own_buffers, run_batch
 from torchmgmt.worker.loader import Handler, HandlerError, load_file, load_handler
+from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.warmup import warm_up
 
 __all__ = ["ThreadModel"]
@@ -59,14 +60,22 @@ class ThreadModel:
             return self._with_plain_names(fault_of(self._explained(error)))
         return None
 
-    def run(self, requests: Sequence[WorkerRequest]) -> list[Encoded | WorkerFault]:
+    def run(
+        self,
+        requests: Sequence[WorkerRequest],
+        send: Callable[[int, Encoded], object],
+        is_abandoned: Callable[[], bool],
+    ) -> list[Encoded | WorkerFault]:
         """Run one batch; return an answer or a fault for each request, in order.
 
-        Raises what a handler raises that is no Exception, such as SystemExit.
+        What comes of an answer before the rest goes to ``send``, with the request's place in the batch; ``is_abandoned``
+        says whether nobody waits for the batch any more. Raises what a handler raises that is no Exception, such as
+        SystemExit.
         """
-        heads = [(each.request_id, each.headers, len(each.row.segments), each.deadline) for each in requests]
+        heads = [each.head() for each in requests]
         segments = [segment for request in requests for segment in _copy(request.row).segments]
-        return [self._own(outcome) for outcome in run_batch(self._loaded(), heads, segments)]
+        sender = _ThreadSender(send, is_abandoned)
+        return [self._own(outcome) for outcome in run_batch(self._loaded(), heads, segments, sender)]
 
     def describe(self) -> Encoded | WorkerFault:
         """Return what the handler's ``describe_handle`` says, or the fault that it ended in."""
@@ -125,8 +134,24 @@ class ThreadModel:
         )
 
 
+class _ThreadSender(PartSender):
+    """Hands the parts of one batch to who takes them."""
+
+    def __init__(self, take: Callable[[int, Encoded], object], is_abandoned: Callable[[], bool]) -> None:
+        self._take = take
+        self._asks = is_abandoned
+
+    def send(self, index: int, part: Encoded) -> None:
+        self._take(index, _copy(part))
+
+    def is_abandoned(self) -> bool:
+        return self._asks()
+
+
 def _copy(encoded: Encoded) -> Encoded:
     """Return it with buffers of its own: as if it had travelled, it can be written to and changes nothing elsewhere."""
+    if encoded.content_type is not None:
+        return Encoded([bytes(each) for each in encoded.segments], encoded.properties, encoded.content_type)
     return Encoded(own_buffers(encoded.segments), encoded.properties)
 
 

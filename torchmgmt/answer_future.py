@@ -1,0 +1,140 @@
+"""AnswerFuture: the future of an answer, unpickled by whoever asks for it; for threads and for event loops."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from typing import Any
+
+from torchmgmt import forks
+from torchmgmt.encoding import decode
+from torchmgmt.errors import HandlerFailed, ManagerClosed
+from torchmgmt.exchange import Response
+from torchmgmt.records import Encoded, ModelKey, ResponseProperties
+
+__all__ = ["AnswerFuture"]
+
+_UNREAD = object()
+
+
+class AnswerFuture(Future[Any]):
+    """The future of an :class:`Encoded` answer, or of a list of them, which gives what was encoded.
+
+    It is unpickled by whoever asks for it, not by the thread that received it: unpickling a tensor imports torch, which
+    takes seconds the first time, and no other answer may have to wait for that.
+    """
+
+    def __init__(
+        self, key: ModelKey, keeps_alive: object = None, on_abandon: Callable[[], object] | None = None
+    ) -> None:
+        """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future.
+
+        ``on_abandon`` is called when it is abandoned while it runs.
+        """
+        super().__init__()
+        self._key = key
+        self._keeps_alive = keeps_alive
+        self._on_abandon = on_abandon
+        self._depth = forks.depth()
+        self._answer: Any = _UNREAD
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return the answer, waiting for at most ``timeout`` seconds; raise what ended the request otherwise.
+
+        Raises HandlerFailed, too, if the answer cannot be unpickled in this process, and ManagerClosed in one that was
+        forked before the answer was read: it may never come there.
+        """
+        self._check_process()
+        received = super().result(timeout)
+        if self._answer is _UNREAD:
+            self._answer = self._read(received)
+        return self._answer
+
+    def response_properties(self, timeout: float | None = None) -> ResponseProperties | None:
+        """Return what the handler has set for the answer beside its body; None if nothing. Waits and raises as :meth:`result`.
+
+        It unpickles nothing, so it may be called on a thread that must not wait for that.
+        """
+        self._check_process()
+        received = super().result(timeout)
+        return received.properties if isinstance(received, Encoded) else None
+
+    def response(self, timeout: float | None = None) -> Response:
+        """Return the answer to an :class:`~torchmgmt.HttpBody`, ready to be sent. Waits and raises as :meth:`result`.
+
+        Raises TypeError, too, if the request was none. It unpickles nothing.
+        """
+        return Response.of(self.encoded(timeout))
+
+    def encoded(self, timeout: float | None = None) -> Encoded:
+        """Return the answer to one request as it came. Waits and raises as :meth:`result`, but unpickles nothing."""
+        self._check_process()
+        received: Encoded = super().result(timeout)
+        return received
+
+    def abandon(self) -> None:
+        """Have nothing more of it, whether it runs or not: it ends as if cancelled. Any thread; idempotent.
+
+        What was not started never runs. A handler that answers in parts is stopped at the next one once nobody waits for
+        its batch any more; another cannot be stopped.
+        """
+        if self.cancel():
+            return
+        with contextlib.suppress(InvalidStateError):
+            self.set_exception(CancelledError())
+            if self._on_abandon is not None:
+                self._on_abandon()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""
+        self._check_process()
+        return super().exception(timeout)
+
+    def _check_process(self) -> None:
+        # No lock is asked for: in a forked copy it may be held by a thread that is not there.
+        if forks.depth() != self._depth and self._answer is _UNREAD:
+            raise ManagerClosed("This future", "belongs to the process that this one was forked from")
+
+    def _read(self, received: Any) -> Any:
+        return [self.value_of(each) for each in received] if isinstance(received, list) else self.value_of(received)
+
+    def value_of(self, answer: Encoded) -> Any:
+        """Return what was encoded; raise HandlerFailed if that cannot be made in this process."""
+        try:
+            return bytes(answer.segments[0]) if answer.content_type is not None else decode(answer)
+        except Exception as error:  # whatever a pickle may raise
+            reason = f"its answer cannot be unpickled in this process; it should answer with plain data ({error!r})"
+            raise HandlerFailed(self._key.name, self._key.version, reason, error_type=type(error).__name__) from error
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait for the answer on the event loop that runs; what ends the waiting ends the request, too."""
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Any:
+        import asyncio  # 30 ms that a program without an event loop need not pay
+
+        from torchmgmt.loops import settled
+
+        try:
+            await settled(self)
+        except asyncio.CancelledError:
+            self.abandon()
+            raise
+        if self.exception() is None and self._answer is _UNREAD and _is_slow_to_read(self.encoded()):
+            return await asyncio.to_thread(self.result)
+        return self.result()
+
+    async def value_on_loop(self, answer: Encoded) -> Any:
+        """Return what was encoded, as :meth:`value_of`, without having an event loop wait for an import."""
+        if not _is_slow_to_read(answer):
+            return self.value_of(answer)
+        import asyncio
+
+        return await asyncio.to_thread(self.value_of, answer)
+
+
+def _is_slow_to_read(answer: Encoded) -> bool:
+    """Whether unpickling would import torch, which takes seconds."""
+    return "torch" not in sys.modules and answer.content_type is None and b"torch" in bytes(answer.segments[0])

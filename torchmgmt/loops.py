@@ -1,0 +1,86 @@
+"""From threads to event loops: an ``await`` for what other threads settle, with one wake-up of the loop for many of them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from attrs import define
+
+__all__ = ["LoopBridge", "bridge_to", "settled"]
+
+
+class LoopBridge:
+    """Runs callbacks on one event loop that other threads ask for. Thread-safe; nothing blocks.
+
+    To wake a loop costs a system call and, where it runs Python, a fight for the interpreter lock. So it is woken once
+    for all that is posted until it gets to run: a batch of answers wakes it once.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # It must not keep a loop alive that nobody runs any more: the loop is its key in what is kept of bridges.
+        self._loop = weakref.ref(loop)
+        self._posted: deque[Callable[[], object]] = deque()
+        self._is_woken = False
+
+    def post(self, callback: Callable[[], object]) -> None:
+        """Run ``callback`` on the loop, soon; in the order in which they came. Does nothing once the loop is closed."""
+        self._posted.append(callback)
+        if self._is_woken:
+            return  # it has not begun to take what was posted, and this came before it does
+        self._is_woken = True
+        loop = self._loop()
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(self._run)
+                return
+        except RuntimeError:
+            pass  # it is closed
+        self._is_woken = False
+        self._posted.clear()  # nobody waits there any more
+
+    def _run(self) -> None:
+        self._is_woken = False  # before it takes anything: what comes after that wakes it again
+        while self._posted:
+            self._posted.popleft()()
+
+
+@define
+class _Bridges:
+    lock: threading.Lock
+    by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBridge]
+
+
+_bridges = _Bridges(threading.Lock(), weakref.WeakKeyDictionary())
+
+
+def bridge_to(loop: asyncio.AbstractEventLoop) -> LoopBridge:
+    """Return the one bridge to ``loop``. Any thread."""
+    bridge = _bridges.by_loop.get(loop)
+    if bridge is None:
+        with _bridges.lock:
+            bridge = _bridges.by_loop.setdefault(loop, LoopBridge(loop))
+    return bridge
+
+
+async def settled(future: Future[Any]) -> None:
+    """Return when ``future`` is done, however it ended; for the loop that runs. Its callbacks may run on any thread."""
+    if future.done():
+        return
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+    wake = functools.partial(_wake, waiter)
+    bridge = bridge_to(loop)
+    future.add_done_callback(lambda _: bridge.post(wake))
+    await waiter
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # its task may have been cancelled
+        waiter.set_result(None)
