@@ -110,7 +110,7 @@ def parse(text: str) -> Load:
 
 
 def _percentile(text: str, percent: int) -> float:
-    found = re.search(rf"^ *{percent}% +([\d.]+)(us|ms|s|m|h)$", text, re.MULTILINE)
+    found = re.search(rf"^ *{percent}% +([\d.]+)(us|ms|s|m|h) *$", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"no {percent}% in the report of wrk --latency: {text!r}")
     return float(found[1]) * _UNITS[found[2]]
