@@ -41,7 +41,7 @@ def main() -> int:
     setup = Setup(given.runs, found, given.device, given.quick)
     suites = dict.fromkeys(given.suites or SUITES)
     facts = {**machine.facts(), **_peers(setup), "load before": machine.load()}
-    report = Report(facts, _command(list(suites), setup))
+    report = Report(facts, command(list(suites), setup))
     for name in suites:
         started = time.monotonic()
         report.tables.extend(SUITES[name](setup))
@@ -101,12 +101,12 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown to a file, too")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw the tables that have bars, as SVG")
     given = parser.parse_args()
-    if why := _lacks(given.device):
+    if why := lacks(given.device):
         parser.error(f"--device {given.device}: {why}")
     return given
 
 
-def _lacks(device: str) -> str:
+def lacks(device: str) -> str:
     """Why torch cannot compute there; asked in a process of its own, for this one is to stay without torch."""
     if device == "cpu":
         return ""
@@ -117,7 +117,8 @@ def _lacks(device: str) -> str:
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
-def _command(suites: list[str], setup: Setup) -> str:
+def command(suites: list[str], setup: Setup) -> str:
+    """Return the command that measures this again."""
     device = "" if setup.device == "cpu" else f" --device {setup.device}"
     return " ".join(["python -m benchmarks", *suites, f"--runs {setup.runs}{device}{' --quick' * setup.is_quick}"])
 

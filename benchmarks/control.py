@@ -117,7 +117,7 @@ def _library(setup: Setup, scratch: Path, sizes: Sequence[int]) -> Table:
 
     def measured(state_file: Path | None) -> Sample:
         with ModelManager(state_file=state_file) as manager:
-            return _grown(_Library(manager, noop), sizes)
+            return grown(_Library(manager, noop), sizes)
 
     variants: dict[str, Callable[[], Sample]] = {
         _PLAIN: lambda: measured(None),
@@ -188,12 +188,12 @@ def _over_http(peer: ManagedServer, store: Path, sizes: Sequence[int]) -> Sample
     with peer.serve(store) as server:
         connection = http.client.HTTPConnection(LOOPBACK, server.management_port, timeout=60)
         try:
-            return _grown(_Server(server, connection), sizes)
+            return grown(_Server(server, connection), sizes)
         finally:
             connection.close()
 
 
-def _grown(control: _Control, sizes: Sequence[int]) -> Sample:
+def grown(control: _Control, sizes: Sequence[int]) -> Sample:
     """Register more and more models; measure each call at each size."""
     sample: dict[str, float] = {}
     control.register("model-0")  # beside what only the first one costs

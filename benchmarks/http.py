@@ -35,7 +35,10 @@ FAIRNESS = (
         "LitServe runs with fast_queue (ZeroMQ), which its documentation advises for such loads. LitServe and mosec serve one"
         " model that is fixed when they start; torchmgmt and TorchServe route by model and version and can be managed meanwhile."
     ),
-    "mosec's HTTP side and batching are Rust; its Python is only the model. TorchServe logs each request to a file by default.",
+    (
+        "mosec's HTTP side and batching are Rust; its Python is only the model. torchmgmt and TorchServe write a line of log for"
+        " each request, as they do by default; LitServe and mosec run with that switched off."
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
+import psutil
 from attrs import frozen
 
 from benchmarks.measure import pss_mb
@@ -137,16 +138,11 @@ class Server:
 
     def pss_mb(self) -> float:
         """Return what all its processes weigh together, in MB."""
-        processes = tree(self._process.pid)
-        return pss_mb(process.pid for process in processes[1 if self._launch.behind_launcher else 0 :])
+        return pss_mb(process.pid for process in self._processes())
 
     def own_pss_mb(self) -> float:
         """Return what the process that manages the models weighs, without workers and what they are made from."""
-        return pss_mb(
-            [process.pid for process in tree(self._process.pid)][1:2]
-            if self._launch.behind_launcher
-            else [self._process.pid]
-        )
+        return pss_mb(process.pid for process in self._processes()[:1])
 
     def check_alive(self) -> None:
         """Raise ServerFailed, with its last line, if it has ended."""
@@ -191,7 +187,12 @@ class Server:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
+    def _processes(self) -> list[psutil.Process]:
+        """The one that serves first, then all that descend from it."""
+        return tree(self._process.pid)[1 if self._launch.behind_launcher else 0 :]
+
     def _end(self) -> None:
-        # A launcher that gets the signal would leave the server behind.
-        first = tree(self._process.pid)[1:2] if self._launch.behind_launcher else []
-        end_session(self._process, first)
+        processes = self._processes()
+        # A launcher that gets the signal would leave the server behind. One with a Management API ends its workers by
+        # itself; LitServe leaves them to whoever asks them.
+        end_session(self._process, processes[:1] if self._launch.management_port else processes)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import pictures, wrk
+from benchmarks import control, pictures, wrk
+from benchmarks.__main__ import command, lacks
 from benchmarks.http import beside
 from benchmarks.measure import Missing, Result, Sample, Series, interleave
 from benchmarks.peers import environments
@@ -285,3 +286,51 @@ def test_a_server_that_a_script_makes_takes_large_bodies_and_is_gone_at_the_end(
         assert endpoint.server.pss_mb() > 0
     with pytest.raises(OSError, match="refused"):
         urlopen(endpoint.url, data=body, timeout=20)
+
+
+class FakeControl:
+    """Knows what is registered, and notes how many there were at each call."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.seen: dict[str, set[int]] = {"describe": set(), "list": set()}
+
+    def register(self, name: str) -> None:
+        assert name not in self.names
+        self.names.add(name)
+
+    def describe(self, name: str) -> None:
+        assert name in self.names
+        self.seen["describe"].add(len(self.names))
+
+    def list(self, start: int) -> None:
+        assert 0 <= start < len(self.names)
+        self.seen["list"].add(len(self.names))
+
+    def unregister(self, name: str) -> None:
+        self.names.remove(name)
+
+    def weigh_mb(self) -> float:
+        return 100 + 0.05 * len(self.names)
+
+
+def test_the_control_plane_is_measured_at_each_size_and_what_is_added_to_measure_is_taken_away() -> None:
+    fake = FakeControl()
+    sample = control.grown(fake, (1, 20, 300))
+    more = 20
+    assert fake.seen == {"describe": {1 + more, 20 + more, 300 + more}, "list": {1 + more, 20 + more, 300 + more}}
+    assert len(fake.names) == 300
+    assert sample["kB each"] == pytest.approx(50)
+    assert {
+        f"{figure} {size}" for figure in ("register", "describe", "list", "unregister") for size in (1, 20, 300)
+    } < {*sample}
+
+
+def test_quick_suites_say_so_in_the_command_of_their_report(tmp_path: Path) -> None:
+    setup = Setup(2, Environments(tmp_path), "cuda:1", is_quick=True)
+    assert command(["http", "memory"], setup) == "python -m benchmarks http memory --runs 2 --device cuda:1 --quick"
+
+
+def test_a_device_that_is_not_there_is_refused_with_what_torch_says() -> None:
+    assert not lacks("cpu")
+    assert "nothing_such" in lacks("nothing_such")
