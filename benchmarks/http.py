@@ -133,8 +133,8 @@ def _bodies(setup: Setup, store: Path) -> Table:
         for size, count in _BODIES.items():
             body = wrk.Requests.of_sizes(size * 1_000_000)
             for name, endpoint in endpoints.items():
-                variants[f"{name}, {size} MB"] = partial(_load, endpoint, count, setup.seconds, body)
-        budget_s = 2.0 * (setup.runs + 1) * len(variants) * setup.seconds
+                variants[f"{name}, {size} MB"] = partial(_load, endpoint, count, 2 * setup.seconds, body)
+        budget_s = 4.0 * (setup.runs + 1) * len(variants) * setup.seconds
         result = interleave("http, bodies", variants, setup.runs, budget_s=budget_s)
     rows = [row for size in _BODIES for row in _body_rows(result, list(peers), size)]
     notes = [
@@ -168,7 +168,7 @@ def _growth(setup: Setup, store: Path) -> Table:
     rows = []
     for name in variants:
         if result.has(name):
-            before = Row(f"{name}: after {first:,} requests", result.series(name, "first", "MB"), short=name)
+            before = Row(f"{name}: after {first:,} requests", result.series(name, "first", "MB"), short="before")
             rows += [before, Row(f"{name}: after {last:,}", result.series(name, "last", "MB"), before)]
     notes = [
         (

@@ -145,7 +145,7 @@ import sys, torch
 layers, width, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 weights = {}
 for layer in range(layers):
-    weights[f"layers.{layer}.weight"] = torch.rand(width, width)
+    weights[f"layers.{layer}.weight"] = torch.rand(width, width) / width  # answers stay finite: others are no JSON
     weights[f"layers.{layer}.bias"] = torch.rand(width)
 torch.save(weights, file)
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from benchmarks.report import Report, Row, Table, number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0b6e99", "#e07b39", "#6c9a3b", "#8d5a97", "#7f7f7f", "#c9a227")
+_COLOURS = {"torchmgmt": "#0b6e99", "TorchServe": "#e07b39", "LitServe": "#6c9a3b", "mosec": "#8d5a97"}
+_OTHERS = ("#7f7f7f", "#c9a227", "#5fa3c4", "#b0b0b0")
 _SETTINGS: Any = {"svg.hashsalt": "torchmgmt", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
 _ROW_INCHES = 0.23
 
@@ -64,9 +66,8 @@ def _draw_unit(title: str, unit: str, rows: Sequence[Row], file: Path) -> None:
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     """Horizontal bars from top to bottom, a gap between groups, the median beside each."""
-    colours = {
-        who: _COLOURS[n % len(_COLOURS)] for n, who in enumerate(dict.fromkeys(r.bar.who for r in rows if r.bar))
-    }
+    others = itertools.cycle(_OTHERS)
+    colours = {who: _COLOURS.get(who) or next(others) for who in dict.fromkeys(row.bar.who for row in rows if row.bar)}
     places: dict[str, list[float]] = {}
     place = 0.0
     for row in rows:

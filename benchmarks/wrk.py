@@ -67,7 +67,8 @@ class Requests:
 def run(url: str, connections: int, seconds: int, requests: Requests | None = None) -> Load:
     """Keep so many connections busy for so long (at least 1 s). Blocks.
 
-    Raises Missing if wrk is not there, if it fails, or if any answer was an error: what errors measure is something else.
+    Raises Missing if wrk is not there, if it fails, if nothing was answered, or if any answer was an error: what errors
+    measure is something else.
     """
     with _script(requests or Requests()) as script:
         done = subprocess.run(
@@ -79,6 +80,8 @@ def run(url: str, connections: int, seconds: int, requests: Requests | None = No
     load = parse(done.stdout)
     if load.errors:
         raise Missing(f"{load.errors} of {load.requests} answers from {url} were errors")
+    if not load.requests:
+        raise Missing(f"nothing was answered within {seconds} s by {url}")
     return load
 
 

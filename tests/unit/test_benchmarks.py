@@ -187,6 +187,23 @@ def test_without_wrk_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
         wrk.run("http://127.0.0.1:1/", 1, 1)
 
 
+def test_figures_of_errors_or_of_no_answer_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A wrk that prints a report stands for one that has measured it."""
+    program = tmp_path / "wrk"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    whole = RECORDED.format(gap=" ", more="")
+    for report, why in (
+        (RECORDED.format(gap=" ", more="  Non-2xx or 3xx responses: 29\n"), "29 of 200 answers"),
+        (whole.replace("  200 requests", "  0 requests"), "nothing was answered"),
+    ):
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{report}END\n")
+        program.chmod(0o755)
+        with pytest.raises(Missing, match=why):
+            wrk.run("http://127.0.0.1:1/", 1, 1)
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{whole}END\n")
+    assert wrk.run("http://127.0.0.1:1/", 1, 1) == wrk.parse(whole)
+
+
 def test_variants_take_turns_and_warm_up_first() -> None:
     """A B A B A B, so that whatever else the machine does hits all alike."""
     order: list[str] = []
