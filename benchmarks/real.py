@@ -48,13 +48,14 @@ def run(setup: Setup) -> list[Table]:
                 missing.append(f"Not measured: {name}. {error}.")
             else:
                 models.put_on(setup.device, subject.handler, subject.handler_class)
+                models.fix_threads(subject.handler, subject.handler_class, 1)
                 subjects[name] = subject
         rows = saturation.rows_of("real, saturation", subjects, setup.runs, None) if subjects else []
         notes = [
             (
                 "Whole path: bytes in (a clip of 1 s of sound, a PNG of 240 x 180, a sentence), what the handler answers out."
-                f" 1 worker, batch_size {BATCH_SIZE}, torch's threads as the server sets them. The bare loop runs the same"
-                " handler on the same requests in a process that does nothing else, with torch's own number of threads."
+                f" 1 worker, batch_size {BATCH_SIZE}. The bare loop runs the same handler on the same requests in a process that"
+                " does nothing else. torch computes with 1 thread in both: with more, whatever else runs moves them by factors."
             ),
             *missing,
         ]
