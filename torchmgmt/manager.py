@@ -64,6 +64,8 @@ from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
 from torchmgmt.streams import AnswerStream
 
 if TYPE_CHECKING:
+    import asyncio
+
     from torchmgmt.state_file import StateKeeper
     from torchmgmt.tracing import Tracing
 
@@ -207,6 +209,21 @@ class ModelManager:
         """Start the process that imports torch, so that a first worker need not wait for it. Does not block."""
         self._check_usable()
         self._backend.warm()
+
+    def run_on(self, loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
+        """Have an event loop read the answers of worker processes, which a thread of the library does otherwise.
+
+        Then no thread is woken between an answer and the task on that loop that waits for it: for a server whose requests
+        come in on one loop. Returns what undoes it, which must be called before the loop is closed; both are to be called
+        on the loop's thread. Until then the loop must not be kept waiting by anything: all answers go through it, those for
+        other threads, too. Calls that wait (``predict``, ``close``) raise WouldWaitForever there. Changes nothing if another
+        loop does it already.
+
+        Raises:
+            ManagerClosed: the manager was closed.
+        """
+        self._check_usable()
+        return self._backend.run_on(loop)
 
     def register(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class FakeManager:
         self.calls.append((name, args, kwargs))
         if self.error is not None:
             raise self.error
+
+    def run_on(self, _loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
+        return lambda: None
 
     def register(self, url: str, **kwargs: Any) -> FakeModel:
         self._note("register", url, **kwargs)

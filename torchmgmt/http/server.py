@@ -21,7 +21,7 @@ from attrs import frozen
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.http import operations as ops
 from torchmgmt.http.addresses import Addresses, BoundAddress, Role
-from torchmgmt.http.asgi_server import ASGIServer
+from torchmgmt.http.asgi_server import ASGIServer, no_work
 from torchmgmt.http.callers import log_who_may_call
 from torchmgmt.http.contract import contract_of
 from torchmgmt.http.inference import create_inference_app
@@ -182,6 +182,7 @@ def start_server(
         limits=limits,
         on_drain=draining.set,
         on_response=on_response,
+        run_on=manager.run_on if Role.INFERENCE in bound.roles else no_work,
     )
 
 
