@@ -35,17 +35,16 @@ class _RequestIds:
 
     def __init__(self) -> None:
         self._begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)  # the parent goes on with the old ones
 
     def _begin(self) -> None:
         first = uuid.uuid4()
-        self._pid = os.getpid()
         self._prefix = str(first)[:24]
         self._numbers = itertools.count(first.node)
 
     def next(self) -> str:
         """Return another one."""
-        if self._pid != os.getpid():  # forked: the parent goes on with the old ones
-            self._begin()
         return f"{self._prefix}{next(self._numbers) & 0xFFFFFFFFFFFF:012x}"
 
 
