@@ -12,7 +12,7 @@ from torchmgmt.announcer import Announcer
 from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.catalogue import Catalogue
 from torchmgmt.errors import InvalidArgument, ManagerClosed, ModelNotFound, NoWorker, QueueFull, TorchmgmtError
-from torchmgmt.records import WorkerRequest
+from torchmgmt.exchange import WorkerRequest
 from torchmgmt.request import new_request
 from torchmgmt.served import ServedVersion
 

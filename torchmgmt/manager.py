@@ -17,11 +17,12 @@ from torchmgmt.archive import ModelSources
 from torchmgmt.backends import Backend
 from torchmgmt.backends.backend_set import BackendSet
 from torchmgmt.catalogue import Catalogue
+from torchmgmt.checks import check_number, check_truth
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.events import DefaultVersionSet, Listener
 from torchmgmt.intake import Intake, tracing_for
 from torchmgmt.model import Model
-from torchmgmt.records import CloseReport, ModelInfo, ModelKey, Scale, ShareWeights, check_number, check_truth
+from torchmgmt.records import CloseReport, ModelInfo, ModelKey, Scale, ShareWeights
 from torchmgmt.registrar import Registrar
 from torchmgmt.registration import Wishes, is_default_version, sources_of
 from torchmgmt.served import close_all, total_of

@@ -15,10 +15,12 @@ from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.archive import ModelFolder
 from torchmgmt.backends import Backend
 from torchmgmt.batcher import Batcher
+from torchmgmt.checks import check_number
 from torchmgmt.errors import DeadlineExceeded, ModelNotFound, TorchmgmtError
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.lifecycle import VersionState
 from torchmgmt.pool import WorkerPool
-from torchmgmt.records import CloseReport, Encoded, ModelInfo, ModelSpec, WorkerRequest, check_number
+from torchmgmt.records import CloseReport, ModelInfo, ModelSpec
 
 __all__ = ["ServedVersion", "close_all", "new_served", "total_of"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchmgmt.channel import Buffer
-from torchmgmt.records import Encoded
+from torchmgmt.exchange import Encoded
 
 __all__ = ["JSON", "OCTETS", "TEXT", "rendered"]
 

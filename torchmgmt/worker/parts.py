@@ -8,7 +8,7 @@ from types import GeneratorType
 from typing import Any
 
 from torchmgmt.channel import encode
-from torchmgmt.records import BodyHead, Encoded, RequestHead, ResponseProperties
+from torchmgmt.exchange import BodyHead, Encoded, RequestHead, ResponseProperties
 from torchmgmt.worker.answers import rendered
 
 __all__ = ["NO_MORE", "BatchAbandoned", "PartSender", "Parts", "encoded"]

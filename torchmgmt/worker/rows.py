@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from torchmgmt.channel import Buffer
-from torchmgmt.records import BodyHead
+from torchmgmt.exchange import BodyHead
 
 __all__ = ["row_of"]
 
