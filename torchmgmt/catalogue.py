@@ -60,8 +60,9 @@ class Catalogue:
             from torchmgmt.state_file import StateKeeper  # most programs keep no state
 
             self._keeper, stored = StateKeeper.open(state_file)
-            self.has_stored = stored is not None
-            self._desired.load(stored or DesiredState())
+            if stored is not None:
+                self.has_stored = True
+                self._desired.load(stored)
 
     def __repr__(self) -> str:
         return f"<Catalogue of {len(self)} model versions>"
