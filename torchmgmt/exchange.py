@@ -43,6 +43,12 @@ class ResponseProperties:
         """The content type that the handler set; None if it set none."""
         return next((value for name, value in self.headers.items() if name.lower() == "content-type"), None)
 
+    def over(self, beneath: ResponseProperties | None) -> ResponseProperties:
+        """Return these, with the headers of ``beneath`` that are not among them."""
+        if beneath is None:
+            return self
+        return ResponseProperties(self.status, self.phrase, {**beneath.headers, **self.headers})
+
 
 # What follows is not frozen, as other facts are: to make a frozen one costs a microsecond more, for each request thrice.
 
@@ -62,8 +68,9 @@ class Encoded:
     """Of the body of an answer: its type; None: this is no body but a pickle."""
 
 
-BodyHead: TypeAlias = tuple[int, str, tuple[tuple[str, str], ...], bool]
-"""Of a body: its form, content type, query, and whether it is to be parsed (:class:`HttpBody`)."""
+BodyHead: TypeAlias = tuple[int, str, tuple[tuple[str, str], ...], bool, int, int]
+"""Of a body: its form, content type, query, whether it is to be parsed, how much of it is JSON, and how large the answer may
+be (:class:`HttpBody`)."""
 RequestHead: TypeAlias = tuple[str, "Mapping[str, str] | None", int, "float | None", "BodyHead | None", bool]
 """What a worker is told of a request: its id, its headers, the number of its segments, its deadline, what it is if it is a
 body, and whether its answer may come in parts."""
@@ -107,6 +114,10 @@ class Form(IntEnum):
     """By its content type, as TorchServe's handlers expect it: raw, text, JSON, form or multipart."""
     V2 = 2
     """As an inference request of the Open Inference Protocol, version 2, with or without binary tensors."""
+    V1 = 3
+    """As HTTP, the answer as version 1 of KServe's protocol has predictions."""
+    V1_EXPLAIN = 4
+    """The same for explanations."""
 
 
 @define(eq=False)
@@ -122,10 +133,15 @@ class HttpBody:
     form: Form = Form.HTTP
     decodes: bool = True
     """Whether the worker parses JSON and text; if not, the handler gets bytes (``decode_input_request``)."""
+    json_bytes: int = -1
+    """Of V2: how many of its bytes are JSON; binary tensors come after that. -1: all are."""
+    max_answer_bytes: int = 0
+    """How large the answer, or a part of it, may be; a larger one does not leave the worker. 0: any."""
 
     def head(self) -> BodyHead:
         """Return what the worker needs to know of it beside its bytes."""
-        return (int(self.form), self.content_type, tuple(self.query), self.decodes)
+        query = tuple(self.query) if self.query else ()
+        return (int(self.form), self.content_type, query, self.decodes, self.json_bytes, self.max_answer_bytes)
 
 
 @define(eq=False)

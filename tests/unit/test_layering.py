@@ -122,6 +122,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "prometheus_client": frozenset({"metrics"}),
     "opentelemetry": frozenset({"tracing"}),
     "falcon": frozenset({"http"}),
+    "python_multipart": frozenset({"worker"}),  # of the extra http: only what came over HTTP is a form
     "waitress": frozenset({"http"}),
     "uvicorn": frozenset({"http"}),
     "uvloop": frozenset({"http"}),

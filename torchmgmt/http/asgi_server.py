@@ -33,6 +33,7 @@ class ASGIServer:
     """Serves once made. May be used from any thread. ``url`` is where it serves.
 
     ``mounted`` is the WSGI application that ``app`` has in it, if there is one: its threads are ended with the server.
+    ``on_drain`` is called when it begins to take no further request.
     ``on_response`` is told the code of each answer, on the server's thread.
     """
 
@@ -45,8 +46,10 @@ class ASGIServer:
         tls: ssl.SSLContext | None = None,
         mounted: MountedWSGI | None = None,
         limits: Limits | None = None,
+        on_drain: Callable[[], object] = lambda: None,
         on_response: Callable[[int], object] = lambda _code: None,
     ) -> None:
+        self._on_drain = on_drain
         self.url = str(address_of(sock, "https" if tls else "http"))
         self._mounted = mounted
         self._started = threading.Event()
@@ -71,6 +74,7 @@ class ASGIServer:
 
         Blocks for up to ``timeout`` seconds; returns whether all were. Those that were not go on.
         """
+        self._on_drain()
         self._server.should_exit = True
         return self._drained.wait(timeout) and not self._cut_off
 
