@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 from attrs import define, field, frozen
 
 from torchmgmt.arrivals import Arrivals
+from torchmgmt.checks import check_number
 from torchmgmt.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -31,7 +32,6 @@ from torchmgmt.errors import (
     TorchmgmtError,
     WrongNumberOfAnswers,
 )
-from torchmgmt.records import check_number
 
 __all__ = ["Batch", "Batcher"]
 

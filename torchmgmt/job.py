@@ -12,7 +12,8 @@ from typing import Protocol, TypeAlias
 from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import Outcome
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
-from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.records import EXPIRED, ModelKey, WorkerExit, WorkerFault
 
 __all__ = [
     "Job",

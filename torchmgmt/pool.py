@@ -20,6 +20,7 @@ from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import Backend, Outcome
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.channel import encode
+from torchmgmt.checks import check_number
 from torchmgmt.errors import (
     DeadlineExceeded,
     ManagerClosed,
@@ -39,12 +40,12 @@ from torchmgmt.events import (
     WorkerReady,
     WorkerStopped,
 )
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.job import Job, JobQueue, JobSource, OwnJob, Ran, answers_of, error_of_death, failures_of, size_of
 from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState, advance_version
 from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
 from torchmgmt.records import (
     CloseReport,
-    Encoded,
     MetricRecord,
     ModelSpec,
     RawMetric,
@@ -53,8 +54,6 @@ from torchmgmt.records import (
     WorkerExit,
     WorkerFault,
     WorkerInfo,
-    WorkerRequest,
-    check_number,
 )
 from torchmgmt.scaling import Failures, Load, Plan, Situation, decide, default_threads
 

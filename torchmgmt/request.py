@@ -7,8 +7,7 @@ from typing import Any
 
 from torchmgmt.encoding import encode
 from torchmgmt.errors import InvalidArgument
-from torchmgmt.exchange import HttpBody
-from torchmgmt.records import Encoded, WorkerRequest
+from torchmgmt.exchange import Encoded, HttpBody, WorkerRequest
 
 __all__ = ["new_request"]
 

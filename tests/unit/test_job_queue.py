@@ -7,8 +7,9 @@ import pytest
 
 from torchmgmt.channel import encode
 from torchmgmt.errors import HandlerFailed, ManagerClosed, WorkerDied, WorkerStartFailed
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.job import Job, JobQueue, OwnJob, answers_of, error_of_death, size_of
-from torchmgmt.records import Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.records import ModelKey, WorkerExit, WorkerFault
 
 KEY = ModelKey("m", "1.0")
 

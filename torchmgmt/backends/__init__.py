@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torchmgmt.dispatcher import Loop
-from torchmgmt.records import Encoded, ModelSpec, RawMetric, Sharing, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.records import ModelSpec, RawMetric, Sharing, WorkerExit, WorkerFault
 
 __all__ = ["Backend", "ModelHost", "Outcome", "WorkerHandle", "WorkerListener"]
 

@@ -18,9 +18,10 @@ from torchmgmt.backends.forkserver import ForkServer
 from torchmgmt.backends.output import Output
 from torchmgmt.backends.process_worker import ProcessWorker
 from torchmgmt.backends.template import Template
+from torchmgmt.checks import check_pattern
 from torchmgmt.dispatcher import Dispatcher, Loop
 from torchmgmt.errors import ManagerClosed, TorchmgmtError
-from torchmgmt.records import ModelSpec, ShareWeights, Sharing, WorkerJob, check_pattern
+from torchmgmt.records import ModelSpec, ShareWeights, Sharing, WorkerJob
 
 __all__ = ["ProcessBackend"]
 

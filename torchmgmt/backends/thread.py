@@ -27,7 +27,8 @@ from attrs import frozen
 from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.dispatcher import Dispatcher, Loop
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import Encoded, ModelSpec, Sharing, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.records import ModelSpec, Sharing, WorkerExit, WorkerFault
 
 if TYPE_CHECKING:
     from torchmgmt.worker.thread import ThreadModel

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchmgmt.channel import Buffer
-from torchmgmt.exchange import Form
-from torchmgmt.records import BodyHead, Encoded
+from torchmgmt.exchange import BodyHead, Encoded, Form
 from torchmgmt.segments import size_of
 
 if TYPE_CHECKING:

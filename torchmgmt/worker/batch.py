@@ -13,7 +13,8 @@ import torch
 from attrs import define, evolve, frozen
 
 from torchmgmt.channel import Buffer, decode
-from torchmgmt.records import EXPIRED, BodyHead, Encoded, RequestHead, WorkerFault
+from torchmgmt.exchange import BodyHead, Encoded, RequestHead
+from torchmgmt.records import EXPIRED, WorkerFault
 from torchmgmt.worker.loader import Handler
 from torchmgmt.worker.parts import BatchAbandoned, Parts, PartSender, encoded
 from torchmgmt.worker.rows import row_of

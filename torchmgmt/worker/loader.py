@@ -23,7 +23,8 @@ from torchmgmt.worker.declarations import declare_metrics
 from torchmgmt.worker.parts import NO_MORE
 
 if TYPE_CHECKING:
-    from torchmgmt.records import ModelSpec, RawMetric, ResponseProperties
+    from torchmgmt.exchange import ResponseProperties
+    from torchmgmt.records import ModelSpec, RawMetric
 
 __all__ = ["Handler", "HandlerError", "ImportFile", "load_file", "load_handler", "load_module"]
 

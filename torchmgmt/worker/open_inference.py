@@ -19,8 +19,8 @@ import torch
 from attrs import field, frozen
 
 from torchmgmt.channel import Buffer
+from torchmgmt.exchange import Encoded, ResponseProperties
 from torchmgmt.handlers.inputs import InputRefused
-from torchmgmt.records import Encoded, ResponseProperties
 from torchmgmt.worker.datatypes import Tensor, Values, from_bytes, from_json, tensor_of, to_bytes, to_json
 from torchmgmt.worker.loader import ServedAs
 

@@ -8,8 +8,7 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from torchmgmt.channel import encode
-from torchmgmt.exchange import Form
-from torchmgmt.records import BodyHead, Encoded, RequestHead, ResponseProperties
+from torchmgmt.exchange import BodyHead, Encoded, Form, RequestHead, ResponseProperties
 from torchmgmt.worker.answers import rendered
 
 if TYPE_CHECKING:

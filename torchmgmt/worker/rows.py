@@ -6,8 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from torchmgmt.channel import Buffer
-from torchmgmt.exchange import Form
-from torchmgmt.records import BodyHead
+from torchmgmt.exchange import BodyHead, Form
 from torchmgmt.worker.forms import FORM, MULTIPART, form_fields, multipart_fields
 
 if TYPE_CHECKING:
