@@ -77,6 +77,7 @@ def load_plainly(folder: Path) -> nn.Module:
 
 
 def load_by_handler(folder: Path, *, is_sealed: bool) -> nn.Module:
+    sys.modules.pop("model", None)  # else it takes what was imported above, as of a handler that knows its class
     handler = BaseHandler()
     properties = {"model_dir": str(folder), "gpu_id": None, "weights_only": True, "is_sealed": is_sealed}
     manifest = {"model": {"modelFile": "model.py", "serializedFile": "state.pt"}}
