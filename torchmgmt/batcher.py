@@ -14,25 +14,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from attrs import define, frozen
-
 from torchmgmt.arrivals import Arrivals
+from torchmgmt.batch import Batch, Waiting, settle
 from torchmgmt.deadlines import Deadlines
-from torchmgmt.errors import (
-    DeadlineExceeded,
-    InvalidArgument,
-    ManagerClosed,
-    QueueFull,
-    TorchmgmtError,
-    WrongNumberOfAnswers,
-)
+from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError
 from torchmgmt.records import check_number
 from torchmgmt.runner import Runner
 
-__all__ = ["Batch", "Batcher"]
+__all__ = ["Batcher"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,63 +34,6 @@ Clock = Callable[[], float]
 _PRIORITY_IS_WORTH_S = 1.0
 """For so many seconds of waiting stands one step of priority. So priorities age without anybody looking at the queue."""
 _HIGHEST_PRIORITY = 10
-
-
-@define(eq=False)
-class _Waiting(Generic[T, R]):
-    """One accepted item and the future that will hold its answer."""
-
-    item: T
-    future: Future[R]
-    since: float
-    rank: float
-    """Its place in the queue, the least first: when it came, or would have come with the priority that others have."""
-    start_by: float | None = None
-    """When it is too late to start it."""
-
-
-@frozen(eq=False)
-class Batch(Generic[T, R]):
-    """Items that are run together. Exactly one of :meth:`finish` and :meth:`fail` is to be called, once, on any thread."""
-
-    _entries: Sequence[_Waiting[T, R]]
-    _on_end: Callable[[int], object]
-
-    @property
-    def items(self) -> list[T]:
-        """The items in the order in which they were submitted."""
-        return [entry.item for entry in self._entries]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @property
-    def arrived(self) -> list[float]:
-        """When each item was submitted, by the batcher's clock."""
-        return [entry.since for entry in self._entries]
-
-    def is_over(self) -> bool:
-        """Whether every item has its outcome already: nobody waits for this batch any more."""
-        return all(entry.future.done() for entry in self._entries)
-
-    def finish(self, outcomes: Sequence[R | BaseException]) -> Sequence[int]:
-        """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
-
-        Returns the places of those that nobody waits for any more: they were cancelled, or their deadline has passed.
-
-        A wrong number of outcomes fails all of them with an error that names both numbers: nobody could tell whose
-        answer is whose.
-        """
-        if len(outcomes) != len(self._entries):
-            return self.fail(WrongNumberOfAnswers(len(self._entries), len(outcomes)))
-        self._on_end(len(self._entries))  # first: who is answered may ask again before the next one is answered
-        settled = [_settle(entry.future, outcome) for entry, outcome in zip(self._entries, outcomes, strict=True)]
-        return () if all(settled) else _places_of_false(settled)
-
-    def fail(self, error: BaseException) -> Sequence[int]:
-        """Answer every item with ``error``; return as :meth:`finish` does."""
-        self._on_end(len(self._entries))
-        return _places_of_false([_settle(entry.future, error) for entry in self._entries])
 
 
 class Batcher(Generic[T, R]):
@@ -167,7 +102,7 @@ class Batcher(Generic[T, R]):
         self._arrivals = Arrivals(self._delay_s) if cuts_early and waits else None  # guarded by _lock
         self._lock = threading.Lock()
         # guarded by _lock
-        self._queue: deque[_Waiting[T, R]] = deque()  # by rank
+        self._queue: deque[Waiting[T, R]] = deque()  # by rank
         self._is_by_age = True  # whether the first one is the oldest: nobody has asked for a priority that still waits
         self._running = 0
         self._deadlines = Deadlines[R]()
@@ -219,7 +154,7 @@ class Batcher(Generic[T, R]):
         if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
             _check_wishes(timeout, wait_timeout, priority)
         now = self.clock()
-        entry = _Waiting(item, Future() if future is None else future, now, now - priority * _PRIORITY_IS_WORTH_S)
+        entry = Waiting(item, Future() if future is None else future, now, now - priority * _PRIORITY_IS_WORTH_S)
         with self._lock:
             self._check_room_locked()
             self._queue_locked(entry)
@@ -253,14 +188,14 @@ class Batcher(Generic[T, R]):
         here: a caller may hold a lock, and failing one runs its callbacks. Does not block; any thread.
         """
         now = self.clock()
-        entries: list[_Waiting[T, R]] = []
+        entries: list[Waiting[T, R]] = []
         with self._lock:
             if len(self._queue) >= self.batch_size or (not full and self._is_ready_locked(now)):
                 if self._arrivals is not None:
                     self._arrivals.cut(now, len(self._queue) + self._running)
                 while self._queue and len(entries) < self.batch_size:
                     entry = self._queue.popleft()
-                    if _claim(entry, now):
+                    if entry.begin(now):
                         entries.append(entry)
                 self._running += len(entries)
             wake_at = self._wake_time_locked(now) if self._queue or self._deadlines else None
@@ -280,7 +215,7 @@ class Batcher(Generic[T, R]):
         with self._lock:
             waiting = list(self._queue)
             self._queue.clear()
-        return sum(_settle(entry.future, error) for entry in waiting)
+        return sum(settle(entry.future, error) for entry in waiting)
 
     def close(self, timeout: float | None = 30) -> int:
         """Refuse new items, run what waits for at most ``timeout`` seconds, fail the rest; return how many failed.
@@ -309,7 +244,7 @@ class Batcher(Generic[T, R]):
         with self._lock:
             expired = self._deadlines.claim_expired(self.clock())
         count = sum(
-            _settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s)) for future, timeout_s in expired
+            settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s)) for future, timeout_s in expired
         )
         if count and self._on_expired is not None:
             self._on_expired(count)
@@ -324,7 +259,7 @@ class Batcher(Generic[T, R]):
         if len(self._queue) >= self.capacity:
             raise QueueFull(self.name, self.capacity, max(1.0, self._delay_s))
 
-    def _queue_locked(self, entry: _Waiting[T, R]) -> None:
+    def _queue_locked(self, entry: Waiting[T, R]) -> None:
         if not self._queue:
             self._is_by_age = True
         self._is_by_age = self._is_by_age and entry.rank == entry.since
@@ -417,34 +352,5 @@ def _check_wishes(timeout: float | None, wait_timeout: float | None, priority: o
         raise InvalidArgument("priority", priority, f"a whole number from {-_HIGHEST_PRIORITY} to {_HIGHEST_PRIORITY}")
 
 
-def _places_of_false(settled: Sequence[bool]) -> Sequence[int]:
-    return [place for place, is_settled in enumerate(settled) if not is_settled]
-
-
-def _rank(entry: _Waiting[Any, Any]) -> float:
+def _rank(entry: Waiting[Any, Any]) -> float:
     return entry.rank
-
-
-def _claim(entry: _Waiting[Any, Any], now: float) -> bool:
-    """Mark the entry as running; False if it was cancelled, or its deadline has passed."""
-    future = entry.future
-    if entry.start_by is not None:
-        is_over = entry.start_by <= now or future.running() or future.done()
-        if is_over and not future.cancelled():
-            return False
-    try:
-        return future.set_running_or_notify_cancel()
-    except RuntimeError:  # cancelled at the moment when its deadline was looked at: that is known to all already
-        return False
-
-
-def _settle(future: Future[Any], outcome: object) -> bool:
-    """Give ``future`` its one outcome; False if it has one (it was cancelled, or its deadline has passed)."""
-    try:
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except InvalidStateError:
-        return False
-    return True

@@ -36,7 +36,7 @@ class _Deadline:
 class Deadlines(Generic[R]):
     """A heap of them, the next one first, in seconds of its owner's clock. Not thread-safe: guarded by its owner's lock.
 
-    What it holds is bounded by twice the number of requests that have not ended, whatever limits they were given.
+    It grows with the requests that have not ended; what is left of those that have is swept out now and then.
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "dispatcher",
         }
     ),
-    3: frozenset({"batcher", "deadlines", "runner", "backends", "job", "pool", "pool_worker"}),
+    3: frozenset({"batcher", "batch", "deadlines", "runner", "backends", "job", "pool", "pool_worker"}),
     4: frozenset(
         {
             "manager",
@@ -76,7 +76,7 @@ NEIGHBOURS = {
     "answer_future": {"encoding", "loops"},
     "encoding": {"tensors"},
     "live": {"tensors"},
-    "batcher": {"deadlines", "runner"},
+    "batcher": {"batch", "deadlines", "runner"},
     "job": {"backends"},
     "pool": {"backends", "job", "pool_worker"},
     "pool_worker": {"backends", "job"},
