@@ -199,6 +199,15 @@ class PoolWorkers:
         """Return whether a batch is with one."""
         return any(worker.jobs for worker in self._by_id.values())
 
+    def unwanted_batches(self) -> list[tuple[WorkerHandle, int]]:
+        """Return the batches for which nobody waits any more: with whom each is, and its number; oldest first."""
+        return [
+            (worker.handle, number)
+            for worker in self._by_id.values()
+            for number, job in worker.jobs.items()
+            if worker.handle is not None and job.is_over()
+        ]
+
     def next_overdue_at(self) -> float:
         """Return when the first one's time is over."""
         return min((worker.overdue_at for worker in self._by_id.values()), default=NEVER)

@@ -7,7 +7,8 @@ import pytest
 
 from torchmgmt.channel import encode
 from torchmgmt.errors import HandlerFailed, ManagerClosed, WorkerDied, WorkerStartFailed
-from torchmgmt.job import Job, JobQueue, OwnJob, answers_of, error_of_death, size_of
+from torchmgmt.job import Job, JobQueue, OwnJob, size_of
+from torchmgmt.outcomes import answers_of, error_of_death
 from torchmgmt.records import Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
 KEY = ModelKey("m", "1.0")

@@ -38,7 +38,26 @@ LAYERS: dict[int, frozenset[str]] = {
             "dispatcher",
         }
     ),
-    3: frozenset({"batcher", "batch", "deadlines", "runner", "backends", "job", "pool", "pool_worker"}),
+    3: frozenset(
+        {
+            "batcher",
+            "batch",
+            "deadlines",
+            "runner",
+            "backends",
+            "job",
+            "pool",
+            "pool_version",
+            "pool_worker",
+            "agenda",
+            "assigner",
+            "attempts",
+            "endings",
+            "outcomes",
+            "staffing",
+            "starter",
+        }
+    ),
     4: frozenset(
         {
             "manager",
@@ -78,8 +97,29 @@ NEIGHBOURS = {
     "live": {"tensors"},
     "batcher": {"batch", "deadlines", "runner"},
     "job": {"backends"},
-    "pool": {"backends", "job", "pool_worker"},
+    # The pool's rooms build on each other in this order. None of them sees the pool.
     "pool_worker": {"backends", "job"},
+    "agenda": {"pool_worker"},
+    "pool_version": {"agenda", "pool_worker"},
+    "attempts": {"agenda", "pool_worker"},
+    "endings": {"agenda", "attempts", "job", "pool_worker"},
+    "starter": {"agenda", "backends", "pool_worker"},
+    "staffing": {"agenda", "attempts", "endings", "starter", "job", "pool_worker"},
+    "outcomes": {"backends", "job", "pool_worker"},
+    "assigner": {"agenda", "endings", "staffing", "outcomes", "job", "pool_worker"},
+    "pool": {
+        "agenda",
+        "assigner",
+        "attempts",
+        "backends",
+        "endings",
+        "job",
+        "outcomes",
+        "pool_version",
+        "pool_worker",
+        "staffing",
+        "starter",
+    },
     "manager": {
         "model",
         "registration",

@@ -1,11 +1,11 @@
-"""Jobs: what workers say, in the errors that callers get."""
+"""Outcomes: what workers say, in the errors that callers get."""
 
 from __future__ import annotations
 
 import pytest
 
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
-from torchmgmt.job import answers_of, error_of_death
+from torchmgmt.outcomes import answers_of, error_of_death
 from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
 
 KEY = ModelKey("m", "1.0")
