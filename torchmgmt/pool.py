@@ -11,7 +11,6 @@ whom (``assigner``), which workers there are (``staffing``), how starting them h
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import threading
@@ -112,7 +111,7 @@ class WorkerPool:
         self._version = PoolVersion(spec.key, agenda)
         self._attempts = attempts = Attempts(spec.key, agenda, on_given_up=self.pump)
         self._endings = endings = Endings(spec, crew, agenda, attempts, can_kill=self._backend.can_kill)
-        starter = Starter(spec, self._host, self._lock, agenda, functools.partial(_WorkerEvents, self))
+        starter = Starter(spec, self._host, self._lock, agenda, lambda worker: _WorkerEvents(self, worker))
         ids = itertools.count(FIRST_WORKER_ID) if worker_ids is None else worker_ids
         self._staffing = staffing = Staffing(spec, crew, queue, agenda, attempts, endings, starter, ids)
         self._assigner = Assigner(spec, crew, queue, agenda, staffing, endings)
@@ -404,9 +403,7 @@ class WorkerPool:
         with self._lock:
             if worker.state is not WorkerState.LOADING:
                 return  # it was told to go while it loaded
-            worker.advance(WorkerEvent.READY)
-            worker.ready_at = time.monotonic()
-            worker.overdue_at = NEVER
+            worker.note_ready()
             self._workers.note_idle(worker)
             self._version.follow(self._workers, gave_up=self._attempts.gave_up)
             pid = worker.handle.pid if worker.handle else None

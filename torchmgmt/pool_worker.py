@@ -60,6 +60,12 @@ class PoolWorker:
         """Go to the next state; raise IllegalTransition if there is none."""
         self.state = advance_worker(self.state, event)
 
+    def note_ready(self) -> None:
+        """Note that it has loaded, and takes batches from now on."""
+        self.advance(WorkerEvent.READY)
+        self.ready_at = time.monotonic()
+        self.overdue_at = NEVER
+
     def assign(self, number: int, job: Job, now: float, response_timeout_s: float) -> None:
         """Note that a batch goes to it; its time runs from when it begins it."""
         if not self.jobs:
