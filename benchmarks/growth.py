@@ -20,6 +20,7 @@ from benchmarks.measure import Sample, Series, interleave, pss_mb, time_each
 from benchmarks.processes import tree
 from benchmarks.report import Goal, Row, Table
 from benchmarks.script import READY, end, start, wait_ready
+from benchmarks.suite import Setup
 from torchmgmt import ModelManager
 from torchmgmt.http import serve
 
@@ -56,8 +57,9 @@ with ModelManager(**json.loads(sys.argv[3])) as manager:
 """
 
 
-def run(runs: int) -> list[Table]:
-    """Measure the suite in ``runs`` rounds; return its tables."""
+def run(setup: Setup) -> list[Table]:
+    """Measure the suite; return its tables."""
+    runs = setup.runs
     with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:
         folder = models.write_noop(Path(scratch, "noop"))
         archives = _write_archives(Path(scratch, "archives"))

@@ -22,7 +22,6 @@ def facts() -> dict[str, str]:
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "torch": _version("torch"),
-        "torchmgmt": _version("torchmgmt"),
         "bytecode": "compiled at every start (PYTHONDONTWRITEBYTECODE)" if sys.dont_write_bytecode else "cached",
     }
 

@@ -19,12 +19,25 @@ from benchmarks.measure import Missing
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 DIGITS_HANDLER = "DigitsHandler"
 HEAVY_WEIGHTS_MB = 403
-HEAVY_ITEM = [0.5] * 2048
+_HEAVY_LAYERS, _HEAVY_WIDTH = 24, 2048  # 24 matrices of 2048 x 2048 float32: 24 * 16.8 MB
+HEAVY_ITEM = [0.5] * _HEAVY_WIDTH
 """A request to the heavy model."""
+_SMALL_LAYERS, _SMALL_WIDTH = 2, 64
+SMALL_ITEM = [0.5] * _SMALL_WIDTH
+"""A request to the small model."""
+LINEAR_HANDLER = "LinearHandler"
 MLP_WIDTH = 1024
 MLP_HANDLER = "Mlp"
 
 _NOOP = "def handle(data, context):\n    return [row['body'] for row in data or ()]\n"
+
+_SLEEPER = """
+import time
+
+def handle(data, context):
+    time.sleep({seconds} * len(data or ()))
+    return ["slept" for _ in data or ()]
+"""
 
 _SLOW = """
 import time
@@ -39,27 +52,26 @@ class Slow:
         return [None for _ in data]
 """
 
-# 24 matrices of 2048 x 2048 float32: 24 * 16.8 MB.
-_HEAVY = """
+_LINEAR = """
 from torch import nn
 
 
-class Heavy(nn.Module):
+class Linear(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(24)))
+        self.layers = nn.Sequential(*(nn.Linear({width}, {width}) for _ in range({layers})))
 
     def forward(self, rows):
         return self.layers(rows)
 """
 
 # TorchServe's own base_handler makes a tensor of the rows as they are, which are dicts.
-_HEAVY_HANDLER = """
+_LINEAR_HANDLER = """
 import torch
 from ts.torch_handler.base_handler import BaseHandler
 
 
-class HeavyHandler(BaseHandler):
+class LinearHandler(BaseHandler):
     def preprocess(self, data):
         return torch.tensor([row["body"] for row in data], device=self.device)
 
@@ -75,12 +87,12 @@ from torch import nn
 class Mlp:
     def initialize(self, context):
         layers = ((nn.Linear({width}, {width}), nn.ReLU()) for _ in range({layers}))
-        self.model = nn.Sequential(*(each for pair in layers for each in pair)).eval()
+        self.model = nn.Sequential(*(each for pair in layers for each in pair)).eval().to("{device}")
 
     def handle(self, data, context):
         rows = torch.stack([torch.frombuffer(bytearray(row["body"]), dtype=torch.float32) for row in data])
         with torch.inference_mode():
-            answers = self.model(rows)
+            answers = self.model(rows.to("{device}")).cpu()
         return [row.numpy().tobytes() for row in answers]
 """
 
@@ -107,13 +119,35 @@ def _handle_with_threads(self, data, context):
 {handler_class}.handle = _handle_with_threads
 """
 
-_SAVE_HEAVY = """
+# Where BaseHandler's own choice is another: the same for every server that runs the handler.
+_ON_DEVICE = """
+
+import torch
+
+_initialize, _inference = {handler_class}.initialize, {handler_class}.inference
+
+
+def _initialize_on_device(self, context):
+    _initialize(self, context)
+    self.device = torch.device("{device}")
+    self.model.to(self.device)
+
+
+def _inference_on_device(self, data, *args, **kwargs):
+    return _inference(self, data.to(self.device), *args, **kwargs)
+
+
+{handler_class}.initialize, {handler_class}.inference = _initialize_on_device, _inference_on_device
+"""
+
+_SAVE_LINEAR = """
 import sys, torch
+layers, width, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 weights = {}
-for layer in range(24):
-    weights[f"layers.{layer}.weight"] = torch.rand(2048, 2048)
-    weights[f"layers.{layer}.bias"] = torch.rand(2048)
-torch.save(weights, sys.argv[1])
+for layer in range(layers):
+    weights[f"layers.{layer}.weight"] = torch.rand(width, width) / width  # answers stay finite: others are no JSON
+    weights[f"layers.{layer}.bias"] = torch.rand(width)
+torch.save(weights, file)
 """
 
 
@@ -143,21 +177,44 @@ def write_threads(folder: Path) -> Path:
     return _write_handler(folder, "threads", _THREADS)
 
 
-def write_mlp(folder: Path, layers: int) -> Path:
+def write_mlp(folder: Path, layers: int, device: str = "cpu") -> Path:
     """Write a handler of so many linear layers of :data:`MLP_WIDTH`, random weights, raw float32 in and out."""
-    return _write_handler(folder, "mlp", _MLP.format(width=MLP_WIDTH, layers=layers))
+    return _write_handler(folder, "mlp", _MLP.format(width=MLP_WIDTH, layers=layers, device=device))
 
 
-def write_heavy(folder: Path) -> Files:
+def write_sleeper(folder: Path, seconds: float) -> Path:
+    """Write a handler that sleeps for ``seconds`` at each request; return its folder."""
+    return _write_handler(folder, "sleeper", _SLEEPER.format(seconds=seconds))
+
+
+def write_heavy(folder: Path, device: str = "cpu") -> Files:
     """Write a module with :data:`HEAVY_WEIGHTS_MB` of weights, loaded as the shipped base handler does it."""
+    return _write_linear(folder, "heavy", _HEAVY_LAYERS, _HEAVY_WIDTH, device)
+
+
+def write_small(folder: Path, device: str = "cpu") -> Files:
+    """Write a module of the same kind with 33 kB of weights."""
+    return _write_linear(folder, "small", _SMALL_LAYERS, _SMALL_WIDTH, device)
+
+
+def _write_linear(folder: Path, name: str, layers: int, width: int, device: str) -> Files:
     folder.mkdir(parents=True)
-    files = Files(folder, folder / "handler.py", folder / "model.py", "Heavy", folder / "weights.pt")
-    files.model_file.write_text(_HEAVY, encoding="utf-8")
-    files.handler.write_text(_HEAVY_HANDLER, encoding="utf-8")
+    files = Files(folder, folder / "handler.py", folder / "model.py", "Linear", folder / "weights.pt")
+    files.model_file.write_text(_LINEAR.format(layers=layers, width=width), encoding="utf-8")
+    files.handler.write_text(_LINEAR_HANDLER, encoding="utf-8")
+    put_on(device, files.handler, LINEAR_HANDLER)
     # In a process of its own: this one is to stay without torch, as the programs that embed the library do.
-    subprocess.run([sys.executable, "-c", _SAVE_HEAVY, str(files.state_dict)], check=True, timeout=120)
-    _write_manifest(folder, "heavy", "handler.py", {"modelFile": "model.py", "serializedFile": "weights.pt"})
+    command = [sys.executable, "-c", _SAVE_LINEAR, str(layers), str(width), str(files.state_dict)]
+    subprocess.run(command, check=True, timeout=120)
+    write_manifest(folder, name, "handler.py", {"modelFile": "model.py", "serializedFile": "weights.pt"})
     return files
+
+
+def put_on(device: str, handler: Path, handler_class: str) -> None:
+    """Have the class of a handler's file, one derived from BaseHandler, compute on this device, whoever runs it."""
+    if device != "cpu":
+        with handler.open("a", encoding="utf-8") as file:
+            file.write(_ON_DEVICE.format(handler_class=handler_class, device=device))
 
 
 def write_digits(folder: Path) -> Files:
@@ -165,7 +222,7 @@ def write_digits(folder: Path) -> Files:
     folder.mkdir(parents=True)
     for name in ("model.py", "handler.py", "digits_v1.pt"):
         (folder / name).write_bytes((DIGITS / name).read_bytes())
-    _write_manifest(folder, "digits", "handler.py", {"modelFile": "model.py", "serializedFile": "digits_v1.pt"})
+    write_manifest(folder, "digits", "handler.py", {"modelFile": "model.py", "serializedFile": "digits_v1.pt"})
     return Files(folder, folder / "handler.py", folder / "model.py", "DigitsNet", folder / "digits_v1.pt")
 
 
@@ -183,11 +240,12 @@ def digits_image() -> bytes:
 def _write_handler(folder: Path, name: str, code: str) -> Path:
     folder.mkdir(parents=True)
     (folder / f"{name}.py").write_text(code, encoding="utf-8")
-    _write_manifest(folder, name, f"{name}.py", {})
+    write_manifest(folder, name, f"{name}.py", {})
     return folder
 
 
-def _write_manifest(folder: Path, name: str, handler: str, files: Mapping[str, str]) -> None:
+def write_manifest(folder: Path, name: str, handler: str, files: Mapping[str, str]) -> None:
+    """Write ``MAR-INF/MANIFEST.json``: the folder can be registered then."""
     model = {"modelName": name, "modelVersion": "1.0", "handler": handler, **files}
     (folder / "MAR-INF").mkdir()
     manifest = {"runtime": "python", "model": model, "archiverVersion": "0.12.0"}
@@ -212,13 +270,20 @@ def pack_noop(folder: Path) -> Path:
         return _pack(folder, "noop", {"--handler": source})
 
 
-def pack_heavy(folder: Path, files: Files) -> Path:
-    """Build ``heavy.mar`` in ``folder``; raises as :func:`pack_digits`.
+def pack_sleeper(folder: Path, seconds: float) -> Path:
+    """Build ``sleeper.mar``, the handler of :func:`write_sleeper`; raises as :func:`pack_digits`."""
+    with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:
+        source = write_sleeper(Path(scratch, "sleeper"), seconds) / "sleeper.py"
+        return _pack(folder, "sleeper", {"--handler": source})
+
+
+def pack_linear(folder: Path, name: str, files: Files) -> Path:
+    """Build an archive of what :func:`write_heavy` or :func:`write_small` wrote; raises as :func:`pack_digits`.
 
     What is in it is stored, not deflated: random weights do not get smaller, and packing takes a second, not twenty.
     """
     options = {"--handler": files.handler, "--model-file": files.model_file, "--serialized-file": files.state_dict}
-    return _pack(folder, "heavy", options, "--archive-format", "zip-store")
+    return _pack(folder, name, options, "--archive-format", "zip-store")
 
 
 def _pack(folder: Path, name: str, options: Mapping[str, Path], *more: str) -> Path:

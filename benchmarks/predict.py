@@ -16,6 +16,7 @@ from benchmarks.machine import pinned
 from benchmarks.measure import Sample, interleave, time_each
 from benchmarks.peers.bare import PingPong, ThreadedPingPong
 from benchmarks.report import Goal, Row, Table
+from benchmarks.suite import Setup
 from torchmgmt import Model, ModelManager
 
 _CALLS = 2000
@@ -24,15 +25,16 @@ _BATCH_SIZE = 8
 _THROUGHPUT_S = 0.6
 
 
-def run(runs: int) -> list[Table]:
-    """Measure the suite in ``runs`` rounds; return its tables."""
+def run(setup: Setup) -> list[Table]:
+    """Measure the suite; return its tables."""
+    runs = setup.runs
     with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch, ModelManager() as manager:
         noop = models.write_noop(Path(scratch, "noop"))
         single = manager.register(noop, model_name="single")
         batched = manager.register(noop, model_name="batched", batch_size=_BATCH_SIZE)
         with PingPong() as ping, ThreadedPingPong() as threaded:
             tables = [_latency(single, ping, threaded, runs), _throughput(single, batched, ping, runs)]
-    return [*tables, saturation.table(runs), payloads.table(runs)]
+    return [*tables, saturation.table(setup), payloads.table(runs)]
 
 
 def _latency(model: Model, ping: PingPong, threaded: PingPong, runs: int) -> Table:

@@ -31,6 +31,16 @@ class Goal:
 
 
 @frozen
+class Bar:
+    """Where a figure stands in the picture of its table."""
+
+    group: str
+    """The figures that stand together."""
+    who: str
+    """Whose it is; it has one colour throughout."""
+
+
+@frozen
 class Row:
     """One figure, and how it stands to another row of the same table."""
 
@@ -40,6 +50,8 @@ class Row:
     goal: Goal | None = None
     short: str = ""
     """What rows call it that are compared with it; default: ``what``."""
+    bar: Bar | None = None
+    """None: it is in no picture."""
 
     @property
     def name(self) -> str:
@@ -76,6 +88,8 @@ class Report:
     machine: Mapping[str, str]
     command: str
     tables: list[Table] = field(factory=list)
+    pictures: dict[str, list[str]] = field(factory=dict)
+    """The addresses of the pictures of a table, by its title, as the Markdown file is to name them."""
 
     def text(self) -> str:
         """Return it for a terminal."""
@@ -86,7 +100,16 @@ class Report:
         """Return it for a document."""
         facts = ["| machine | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.machine.items())]
         command = f"```sh\n{self.command}\n```"
-        return "\n\n".join([command, "\n".join(facts), *map(_markdown, self.tables)]) + "\n"
+        return (
+            "\n\n".join(
+                [
+                    command,
+                    "\n".join(facts),
+                    *(_markdown(table, self.pictures.get(table.title, ())) for table in self.tables),
+                ]
+            )
+            + "\n"
+        )
 
     def json(self) -> str:
         """Return it with every single value, not the medians alone."""
@@ -101,12 +124,12 @@ class Report:
 def _cells(row: Row) -> tuple[str, ...]:
     series, ratio = row.series, ""
     if row.ratio is not None and row.base is not None:
-        ratio = f"{_number(row.ratio.median)} x {row.base.name}"
-    figures = (_number(series.median), _number(series.least), _number(series.most), series.unit)
+        ratio = f"{number(row.ratio.median)} x {row.base.name}"
+    figures = (number(series.median), number(series.least), number(series.most), series.unit)
     return (row.what, *figures, str(len(series.values)), ratio, str(row.goal or ""), row.verdict)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Write three digits that count, without an exponent."""
     size = abs(value)
     return (
@@ -121,6 +144,8 @@ def _number(value: float) -> str:
 
 
 def _text(table: Table) -> str:
+    if not table.rows:
+        return "\n".join([f"== {table.title}", *(f"* {note}" for note in table.notes)])
     cells = [_COLUMNS, *map(_cells, table.rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
     right = range(1, 4)
@@ -135,11 +160,14 @@ def _text(table: Table) -> str:
     return "\n".join([f"== {table.title}", lines[0], rule, *lines[1:], *(f"* {note}" for note in table.notes)])
 
 
-def _markdown(table: Table) -> str:
+def _markdown(table: Table, pictures: Sequence[str]) -> str:
+    if not table.rows:
+        return "\n".join([f"### {table.title}", "", *(f"- {note}" for note in table.notes)])
     head = [f"| {' | '.join(_COLUMNS)} |", "|---|--:|--:|--:|---|--:|---|---|---|"]
     rows = [f"| {' | '.join(_cells(row))} |" for row in table.rows]
     notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
-    return "\n".join([f"### {table.title}", "", *head, *rows, *notes])
+    images = [f"![{table.title}]({picture})\n" for picture in pictures]
+    return "\n".join([f"### {table.title}", "", *images, *head, *rows, *notes])
 
 
 def _row_json(row: Row) -> dict[str, Any]:

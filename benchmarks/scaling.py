@@ -16,8 +16,9 @@ from benchmarks.measure import Missing, Result, Sample, interleave, pss_mb, time
 from benchmarks.peers import bare
 from benchmarks.peers.torchserve import TorchServe
 from benchmarks.processes import descendant_above, tree
-from benchmarks.report import Goal, Row, Table
+from benchmarks.report import Bar, Goal, Row, Table
 from benchmarks.script import end, start, wait_ready
+from benchmarks.suite import Setup
 from torchmgmt import Model, ModelManager
 
 _STEPS = (8, 4, 1)
@@ -44,21 +45,21 @@ class _Way:
     options: Mapping[str, Any]
 
 
-def run(runs: int, torchserve: TorchServe) -> list[Table]:
-    """Measure the suite in ``runs`` rounds; return its tables."""
+def run(setup: Setup) -> list[Table]:
+    """Measure the suite; return its tables."""
     with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:
         noop = models.write_noop(Path(scratch, "noop"))
-        heavy = models.write_heavy(Path(scratch, "heavy"))
+        heavy = models.write_heavy(Path(scratch, "heavy"), setup.device)
         store = Path(scratch, "store")
-        result = _run_alone(noop, heavy, store, torchserve, runs)
-        return [_times(result), _memory(result), _first_workers(noop, heavy, runs)]
+        result = _run_alone(noop, heavy, store, setup.torchserve, setup.runs)
+        return [_times(result), _memory(result), _first_workers(noop, heavy, setup.runs)]
 
 
 def _run_alone(noop: Path, heavy: models.Files, store: Path, torchserve: TorchServe, runs: int) -> Result:
     """Run each variant with nothing else of this program's beside it: shared libraries would weigh less, too."""
     try:
         models.pack_noop(store)
-        models.pack_heavy(store, heavy)
+        models.pack_linear(store, "heavy", heavy)
     except Missing as error:
         packed, why = False, str(error)
     else:
@@ -86,13 +87,19 @@ def _run_alone(noop: Path, heavy: models.Files, store: Path, torchserve: TorchSe
 
 
 def _times(result: Result) -> Table:
-    load = Row(_BARE, result.series(_BARE, "up", "s"), short="7 bare processes")
-    theirs = {name: _row(result, f"TorchServe: 1 → 8 workers, {name}", _THEIRS, f"up {name}", "s") for name in _PEER}
-    rows = [Row("1 → 8 workers, no-op", result.series(_NOOP, "up", "s"), theirs["no-op"])]
+    bars = {name: Bar(f"1 → 8 workers, {name}", "TorchServe") for name in _PEER}
+    load = Row(_BARE, result.series(_BARE, "up", "s"), short="7 bare processes", bar=Bar(bars["400 MB"].group, _BARE))
+    theirs = {
+        name: _row(result, f"TorchServe: 1 → 8 workers, {name}", _THEIRS, f"up {name}", "s", bar)
+        for name, bar in bars.items()
+    }
+    bar = Bar(bars["no-op"].group, "torchmgmt")
+    rows = [Row("1 → 8 workers, no-op", result.series(_NOOP, "up", "s"), theirs["no-op"], bar=bar)]
     for variant in (_TEMPLATE, _FOLDER, _ARCHIVE):
         if result.has(variant):
             goal = Goal(0.3) if variant == _TEMPLATE else None
-            rows.append(Row(f"1 → 8 workers, {variant}", result.series(variant, "up", "s"), load, goal))
+            bar = Bar(bars["400 MB"].group, variant.replace("400 MB", "torchmgmt"))
+            rows.append(Row(f"1 → 8 workers, {variant}", result.series(variant, "up", "s"), load, goal, bar=bar))
     rows += [load, *(row for row in theirs.values() if row)]
     rows += [Row(f"8 → 4 workers, {name}", result.series(name, "down", "s")) for name in (_NOOP, _TEMPLATE)]
     notes = (
@@ -118,8 +125,8 @@ def _times(result: Result) -> Table:
 _PEER = ("no-op", "400 MB")
 
 
-def _row(result: Result, what: str, variant: str, figure: str, unit: str) -> Row | None:
-    return Row(what, result.series(variant, figure, unit), short=variant) if result.has(variant) else None
+def _row(result: Result, what: str, variant: str, figure: str, unit: str, bar: Bar | None = None) -> Row | None:
+    return Row(what, result.series(variant, figure, unit), short=variant, bar=bar) if result.has(variant) else None
 
 
 def _memory(result: Result) -> Table:

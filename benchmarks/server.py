@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torchmgmt
 from benchmarks import models
 from benchmarks.measure import Missing, Result, Sample, interleave, timed
-from benchmarks.peers.torchserve import TorchServe
+from benchmarks.peers.managed import ManagedServer
+from benchmarks.peers.ours import Ours
 from benchmarks.report import Goal, Row, Table
-from benchmarks.servers import LOOPBACK, Launch, Server, free_ports
+from benchmarks.servers import Server
+from benchmarks.suite import OURS, THEIRS, Setup
 
-_OURS = "torchmgmt"
-_THEIRS = "TorchServe"
 _THEIR_ROUNDS = 3
 _WORKERS = 4
 _TIMES = {
@@ -34,18 +31,20 @@ _MEMORY = {
 }
 
 
-def run(runs: int, torchserve: TorchServe) -> list[Table]:
-    """Measure the suite in ``runs`` rounds; return its tables."""
+def run(setup: Setup) -> list[Table]:
+    """Measure the suite; return its tables."""
     with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:
         try:
             store = _store(Path(scratch))
         except Missing as error:
             return [Table("The server program", [], [f"Not measured. {error}."])]
         variants: dict[str, Callable[[], Sample]] = {
-            _OURS: lambda: _run_ours(store, Path(scratch)),
-            _THEIRS: lambda: _run_theirs(torchserve, store),
+            OURS: lambda: _run(Ours(), store),
+            THEIRS: lambda: _run(setup.torchserve, store),
         }
-        result = interleave("server", variants, runs, warm_ups=0, at_most={_THEIRS: _THEIR_ROUNDS}, budget_s=100)
+        result = interleave("server", variants, setup.runs, warm_ups=0, at_most={THEIRS: _THEIR_ROUNDS}, budget_s=100)
+    if not result.has(OURS):
+        return [Table("The server program", [], result.notes)]
     return [_times(result), _memory(result)]
 
 
@@ -57,25 +56,8 @@ def _store(scratch: Path) -> Path:
     return store
 
 
-def _run_ours(store: Path, scratch: Path) -> Sample:
-    inference, management, metrics = free_ports(3)
-    command = [sys.executable, "-m", "torchmgmt.http", "--model-store", str(store), "--enable-model-api"]
-    command += ["--inference-address", f"http://{LOOPBACK}:{inference}"]
-    command += ["--management-address", f"http://{LOOPBACK}:{management}"]
-    command += ["--metrics-address", f"http://{LOOPBACK}:{metrics}"]
-    with Server(Launch(command, inference, management, scratch, _with_this_torchmgmt())) as server:
-        return _measure(server)
-
-
-def _with_this_torchmgmt() -> dict[str, str]:
-    """The environment in which the server, which runs in another folder, imports the same package as this program."""
-    root = Path(torchmgmt.__file__).resolve().parent.parent
-    others = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{others}" if others else str(root)}
-
-
-def _run_theirs(torchserve: TorchServe, store: Path) -> Sample:
-    with torchserve.serve(store) as server:
+def _run(peer: ManagedServer, store: Path) -> Sample:
+    with peer.serve(store) as server:
         return _measure(server)
 
 
@@ -134,12 +116,12 @@ def _rows(result: Result, figures: dict[str, tuple[str, Goal | None]], unit: str
     rows = []
     for figure, (what, goal) in figures.items():
         theirs = _their_row(result, what, figure, unit)
-        rows.append(Row(what, result.series(_OURS, figure, unit), theirs, goal))
+        rows.append(Row(what, result.series(OURS, figure, unit), theirs, goal))
         rows += [theirs] if theirs else []
     return rows
 
 
 def _their_row(result: Result, what: str, figure: str, unit: str) -> Row | None:
-    if not result.has(_THEIRS):
+    if not result.has(THEIRS):
         return None
-    return Row(f"TorchServe: {what}", result.series(_THEIRS, figure, unit), short="TorchServe")
+    return Row(f"TorchServe: {what}", result.series(THEIRS, figure, unit), short="TorchServe")

@@ -1,4 +1,4 @@
-"""A server program with TorchServe's Management API: started, asked, weighed and ended. Ours and TorchServe alike."""
+"""A server program: started, asked, weighed and ended. Those with TorchServe's Management API are managed through it, too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode
 
+import psutil
 from attrs import frozen
 
 from benchmarks.measure import pss_mb
@@ -36,12 +36,15 @@ class Launch:
     command: Sequence[str]
     inference_port: int
     management_port: int
+    """0: it has no Management API."""
     folder: Path
     """Where it runs and where its output goes; the caller removes it."""
     environment: Mapping[str, str] | None = None
     """None: that of this process."""
     behind_launcher: bool = False
     """Whether the command only starts the server as a child and waits; the launcher is not weighed then."""
+    health: tuple[str, bytes] = ("/ping", b'"Healthy"')
+    """The path that answers 200 when it serves, and what the answer has to hold then."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -88,9 +91,19 @@ class Server:
     def __exit__(self, *_exc: object) -> None:
         self._end()
 
-    def register(self, archive: str, workers: int = 1) -> None:
+    @property
+    def inference_port(self) -> int:
+        """Where it takes requests."""
+        return self._launch.inference_port
+
+    @property
+    def management_port(self) -> int:
+        """Where it is managed."""
+        return self._launch.management_port
+
+    def register(self, archive: str, workers: int = 1, **more: object) -> None:
         """Register an archive of its model store; block until so many workers are ready."""
-        query = urlencode({"url": archive, "initial_workers": workers, "synchronous": "true"})
+        query = urlencode({"url": archive, "initial_workers": workers, "synchronous": "true", **more})
         self._ask("POST", f"/models?{query}", self._launch.management_port)
 
     def scale(self, name: str, workers: int) -> None:
@@ -111,23 +124,34 @@ class Server:
 
     def predict_many(self, name: str, data: object, count: int) -> None:
         """Ask for so many predictions, 8 at a time, as JSON; block until all are answered."""
+        self.post_many(f"/predictions/{name}", data, count)
+
+    def post_many(self, path: str, data: object, count: int) -> None:
+        """The same, to any path where it takes requests."""
         body = json.dumps(data).encode()
 
         def predict(_number: int) -> None:
-            self._ask("POST", f"/predictions/{name}", self._launch.inference_port, body)
+            self._ask("POST", path, self._launch.inference_port, body)
 
         with ThreadPoolExecutor(_CALLERS) as callers:
             list(callers.map(predict, range(count)))
 
     def pss_mb(self) -> float:
         """Return what all its processes weigh together, in MB."""
-        processes = tree(self._process.pid)
-        return pss_mb(process.pid for process in processes[1 if self._launch.behind_launcher else 0 :])
+        return pss_mb(process.pid for process in self._processes())
+
+    def own_pss_mb(self) -> float:
+        """Return what the process that manages the models weighs, without workers and what they are made from."""
+        return pss_mb(process.pid for process in self._processes()[:1])
+
+    def check_alive(self) -> None:
+        """Raise ServerFailed, with its last line, if it has ended."""
+        if self._process.poll() is not None:
+            raise ServerFailed(f"it ended with exit status {self._process.returncode}: {self._last_line()}")
 
     def _wait_healthy(self, until: float) -> None:
         while not self._is_healthy():
-            if self._process.poll() is not None:
-                raise ServerFailed(f"it ended with exit status {self._process.returncode}: {self._last_line()}")
+            self.check_alive()
             if time.perf_counter() > until:
                 raise ServerFailed(f"it was not healthy after {_HEALTHY_WITHIN_S:g} s: {self._last_line()}")
             time.sleep(_POLL_S)
@@ -135,11 +159,12 @@ class Server:
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection(LOOPBACK, self._launch.inference_port, timeout=5)
         try:
-            connection.request("GET", "/ping")
+            path, text = self._launch.health
+            connection.request("GET", path)
             answer = connection.getresponse()
-            said: Any = json.loads(answer.read())
-            return answer.status == http.client.OK and said == {"status": "Healthy"}
-        except (OSError, http.client.HTTPException, ValueError):  # not there yet, or not all of it
+            said = answer.read()
+            return answer.status == http.client.OK and text in said
+        except (OSError, http.client.HTTPException):  # not there yet, or not all of it
             return False
         finally:
             connection.close()
@@ -162,7 +187,12 @@ class Server:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
+    def _processes(self) -> list[psutil.Process]:
+        """The one that serves first, then all that descend from it."""
+        return tree(self._process.pid)[1 if self._launch.behind_launcher else 0 :]
+
     def _end(self) -> None:
-        # A launcher that gets the signal would leave the server behind.
-        first = tree(self._process.pid)[1:2] if self._launch.behind_launcher else []
-        end_session(self._process, first)
+        processes = self._processes()
+        # A launcher that gets the signal would leave the server behind. One with a Management API ends its workers by
+        # itself; LitServe leaves them to whoever asks them.
+        end_session(self._process, processes[:1] if self._launch.management_port else processes)

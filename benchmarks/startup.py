@@ -15,6 +15,7 @@ from benchmarks.measure import Missing, Result, Sample, interleave, time_each, t
 from benchmarks.peers import bare
 from benchmarks.report import Goal, Row, Table
 from benchmarks.script import READY, seconds_until_ready
+from benchmarks.suite import Setup
 from torchmgmt import ModelManager
 
 _LOADING_S = 1.0
@@ -38,8 +39,9 @@ with ModelManager() as manager:
 """
 
 
-def run(runs: int) -> list[Table]:
-    """Measure the suite in ``runs`` rounds; return its tables."""
+def run(setup: Setup) -> list[Table]:
+    """Measure the suite; return its tables."""
+    runs = setup.runs
     with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:
         folder = Path(scratch)
         return [_embedding(runs), _first_worker(folder, runs), _warm_manager(folder, runs)]

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from attrs import define, field
 
 from torchmgmt.errors import InvalidArgument
-from torchmgmt.events import Event, Listener
+from torchmgmt.events import Event, Listener, RequestsDropped
+from torchmgmt.records import ModelKey
 
 __all__ = ["Announcer", "check_listeners"]
 
@@ -45,6 +46,11 @@ class Announcer:
                 listener(event)
             except Exception:
                 log.exception("A listener failed at %r", event)
+
+    def tell_dropped(self, key: ModelKey, error: str, count: int = 1) -> None:
+        """Tell that so many requests ended with ``error`` without having been run."""
+        if self:
+            self.tell(RequestsDropped(key, error, count))
 
     __call__ = tell
     """An announcer is a listener itself."""

@@ -11,8 +11,8 @@ from typing import Any
 from torchmgmt import forks
 from torchmgmt.encoding import decode
 from torchmgmt.errors import HandlerFailed, ManagerClosed
-from torchmgmt.exchange import Response
-from torchmgmt.records import Encoded, ModelKey, ResponseProperties
+from torchmgmt.exchange import Encoded, Response, ResponseProperties
+from torchmgmt.records import ModelKey
 
 __all__ = ["AnswerFuture"]
 

@@ -19,9 +19,9 @@ from typing import Any, Generic, TypeVar
 
 from torchmgmt.arrivals import Arrivals
 from torchmgmt.batch import Batch, Waiting, settle
+from torchmgmt.checks import check_number
 from torchmgmt.deadlines import Deadlines
 from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError
-from torchmgmt.records import check_number
 from torchmgmt.runner import Runner
 
 __all__ = ["Batcher"]

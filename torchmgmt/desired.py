@@ -58,6 +58,13 @@ class Desired:
         """Return the versions that an item of ``load_models`` brought."""
         return list(self._of_item.get(item, {}).values())
 
+    def same_place(self, version: StoredVersion) -> list[ModelKey]:
+        """Return what came at the start, once, from where ``version`` has come from now; itself may be among it."""
+        if not version.loaded_at_startup:
+            return []
+        asked = version.parameters.get("version")
+        return [each.key for each in self.from_item(version.item) if each.parameters.get("version") == asked]
+
     def has_seen(self, item: str) -> bool:
         """Whether an item of ``load_models`` was loaded once, also if what it brought was unregistered since."""
         return item in self._seen

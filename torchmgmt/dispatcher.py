@@ -11,6 +11,7 @@ import errno
 import heapq
 import itertools
 import logging
+import math
 import os
 import selectors
 import threading
@@ -59,6 +60,29 @@ class Timer:
             callback()
 
 
+class Loop(Protocol):
+    """What of an :class:`asyncio.AbstractEventLoop` a dispatcher needs."""
+
+    def add_reader(self, fd: int, callback: Callback, /) -> None:
+        """Call ``callback`` whenever ``fd`` is readable."""
+
+    def remove_reader(self, fd: int, /) -> bool:
+        """End that."""
+
+    def call_soon(self, callback: Callback, /) -> object:
+        """Call ``callback`` in the next round. On the loop's thread."""
+
+    def call_later(self, delay: float, callback: Callback, /) -> Handle:
+        """Call ``callback`` in ``delay`` seconds."""
+
+
+class Handle(Protocol):
+    """What undoes a :meth:`Loop.call_later`."""
+
+    def cancel(self) -> None:
+        """Undo it."""
+
+
 class Dispatcher:
     """Runs callbacks on one daemon thread: when a descriptor is readable or writable, when a time has come, or soon.
 
@@ -78,6 +102,8 @@ class Dispatcher:
         self._thread_id = 0
         self._closed = False
         self._wake_fds: tuple[int, int] | None = None
+        self._poll_fd: int | None = None
+        self._visit: _Visit | None = None
         # belongs to the dispatcher's thread
         self._selector: selectors.BaseSelector | None = None
 
@@ -124,6 +150,26 @@ class Dispatcher:
         """Return whether the caller runs on the dispatcher's thread."""
         return threading.get_ident() == self._thread_id
 
+    def run_on(self, loop: Loop) -> Callback:
+        """Have an event loop do what the thread of the dispatcher does, until what this returns is called.
+
+        So an answer that is for the loop wakes no other thread first. Both are to be called on the loop's thread, the
+        second before the loop is closed; they block for a moment, until the other thread has let go. Meanwhile the loop
+        must never wait for anything. Changes nothing if another loop has it already, or the system has no selector that
+        can be waited for.
+
+        Raises:
+            ManagerClosed: it was closed.
+        """
+        with self._lock:
+            self._ensure_running_locked()
+            if self._visit is not None or self._poll_fd is None:
+                return _nothing
+            self._visit = visit = _Visit(self, loop, self._poll_fd)
+            self._wake_locked()
+        visit.begin()
+        return visit.end
+
     def close(self) -> None:
         """Stop after the callbacks that are due already, and what those ask for. Idempotent.
 
@@ -154,9 +200,16 @@ class Dispatcher:
                     raise OSError(errno.EAGAIN, str(error)) from error
                 undo.pop_all()
             self._wake_fds, self._thread, self._thread_id = fds, thread, thread.ident or 0
+            # Whether a selector can be waited for itself depends on the system.
+            self._poll_fd = selector.fileno() if hasattr(selector, "fileno") else None
 
     def _wake_locked(self) -> None:
-        if self._wake_fds is not None and not self.on_thread():
+        if self._wake_fds is None:
+            return
+        if self.on_thread():
+            if self._visit is not None:
+                self._visit.wake()
+        else:
             # When the pipe is full, so many wake-ups are waiting that one more says nothing.
             with contextlib.suppress(BlockingIOError):
                 os.write(self._wake_fds[1], b"\0")
@@ -168,13 +221,11 @@ class Dispatcher:
             self._selector = selector
             selector.register(wake_fd, selectors.EVENT_READ)
             while not self._closed:
-                for key, events in selector.select(self._timeout()):
-                    if key.data is None:
-                        self._drain_wake_ups(wake_fd)
-                    else:
-                        self._serve(key, events)
-                if self._has_due():
-                    self._run_due()
+                self.run_round(self._timeout())
+                if self._visit is not None:
+                    self._visit.host()
+            if self._visit is not None:  # it came just before the end, and waits
+                self._visit.host()
             while self._soon:
                 self._run_due()
         with self._lock:
@@ -182,6 +233,19 @@ class Dispatcher:
             self._thread_id = 0  # a thread that is started later may be given the same
             os.close(wake_fd)
             os.close(wake_writer_fd)
+
+    def run_round(self, timeout: float | None) -> None:
+        """Wait for at most ``timeout`` seconds, and run what is due. For whoever has the dispatcher's work."""
+        selector = self._selector
+        if selector is None:
+            return
+        for key, events in selector.select(timeout):
+            if key.data is None:
+                self._drain_wake_ups(key.fd)
+            else:
+                self._serve(key, events)
+        if self._has_due():
+            self._run_due()
 
     def _timeout(self) -> float | None:
         with self._lock:
@@ -244,6 +308,89 @@ class Dispatcher:
             self._selector.unregister(source)
         if then is not None:
             self._call(then)
+
+
+class _Visit:
+    """The time in which an event loop does a dispatcher's work, whose own thread waits for its return."""
+
+    def __init__(self, dispatcher: Dispatcher, loop: Loop, poll_fd: int) -> None:
+        self._dispatcher = dispatcher
+        self._loop = loop
+        self._poll_fd = poll_fd
+        self._has_begun = threading.Event()
+        self._is_over = threading.Event()
+        self._thread_id = threading.get_ident()
+        # of the loop's thread
+        self._is_awake = False  # whether a round is running, or about to
+        self._timer: Handle | None = None
+        self._timer_at = math.inf
+
+    def host(self) -> None:
+        """Let the loop do the work until it has enough of that. On the dispatcher's own thread."""
+        own = self._dispatcher._thread_id
+        self._dispatcher._thread_id = self._thread_id
+        self._has_begun.set()
+        self._is_over.wait()
+        self._dispatcher._thread_id = own
+
+    def begin(self) -> None:
+        """Take the work over."""
+        self._has_begun.wait()
+        self._loop.add_reader(self._poll_fd, self._run)
+        self.wake()
+
+    def end(self) -> None:
+        """Give the work back. Idempotent; on the loop's thread."""
+        if self._is_over.is_set():
+            return
+        self._loop.remove_reader(self._poll_fd)
+        self._set_timer(math.inf)
+        self._is_awake = True  # nobody is to wake it any more
+        with self._dispatcher._lock:
+            self._dispatcher._visit = None
+        self._is_over.set()
+
+    def wake(self) -> None:
+        """Have a round run soon: something may be due that no descriptor tells of. On the loop's thread."""
+        if not self._is_awake:
+            self._is_awake = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        if self._is_over.is_set():
+            return
+        self._is_awake = True
+        self._dispatcher.run_round(0)
+        if self._is_over.is_set():
+            return
+        if self._dispatcher._closed:
+            self.end()
+            return
+        self._is_awake = False
+        timeout = self._dispatcher._timeout()
+        if timeout == 0:
+            self.wake()
+        else:
+            self._set_timer(math.inf if timeout is None else self._dispatcher.clock() + timeout)
+
+    def _set_timer(self, when: float) -> None:
+        """Have a round run at ``when``; a timer that is too early is left: it finds nothing to do."""
+        if self._timer is not None:
+            if self._timer_at <= when < math.inf:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if when < math.inf:
+            self._timer_at = when
+            self._timer = self._loop.call_later(max(0.0, when - self._dispatcher.clock()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None  # perhaps a little early: then the round sets it again
+        self._run()
+
+
+def _nothing() -> None:
+    """Undo what was not done."""
 
 
 def _is_open(source: HasFileno) -> bool:

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from torchmgmt.records import Encoded
+from torchmgmt.exchange import Encoded
 from torchmgmt.tensors import reducers
 
 __all__ = ["decode", "encode"]

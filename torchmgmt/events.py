@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 from attrs import define, field, frozen
 
+from torchmgmt.exchange import WorkerRequest
 from torchmgmt.lifecycle import VersionState
-from torchmgmt.records import MetricRecord, ModelKey, WorkerExit, WorkerRequest
+from torchmgmt.records import MetricRecord, ModelKey, WorkerExit
 
 __all__ = [
     "NO_FAILURES",

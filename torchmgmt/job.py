@@ -10,7 +10,8 @@ from concurrent.futures import InvalidStateError
 from typing import Protocol
 
 from torchmgmt.answer_future import AnswerFuture
-from torchmgmt.records import Encoded, ModelKey, WorkerRequest
+from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.records import ModelKey
 
 __all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "size_of"]
 

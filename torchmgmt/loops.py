@@ -30,7 +30,13 @@ class LoopBridge:
         self._is_woken = False
 
     def post(self, callback: Callable[[], object]) -> None:
-        """Run ``callback`` on the loop, soon; in the order in which they came. Does nothing once the loop is closed."""
+        """Run ``callback`` on the loop: on its own thread at once, from another one soon, in the order in which they came.
+
+        Does nothing once the loop is closed.
+        """
+        if not self._posted and asyncio._get_running_loop() is self._loop():
+            callback()
+            return
         self._posted.append(callback)
         if self._is_woken:
             return  # it has not begun to take what was posted, and this came before it does

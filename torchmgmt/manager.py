@@ -1,14 +1,9 @@
-"""ModelManager: the facade, and the only room that knows registry, pools and batchers together."""
+"""ModelManager: the facade. What it holds, makes and takes is each a room of its own, and none of them knows it."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import functools
-import itertools
-import logging
 import os
-import sys
 import threading
 import time
 import weakref
@@ -16,60 +11,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve
-
-from torchmgmt import forks
 from torchmgmt.announcer import Announcer, check_listeners
 from torchmgmt.answer_future import AnswerFuture
-from torchmgmt.archive import ModelFolder, ModelSources
+from torchmgmt.archive import ModelSources
 from torchmgmt.backends import Backend
-from torchmgmt.backends.process import ProcessBackend
-from torchmgmt.batcher import Batcher
-from torchmgmt.desired import Desired
-from torchmgmt.errors import (
-    AlreadyRegistered,
-    DeadlineExceeded,
-    InvalidArgument,
-    ManagerClosed,
-    ModelNotFound,
-    ModelVersionNotFound,
-    NoWorker,
-    QueueFull,
-    TorchmgmtError,
-    WouldWaitForever,
-)
-from torchmgmt.events import DefaultVersionSet, Listener, ModelRegistered, ModelUnregistered, RequestsDropped
-from torchmgmt.failed_loads import Certainty, FailedLoads, failed_load
+from torchmgmt.backends.backend_set import BackendSet
+from torchmgmt.catalogue import Catalogue
+from torchmgmt.checks import check_number, check_truth
+from torchmgmt.errors import InvalidArgument
+from torchmgmt.events import DefaultVersionSet, Listener
+from torchmgmt.intake import Intake, tracing_for
 from torchmgmt.model import Model
-from torchmgmt.pool import FIRST_WORKER_ID, WorkerPool
-from torchmgmt.records import (
-    CloseReport,
-    Encoded,
-    ModelInfo,
-    ModelKey,
-    ModelSpec,
-    Scale,
-    ShareWeights,
-    WorkerRequest,
-    check_number,
-    check_truth,
-)
-from torchmgmt.registration import Wishes, is_default_version, open_source, scale_of, shown, sources_of, spec_of
-from torchmgmt.registry import Registry
-from torchmgmt.request import new_request
-from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore, in_parallel, stored_of, wishes_of
-from torchmgmt.served import ServedVersion, total_of
+from torchmgmt.records import CloseReport, ModelInfo, ModelKey, Scale, ShareWeights
+from torchmgmt.registrar import Registrar
+from torchmgmt.registration import Wishes, is_default_version, sources_of
+from torchmgmt.served import close_all, total_of
 from torchmgmt.settings import Settings
-from torchmgmt.state import DesiredState, StoredVersion, from_torchserve
+from torchmgmt.state import from_torchserve
 from torchmgmt.streams import AnswerStream
 
 if TYPE_CHECKING:
-    from torchmgmt.state_file import StateKeeper
-    from torchmgmt.tracing import Tracing
+    import asyncio
 
 __all__ = ["ModelManager"]
-
-log = logging.getLogger(__name__)
 
 
 class ModelManager:
@@ -124,41 +88,35 @@ class ModelManager:
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
         self._announcer = Announcer(check_listeners(listeners))
-        self._tracing = self._make_tracing()
+        tracing = tracing_for(self.settings.tracing)
+        if tracing is not None:
+            self._announcer.add(tracing.listen)
         self._sources = sources_of(model_store, self.settings, self._announcer.tell)
-        self._backend: Backend = ProcessBackend(self.settings.blacklist_env_vars) if backend is None else backend
-        self._backends: dict[str, Backend] = {"process": self._backend}
-        self._owned_backends: list[Backend] = [self._backend] if backend is None else []
-        self._worker_ids = itertools.count(FIRST_WORKER_ID)
-        self._depth = forks.depth()
-        # 32 hexadecimal digits that no other request of this or another manager has: its own, and a number.
-        self._request_prefix = os.urandom(8).hex()
-        self._request_numbers = itertools.count()
-        self._lock = threading.Lock()
-        # guarded by _lock
-        self._registry: Registry[ServedVersion] = Registry()
-        self._failed_loads = FailedLoads()
-        self._leaving: set[ServedVersion] = set()  # no longer registered, but not finished yet
-        self._closed = False
-        self._report: CloseReport | None = None
-        self._close_lock = threading.Lock()
-        self._desired = Desired()  # guarded by _lock
-        self._has_stored = False  # whether there was a state file
-        self._keeper = None if state_file is None else self._open_state(state_file)
-        _open_managers.add(self)
-        self._finalizer = weakref.finalize(
-            self, _abandon, self._registry, self._sources, self._owned_backends, self._keeper, self._depth
+        self._backends = BackendSet(backend, self.settings.blacklist_env_vars)
+        self._catalogue = Catalogue(state_file)
+        self._registrar = Registrar(
+            self._catalogue,
+            sources=self._sources,
+            backends=self._backends,
+            announcer=self._announcer,
+            settings=self.settings,
         )
+        self._intake = Intake(self._catalogue, self._announcer, tracing)
+        self._close_lock = threading.Lock()
+        self._report: CloseReport | None = None  # guarded by _close_lock
+        _open_managers.add(self)
+        # Nothing of this knows the manager, or nobody could ever lose it.
+        self._finalizer = weakref.finalize(self, _abandon, self._catalogue, self._backends, self._sources)
         self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
-        if restore and self._has_stored:
+        if restore and self._catalogue.has_stored:
             self._restore_or_close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._registry)} model versions"
+        state = "closed" if self.closed else f"{len(self._catalogue)} model versions"
         return f"<ModelManager: {state}>"
 
     def __enter__(self) -> ModelManager:
-        self._check_usable()
+        self._catalogue.check_usable()
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -174,29 +132,24 @@ class ModelManager:
 
     def __getitem__(self, name: str) -> Model:
         """Return the default version of a model; raise ModelNotFound if it is not registered."""
-        return Model(self, self._get(name).spec.key)
+        return Model(self, self._catalogue.get(name).spec.key)
 
     def __contains__(self, name: object) -> bool:
-        self._check_usable()
-        with self._lock:
-            return isinstance(name, str) and name in self._registry
+        self._catalogue.check_usable()
+        return name in self._catalogue
 
     def __iter__(self) -> Iterator[str]:
         """The names of all models, sorted."""
-        self._check_usable()
-        with self._lock:
-            return iter(tuple(self._registry.names()))
+        return iter(self._names())
 
     def __len__(self) -> int:
         """The number of models, whatever number of versions each has."""
-        self._check_usable()
-        with self._lock:
-            return len(self._registry.names())
+        return len(self._names())
 
     @property
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the process that this one was forked from."""
-        return self._closed or forks.depth() != self._depth
+        return self._catalogue.is_closed
 
     @property
     def model_store(self) -> Path | None:
@@ -205,8 +158,23 @@ class ModelManager:
 
     def warm(self) -> None:
         """Start the process that imports torch, so that a first worker need not wait for it. Does not block."""
-        self._check_usable()
-        self._backend.warm()
+        self._catalogue.check_usable()
+        self._backends.warm()
+
+    def run_on(self, loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
+        """Have an event loop read the answers of worker processes, which a thread of the library does otherwise.
+
+        Then no thread is woken between an answer and the task on that loop that waits for it: for a server whose requests
+        come in on one loop. Returns what undoes it, which must be called before the loop is closed; both are to be called
+        on the loop's thread. Until then the loop must not be kept waiting by anything: all answers go through it, those for
+        other threads, too. Calls that wait (``predict``, ``close``) raise WouldWaitForever there. Changes nothing if another
+        loop does it already.
+
+        Raises:
+            ManagerClosed: the manager was closed.
+        """
+        self._catalogue.check_usable()
+        return self._backends.get("process").run_on(loop)
 
     def register(
         self,
@@ -298,7 +266,7 @@ class ModelManager:
             WorkerStartFailed: ``synchronous``, and a worker could not be started.
             ManagerClosed: the manager was closed.
         """
-        self._check_usable()
+        self._catalogue.check_usable()
         wishes = Wishes(
             model_name=model_name,
             version=version,
@@ -328,8 +296,8 @@ class ModelManager:
             loaded_at_startup=loaded_at_startup,
         )
         if synchronous:
-            self._check_may_wait("register")
-        key = self._register(url, wishes)
+            self._backends.check_may_wait("register")
+        key = self._registrar.register(url, wishes)
         if is_default_version(key, self.settings):
             self.set_default(key.name, key.version)
         return Model(self, key)
@@ -349,28 +317,11 @@ class ModelManager:
             InvalidArgument: ``model_snapshot`` is none that TorchServe wrote.
             ManagerClosed: the manager was closed.
         """
-        self._check_usable()
-        self._check_may_wait("restore")
-        if model_snapshot is not None and not self._has_stored:
-            self._desire(from_torchserve(model_snapshot))
-        with self._lock:
-            state = self._desired.state()
-            missing = [
-                each for each in state.versions() if not self._is_registered_locked(each.key.name, each.key.version)
-            ]
-            defaults = {(model.name, model.default) for model in state.models}
-        # A request that names no version must not meet another one for the only reason that it was ready earlier.
-        for is_default in (True, False):
-            turn = [each for each in missing if ((each.key.name, each.key.version) in defaults) is is_default]
-            in_parallel(self._bring_back, turn, limit=RESTORED_AT_ONCE)
-        with self._lock:
-            for model in state.models:
-                self._registry.arrange(model.name, self._desired.versions(model.name))
-            restored = tuple(
-                each.key for each in missing if self._is_registered_locked(each.key.name, each.key.version)
-            )
-        self._record()
-        return restored
+        self._catalogue.check_usable()
+        self._backends.check_may_wait("restore")
+        if model_snapshot is not None and not self._catalogue.has_stored:
+            self._catalogue.want(from_torchserve(model_snapshot))
+        return self._registrar.restore()
 
     def items_to_load(self, items: Iterable[str], *, over_state: bool) -> list[str]:
         """Return which items of ``load_models`` (``a.mar`` or ``name=a.mar``) are left to load after :meth:`restore`.
@@ -378,9 +329,8 @@ class ModelManager:
         Those are not that have brought a version that is registered, or, unless ``over_state``, one that was unregistered
         by a call: the file keeps which ones were loaded before. Does not block.
         """
-        self._check_usable()
-        with self._lock:
-            return [item for item in items if self._is_to_load_locked(item, over_state=over_state)]
+        self._catalogue.check_usable()
+        return self._catalogue.left_to_load(items, over_state=over_state)
 
     def models(self, *, start: int = 0, limit: int | None = None) -> tuple[ModelInfo, ...]:
         """Return the default version of every model, sorted by name. Does not block.
@@ -391,51 +341,27 @@ class ModelManager:
             start: how many models to leave out at the beginning, at least 0.
             limit: the most to return, at least 0; None: all. What a few cost does not depend on how many there are.
         """
-        self._check_usable()
+        self._catalogue.check_usable()
         check_number("start", start, minimum=0)
         if limit is not None:
             check_number("limit", limit, minimum=0)
-        end = None if limit is None else start + limit
-        with self._lock:
-            names = self._registry.names()
-            missing = self._failed_loads.names() - self._registry.keys()
-            page = (sorted([*names, *missing]) if missing else names)[start:end]
-            found = [
-                self._failed_loads.versions(name)[0] if name in missing else self._registry.get(name) for name in page
-            ]
-        return tuple(each if isinstance(each, ModelInfo) else each.info(is_default=True) for each in found)
+        return self._catalogue.models(start, limit)
 
     def wanted(self) -> tuple[ModelInfo, ...]:
         """Return every version that shall have workers at all times, or has failed, in no order. Does not block.
 
         Its cost depends little on how many others there are, so that it may be asked each second whether all is well.
         """
-        self._check_usable()
-        with self._lock:
-            served = [each for each in self._registry if each.is_wanted]
-            defaults = {each.spec.key.name: self._registry.default(each.spec.key.name) for each in served}
-            failed = [
-                info
-                for info in self._failed_loads
-                if not self._is_registered_locked(info.name, info.version)  # a further attempt may be under way
-            ]
-        infos = [each.info(is_default=defaults[each.spec.key.name] == each.spec.key.version) for each in served]
-        return (*infos, *failed)
+        self._catalogue.check_usable()
+        return self._catalogue.wanted()
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
         """Return all versions of a model, oldest first; raise ModelNotFound. Does not block.
 
         Those that could not be loaded at the start come last.
         """
-        self._check_usable(name)
-        with self._lock:
-            failed = self._failed_loads.versions(name)
-            if failed and name not in self._registry:
-                return tuple(failed)
-            default, versions = self._registry.default(name), self._registry.versions(name)
-        registered = {each.spec.key for each in versions}
-        failed = [info for info in failed if info.spec.key not in registered]  # a further attempt may be under way
-        return (*(each.info(is_default=each.spec.key.version == default) for each in versions), *failed)
+        self._catalogue.check_usable(name)
+        return self._catalogue.versions(name)
 
     def describe(self, name: str, version: str | None = None, *, customized: bool = False) -> ModelInfo:
         """Return what is known of a version (the default one unless given). Does not block, unless ``customized``.
@@ -446,17 +372,15 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound: it is not registered.
             NoWorker, HandlerFailed, WorkerDied, DeadlineExceeded: ``customized``, and the handler could not be asked.
         """
-        failed = self._failed_load(name, version)
+        failed = self._catalogue.find_failed(name, version)
         if failed is not None and not customized:
             return failed
-        served = self._get(name, version)
+        served = self._catalogue.get(name, version)
         if customized:
-            self._check_may_wait("describe(customized=True)")
-        with self._gone_is_not_found(served):
+            self._backends.check_may_wait("describe(customized=True)")
+        with self._catalogue.gone_is_not_found(served):
             metadata = served.customized_metadata() if customized else None
-        with self._lock:
-            default = self._registry.default(name) if name in self._registry else ""
-        return served.info(is_default=served.spec.key.version == default, metadata=metadata)
+        return served.info(is_default=self._catalogue.is_default(served.spec.key), metadata=metadata)
 
     def scale(
         self,
@@ -487,12 +411,12 @@ class ModelManager:
         """
         check_truth("synchronous", synchronous)
         if synchronous:
-            self._check_may_wait("scale")
-        served = self._get(name, version)
+            self._backends.check_may_wait("scale")
+        served = self._catalogue.get(name, version)
         wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
-        with self._gone_is_not_found(served):
+        with self._catalogue.gone_is_not_found(served):
             served.pool.scale(wanted, timeout=timeout)
-            self._keep_scale(served)
+            self._catalogue.keep_scale(served)
             if synchronous:
                 served.pool.wait_ready()
         return self.describe(name, served.spec.key.version)
@@ -508,9 +432,9 @@ class ModelManager:
         """
         if timeout is not None:
             check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
-        self._check_may_wait("wait_ready")
-        served = self._get(name, version)
-        with self._gone_is_not_found(served):
+        self._backends.check_may_wait("wait_ready")
+        served = self._catalogue.get(name, version)
+        with self._catalogue.gone_is_not_found(served):
             served.pool.wait_ready(timeout)
 
     def set_default(self, name: str, version: str) -> None:
@@ -519,12 +443,8 @@ class ModelManager:
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
-        self._get(name, version)
-        with self._lock:
-            self._registry.set_default(name, version)
-            self._desired.set_default(ModelKey(name, version))
-        self._record()
-        self._announcer.tell(DefaultVersionSet(ModelKey(name, version)))
+        key = self._catalogue.set_default(name, version)
+        self._announcer.tell(DefaultVersionSet(key))
 
     def unregister(self, name: str, version: str | None = None, *, timeout: float | None = None) -> CloseReport:
         """Remove a version (the default one unless given); return once it is gone and its name is free again.
@@ -537,34 +457,11 @@ class ModelManager:
             DefaultVersionInUse: it is the default, and there are other versions.
             InvalidArgument: ``timeout`` is no number of seconds, at least 0.
         """
-        self._check_usable(name, version)
-        self._check_may_wait("unregister")
+        self._catalogue.check_usable(name, version)
+        self._backends.check_may_wait("unregister")
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
-        with self._lock:
-            failed = [] if self._is_registered_locked(name, version) else self._forget_failed_locked(name, version)
-        if failed:
-            self._record()
-        for key in failed:
-            self._announcer.tell(ModelUnregistered(key))
-        if failed:
-            return CloseReport(0.0)
-        with self._lock:
-            served = self._registry.remove(name, version)
-            if version is None:
-                self._forget_failed_locked(name, None)
-            key = served.spec.key
-            self._desired.remove(key)
-            self._registry.reserve(key)  # its name is free when this is over, not before
-            self._leaving.add(served)
-        try:
-            self._record()
-            self._announcer.tell(ModelUnregistered(key))
-            return served.close(limit)
-        finally:
-            with self._lock:
-                self._leaving.discard(served)
-                self._registry.release(key)
+        return self._registrar.unregister(name, version, limit)
 
     def predict(
         self,
@@ -586,9 +483,9 @@ class ModelManager:
             WorkerDied: the worker ended while it ran the request.
             DeadlineExceeded: there was no answer within ``timeout``, or it was not begun within ``wait_timeout``.
         """
-        self._check_may_wait("predict")
-        request = self._request(data, fields, headers)
-        future = self._submit(name, version, request, timeout, wait_timeout, priority)
+        self._backends.check_may_wait("predict")
+        request = self._intake.request(data, fields, headers)
+        future = self._intake.submit(self, name, version, request, timeout, wait_timeout, priority)
         try:
             return future.result()
         except BaseException:
@@ -611,8 +508,8 @@ class ModelManager:
 
         Arguments and errors are those of :meth:`predict`. A task that is cancelled takes its request back.
         """
-        request = self._request(data, fields, headers)
-        return await self._submit(name, version, request, timeout, wait_timeout, priority)
+        request = self._intake.request(data, fields, headers)
+        return await self._intake.submit(self, name, version, request, timeout, wait_timeout, priority)
 
     def submit(
         self,
@@ -654,8 +551,8 @@ class ModelManager:
             QueueFull: ``job_queue_size`` requests wait already.
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
-        request = self._request(data, fields, headers, request_id)
-        return self._submit(name, version, request, timeout, wait_timeout, priority)
+        request = self._intake.request(data, fields, headers, request_id)
+        return self._intake.submit(self, name, version, request, timeout, wait_timeout, priority)
 
     def stream(
         self,
@@ -676,9 +573,9 @@ class ModelManager:
         anew with each part.
         """
         stream = AnswerStream()
-        request = self._request(data, fields, headers, request_id)
+        request = self._intake.request(data, fields, headers, request_id)
         request.on_part = stream.take_part
-        self._submit(name, version, request, timeout, wait_timeout, priority, stream.bind)
+        self._intake.submit(self, name, version, request, timeout, wait_timeout, priority, stream.bind)
         return stream
 
     def add_listener(self, listener: Listener) -> None:
@@ -699,154 +596,17 @@ class ModelManager:
         remove what was unpacked. In a forked copy it does nothing.
         """
         check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
-        if forks.depth() != self._depth:
+        if self._catalogue.is_inherited:
             return CloseReport(0.0)
-        self._check_may_wait("close")
+        self._backends.check_may_wait("close")
         with self._close_lock:
             if self._report is None:
                 self._report = self._close(timeout)
             return self._report
 
-    # -- the rest is for this file -------------------------------------------------------------------------------------
-
-    def _note_refused(self, served: ServedVersion, request: WorkerRequest, error: TorchmgmtError) -> None:
-        if isinstance(error, (NoWorker, QueueFull)):  # else the version is gone, and what was counted of it, too
-            _tell_dropped(self._announcer, served.spec.key, type(error).__name__)
-        if self._tracing is not None:
-            self._tracing.refuse(request, error)
-
-    def _make_tracing(self) -> Tracing | None:
-        if self.settings.tracing == "off" or (self.settings.tracing == "auto" and "opentelemetry" not in sys.modules):
-            return None
-        try:
-            from torchmgmt.tracing import tracing_of  # most programs have no OpenTelemetry
-        except ImportError as error:
-            if self.settings.tracing == "auto":
-                return None
-            allowed = f"auto or off without {error.name}: pip install 'torchmgmt[otel]'"
-            raise InvalidArgument("tracing", self.settings.tracing, allowed) from error
-        tracing = tracing_of(self.settings.tracing)
-        if tracing is not None:
-            self._announcer.add(tracing.listen)
-        return tracing
-
-    def _request(
-        self,
-        data: object,
-        fields: Mapping[str, Any] | None,
-        headers: Mapping[str, str] | None,
-        request_id: str | None = None,
-    ) -> WorkerRequest:
-        if request_id is None:
-            request_id = f"{self._request_prefix}{next(self._request_numbers):016x}"
-        return new_request(data, fields, headers, request_id)
-
-    def _submit(
-        self,
-        name: str,
-        version: str | None,
-        request: WorkerRequest,
-        timeout: float | None,
-        wait_timeout: float | None,
-        priority: int,
-        on_future: Callable[[AnswerFuture], object] | None = None,
-    ) -> AnswerFuture:
-        served = self._get(name, version)
-        # A caller may hold nothing but the future, so it keeps all alive.
-        future = AnswerFuture(served.spec.key, self, served.pool.abandon_unwanted, served.on_cancelled)
-        if on_future is not None:
-            on_future(future)
-        if self._tracing is not None:
-            self._tracing.begin(served.spec.key, request, future)
-        try:
-            served.submit(request, future, timeout, wait_timeout, priority)
-        except TorchmgmtError as error:
-            self._note_refused(served, request, error)
-            if isinstance(error, (ManagerClosed, ModelNotFound)):
-                raise self._not_found(served) from None
-            raise
-        return future
-
-    def _check_usable(self, name: object = "", version: object = None) -> None:
-        """Raise ManagerClosed, or InvalidArgument for a name or version that can be none. Takes no lock."""
-        if forks.depth() != self._depth:
-            why = "belongs to the process that this one was forked from; make a new one after the fork"
-            raise ManagerClosed("This ModelManager", why)
-        if self._closed:
-            raise ManagerClosed
-        if not isinstance(name, str):
-            raise InvalidArgument("name", name, "text")
-        if version is not None and not isinstance(version, str):
-            raise InvalidArgument("version", version, "text, or None for the default version")
-
-    def _check_may_wait(self, call: str) -> None:
-        for backend in tuple(self._backends.values()):
-            if backend.on_own_thread():
-                raise WouldWaitForever(call)
-
-    def _get(self, name: str, version: str | None = None) -> ServedVersion:
-        self._check_usable(name, version)
-        with self._lock:
-            try:
-                return self._registry.get(name, version)
-            except LookupError:
-                self._failed_loads.check(name, version)
-                raise
-
-    def _failed_load(self, name: str, version: str | None) -> ModelInfo | None:
-        """Return what is known of a version that is not registered because it could not be loaded at the start."""
-        self._check_usable(name, version)
-        with self._lock:
-            return None if self._is_registered_locked(name, version) else self._failed_loads.find(name, version)
-
-    def _is_registered_locked(self, name: str, version: str | None) -> bool:
-        try:
-            self._registry.get(name, version)
-        except LookupError:
-            return False
-        return True
-
-    def _register(self, url: object, wishes: Wishes, stored: StoredVersion | None = None) -> ModelKey:
-        """Register a version, as ``stored`` if it was before; remember what failed if it was to be there from the start."""
-        self._warm_for(wishes)
-        spec: ModelSpec | None = None
-        try:
-            with contextlib.ExitStack() as undo:
-                folder = undo.enter_context(open_source(self._sources, url, wishes))
-                if stored is None:
-                    stored = stored_of(folder, wishes, scale_of(folder, wishes, self.settings), self.model_store)
-                else:
-                    folder = evolve(folder, url=stored.url)
-                    check_is_same(folder, wishes, stored)
-                spec = spec_of(folder, wishes, self.settings)
-                if spec.live is not None:
-                    spec.live.prepare(spec.backend, isolates_errors=spec.isolate_errors)
-                served = self._add(spec, folder, stored.scale)
-                undo.pop_all()  # from here on the version owns the folder
-            if wishes.synchronous:
-                self._wait_or_withdraw(spec.key)
-        except (AlreadyRegistered, ManagerClosed):
-            raise
-        except Exception as error:
-            if wishes.loaded_at_startup:
-                self._remember(shown(url), error, spec, wishes)
-            raise
-        with self._lock:
-            self._failed_loads.settle(spec.key, shown(url))
-            is_default_again = self._keep_locked(served, evolve(stored, digest=folder.digest))
-        self._record()
-        if is_default_again:
-            self._announcer.tell(DefaultVersionSet(spec.key))
-        return spec.key
-
-    def _remember(self, url: str, error: Exception, spec: ModelSpec | None, wishes: Wishes) -> None:
-        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
-        name, version = wishes.model_name, wishes.version
-        info = failed_load(url, error, spec=spec, name=name, version=version, workers=workers)
-        certainty = Certainty.KEY if spec else Certainty.NAME if name else Certainty.NOTHING
-        with self._lock:
-            if not self._desired.from_item(f"{name}={url}" if name else url):  # that is shown as what it was
-                self._failed_loads.add(info, certainty)
+    def _names(self) -> tuple[str, ...]:
+        self._catalogue.check_usable()
+        return self._catalogue.names()
 
     def _restore_or_close(self) -> None:
         try:
@@ -855,214 +615,14 @@ class ModelManager:
             self.close(0)
             raise
 
-    def _bring_back(self, stored: StoredVersion) -> None:
-        """Restore a version and wait for its workers; what goes wrong is remembered and logged, and stops no other."""
-        try:
-            self._register(stored.place or stored.url, wishes_of(stored), stored)
-        except AlreadyRegistered:
-            log.info("%s is not restored: it has been registered meanwhile", stored.key)
-        except ManagerClosed:
-            raise
-        except Exception as error:
-            log.error("%s could not be restored: %s", stored.key, str(error).partition("\n")[0])
-            with self._lock:
-                self._failed_loads.add(failed_restore(stored, error), Certainty.KEY)
-
-    def _open_state(self, path: str | os.PathLike[str]) -> StateKeeper:
-        """Take hold of the state file, and want what it holds."""
-        from torchmgmt.state_file import StateFile, StateKeeper  # most programs keep no state
-
-        keeper = StateKeeper(StateFile(path))
-        try:
-            state = keeper.load()
-        except BaseException:
-            keeper.close()
-            raise
-        self._has_stored = state is not None
-        self._desire(state or DesiredState())
-        return keeper
-
-    def _desire(self, state: DesiredState) -> None:
-        with self._lock:
-            self._desired.load(state)
-
-    def _record(self) -> None:
-        """Return when what is wanted now is on the disk, if there is a state file."""
-        if self._keeper is not None:
-            self._keeper.record(self._desired_state)
-
-    def _desired_state(self) -> DesiredState:
-        with self._lock:
-            return self._desired.state()
-
-    def _keep_locked(self, served: ServedVersion, stored: StoredVersion) -> bool:
-        """Want a version that is registered from now on; return whether it has become its model's default again."""
-        key = stored.key
-        if not self._is_current_locked(served):
-            return False  # somebody has unregistered it already
-        if served.spec.live is not None and not served.spec.live.is_restorable:
-            self._desired.remove(key)  # the program that made the object makes it again
-            return False
-        was_wanted = self._desired.find(key) is not None
-        self._desired.put(evolve(stored, scale=served.pool.wanted))
-        for outdated in self._outdated_locked(stored):
-            self._desired.remove(outdated)
-            self._failed_loads.remove(outdated.name, outdated.version)
-        wanted, default = self._desired.default(key.name), self._registry.default(key.name)
-        if wanted == key.version != default and was_wanted:
-            self._registry.set_default(key.name, key.version)
-            return True
-        if self._is_registered_locked(key.name, wanted):
-            self._desired.set_default(ModelKey(key.name, default))
-        return False
-
-    def _outdated_locked(self, stored: StoredVersion) -> list[ModelKey]:
-        """Return what could not be restored since another version, this one, is at the place now where it came from."""
-        if not stored.loaded_at_startup:
-            return []
-        same = [
-            each
-            for each in self._desired.from_item(stored.item)
-            if each.parameters.get("version") == stored.parameters.get("version")
-        ]
-        return [each.key for each in same if not self._is_registered_locked(each.key.name, each.key.version)]
-
-    def _is_to_load_locked(self, item: str, *, over_state: bool) -> bool:
-        wanted = self._desired.from_item(item)
-        if any(self._is_registered_locked(each.key.name, each.key.version) for each in wanted):
-            return False
-        return over_state or bool(wanted) or not self._desired.has_seen(item)
-
-    def _forget_failed_locked(self, name: str, version: str | None) -> list[ModelKey]:
-        removed = self._failed_loads.remove(name, version)
-        for key in removed:
-            self._desired.remove(key)
-        return removed
-
-    def _keep_scale(self, served: ServedVersion) -> None:
-        with self._lock:
-            if self._is_current_locked(served):
-                self._desired.set_scale(served.spec.key, served.pool.wanted)
-        self._record()
-
-    def _is_current_locked(self, served: ServedVersion) -> bool:
-        """Whether it is still what is registered by its name and version."""
-        try:
-            return self._registry.get(served.spec.key.name, served.spec.key.version) is served
-        except LookupError:
-            return False
-
-    def _warm_for(self, wishes: Wishes) -> None:
-        """Have torch imported while the source is unpacked, if there are going to be worker processes."""
-        workers = wishes.default_workers if wishes.initial_workers is None else wishes.initial_workers
-        if workers and wishes.backend != "thread":
-            with contextlib.suppress(OSError):  # the start of the first worker meets it again, and tells of it
-                self._backend.warm()
-
-    def _add(self, spec: ModelSpec, folder: ModelFolder, scale: Scale) -> ServedVersion:
-        key = spec.key
-        backend = self._backend_of(spec)
-        pool = WorkerPool(
-            spec,
-            backend=backend,
-            worker_ids=self._worker_ids,
-            listener=self._announcer,
-        )
-        batcher: Batcher[WorkerRequest, Encoded] = Batcher(
-            batch_size=spec.batch_size,
-            max_batch_delay=spec.max_batch_delay_ms,
-            capacity=spec.job_queue_size,
-            name=f"model {key.name} version {key.version}",
-            on_ready=pool.pump,
-            call_at=backend.call_at,
-            on_expired=functools.partial(_tell_dropped, self._announcer, key, DeadlineExceeded.__name__),
-        )
-        pool.feed_from(batcher)
-        with self._lock:
-            if self._closed:
-                raise ManagerClosed
-            self._registry.reserve(key)
-            on_cancelled = functools.partial(_tell_dropped, self._announcer, key, "Cancelled", 1)
-            served = ServedVersion(spec, folder, batcher, pool, on_cancelled)
-            is_default = self._registry.add(key, served)
-        self._announcer.tell(ModelRegistered(key))
-        if is_default:
-            self._announcer.tell(DefaultVersionSet(key))
-        if scale.max_workers:
-            pool.scale(scale)
-        return served
-
-    def _backend_of(self, spec: ModelSpec) -> Backend:
-        with self._lock:
-            if self._closed:
-                raise ManagerClosed
-            if spec.backend not in self._backends:
-                from torchmgmt.backends.thread import ThreadBackend  # most programs use none
-
-                self._backends[spec.backend] = ThreadBackend()
-                self._owned_backends.append(self._backends[spec.backend])
-            return self._backends[spec.backend]
-
-    def _wait_or_withdraw(self, key: ModelKey) -> None:
-        """Wait until a new version's workers are ready; if they cannot be, leave nothing registered."""
-        served = self._get(key.name, key.version)
-        try:
-            with self._gone_is_not_found(served):
-                served.pool.wait_ready()
-        except BaseException:
-            with self._lock:
-                is_ours = self._registry.withdraw(key, served)
-                self._leaving.add(served)
-            if is_ours:
-                self._announcer.tell(ModelUnregistered(key))
-            try:
-                served.close(0)
-            finally:
-                with self._lock:
-                    self._leaving.discard(served)
-            raise
-
-    @contextlib.contextmanager
-    def _gone_is_not_found(self, served: ServedVersion) -> Iterator[None]:
-        """A version that was unregistered meanwhile is one that does not exist, whichever of its parts noticed first."""
-        try:
-            yield
-        except (ManagerClosed, ModelNotFound):
-            raise self._not_found(served) from None
-
-    def _not_found(self, served: ServedVersion) -> TorchmgmtError:
-        """Return what is to be said of a version that has gone; raise ManagerClosed or ModelNotFound if that is so now."""
-        key = served.spec.key
-        self._get(key.name, key.version)
-        return ModelVersionNotFound(key.name, key.version)
-
     def _close(self, timeout: float) -> CloseReport:
         started = time.monotonic()
-        with self._lock:
-            self._closed = True
-            versions = [*self._registry, *self._leaving]
-        # Each phase for all of them before the next one: their workers finish and end side by side.
-        for version in versions:
-            version.refuse()
-        for version in versions:
-            version.pool.wait_quiet(started + timeout - time.monotonic())
-        for version in versions:
-            version.pool.end(started + timeout)
-        reports = [version.pool.join(started) for version in versions]
-        for version in versions:
-            version.folder.release()
-        for backend in self._owned_backends:
-            backend.close()
+        reports = close_all(self._catalogue.close(), timeout)
+        self._backends.close()
         self._sources.close()
-        if self._keeper is not None:
-            self._keeper.close()
+        self._catalogue.let_go()
         self._finalizer.detach()
         return total_of(time.monotonic() - started, reports)
-
-
-def _tell_dropped(announcer: Announcer, key: ModelKey, error: str, count: int = 1) -> None:
-    if announcer:
-        announcer.tell(RequestsDropped(key, error, count))
 
 
 _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()
@@ -1075,25 +635,17 @@ def _close_open_managers() -> None:
         manager.close()
 
 
-def _abandon(
-    registry: Registry[ServedVersion],
-    sources: ModelSources,
-    backends: Sequence[Backend],
-    keeper: StateKeeper | None,
-    depth: int,
-) -> None:
+def _abandon(catalogue: Catalogue, backends: BackendSet, sources: ModelSources) -> None:
     """End what a manager ran that nobody can reach any more."""
-    if forks.depth() != depth:
+    if catalogue.is_inherited:
         return
 
     def end() -> None:
-        for version in registry:
+        for version in catalogue.close():
             version.close(0)
-        for backend in backends:
-            backend.close()
+        backends.close()
         sources.close()
-        if keeper is not None:
-            keeper.close()
+        catalogue.let_go()
 
     # Not here: a garbage collection may run anywhere, also while this thread holds one of the locks that this needs.
     threading.Thread(target=end, name="torchmgmt-abandoned", daemon=True).start()

@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torchmgmt.checks import check_number
 from torchmgmt.errors import InvalidArgument, ManagerClosed, QueueFull
 from torchmgmt.lifecycle import VersionState
-from torchmgmt.records import CloseReport, ModelInfo, ModelKey, check_number
+from torchmgmt.records import CloseReport, ModelInfo, ModelKey
 
 if TYPE_CHECKING:
     from torchmgmt.answer_future import AnswerFuture

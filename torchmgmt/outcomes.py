@@ -9,9 +9,10 @@ from typing import TypeAlias
 from torchmgmt.backends import Outcome
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.events import NO_FAILURES, BatchFinished, Listener, RequestsDropped
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.job import Job, size_of
 from torchmgmt.pool_worker import PoolWorker
-from torchmgmt.records import EXPIRED, Encoded, ModelKey, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.records import EXPIRED, ModelKey, WorkerExit, WorkerFault
 
 __all__ = ["Outcomes", "Ran", "answers_of", "error_of_death"]
 

@@ -25,9 +25,11 @@ from torchmgmt.attempts import Attempts
 from torchmgmt.backends import Backend, Outcome
 from torchmgmt.backends.process import ProcessBackend
 from torchmgmt.channel import encode
+from torchmgmt.checks import check_number
 from torchmgmt.endings import Endings
 from torchmgmt.errors import DeadlineExceeded, ManagerClosed, TorchmgmtError, WorkerDied, WorkerStartFailed
 from torchmgmt.events import HandlerMetrics, Listener, WorkerReady, WorkerStopped
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.job import JobQueue, JobSource, OwnJob
 from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState
 from torchmgmt.outcomes import Outcomes, error_of_death
@@ -35,7 +37,6 @@ from torchmgmt.pool_version import PoolVersion
 from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
 from torchmgmt.records import (
     CloseReport,
-    Encoded,
     MetricRecord,
     ModelSpec,
     RawMetric,
@@ -43,8 +44,6 @@ from torchmgmt.records import (
     Sharing,
     WorkerExit,
     WorkerInfo,
-    WorkerRequest,
-    check_number,
 )
 from torchmgmt.staffing import Staffing
 from torchmgmt.starter import Starter

@@ -6,16 +6,15 @@ parse; their source is TorchServe's Management API.
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from attrs import Attribute, define, field, frozen
+from attrs import Attribute, field, frozen
 from attrs.validators import optional
 
+from torchmgmt.checks import number, text, truth
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
 
@@ -27,18 +26,13 @@ __all__ = [
     "ENVELOPES",
     "EXPIRED",
     "NUMBER_BYTES",
-    "AnswerHead",
-    "BodyHead",
     "CloseReport",
-    "Encoded",
     "MetricKind",
     "MetricRecord",
     "ModelInfo",
     "ModelKey",
     "ModelSpec",
     "RawMetric",
-    "RequestHead",
-    "ResponseProperties",
     "Scale",
     "ShareWeights",
     "Sharing",
@@ -47,21 +41,10 @@ __all__ = [
     "WorkerFault",
     "WorkerInfo",
     "WorkerJob",
-    "WorkerRequest",
     "backend_name",
-    "check_number",
-    "check_pattern",
-    "check_text",
-    "check_truth",
     "envelope_name",
-    "number",
     "share_weights_of",
-    "text",
-    "truth",
-    "without_matching",
 ]
-
-T = TypeVar("T")
 
 NUMBER_BYTES = 8
 """In so many bytes, the lowest first, a worker writes down the number of the batch that it begins, and the embedding process
@@ -77,80 +60,6 @@ WIRE_STATUS: Mapping[WorkerState, str] = {
     WorkerState.EXITED: "UNLOADING",
 }
 """What clients of the Management API read for each state; they know these three words only."""
-
-
-def check_number(argument: str, value: object, *, minimum: float, unit: str = "", whole: bool = True) -> None:
-    """Raise :class:`InvalidArgument` unless ``value`` is a number (an int if ``whole``) of at least ``minimum``."""
-    if (
-        isinstance(value, bool)  # which Python takes for an int
-        or not isinstance(value, (int, float))
-        or (whole and not isinstance(value, int))
-        or not minimum <= value <= sys.float_info.max
-    ):
-        what = "a whole number" if whole else "a number"
-        raise InvalidArgument(argument, value, f"{what}{' of ' + unit if unit else ''}, at least {minimum}")
-
-
-def check_text(argument: str, value: object, *, forbidden: str = "/\0") -> None:
-    """Raise :class:`InvalidArgument` unless ``value`` is a str, not blank and without the ``forbidden`` characters."""
-    if not isinstance(value, str) or not value.strip() or any(char in value for char in forbidden):
-        listed = " or ".join(repr(char) for char in forbidden)
-        raise InvalidArgument(argument, value, f"text that is not blank and has no {listed} in it")
-
-
-def check_pattern(argument: str, value: object) -> None:
-    """Raise :class:`InvalidArgument` unless ``value`` is the text of a regular expression, or None."""
-    if value is None:
-        return
-    try:
-        if isinstance(value, str):
-            re.compile(value)
-            return
-    except (re.error, OverflowError, RecursionError):
-        pass
-    raise InvalidArgument(argument, value, "a regular expression, or None")
-
-
-def check_truth(argument: str, value: object) -> None:
-    """Raise :class:`InvalidArgument` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise InvalidArgument(argument, value, "True or False")
-
-
-Validator: TypeAlias = "Callable[[object, Attribute[Any], object], None]"  # attrs' own can only be named as text
-
-
-def number(argument: str, minimum: float, unit: str = "", *, whole: bool = True) -> Validator:
-    """Return an attrs validator that checks with :func:`check_number`."""
-
-    def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
-        check_number(argument, value, minimum=minimum, unit=unit, whole=whole)
-
-    return validate
-
-
-def text(argument: str) -> Validator:
-    """Return an attrs validator that checks with :func:`check_text`."""
-
-    def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
-        check_text(argument, value)
-
-    return validate
-
-
-def truth(argument: str) -> Validator:
-    """Return an attrs validator that checks with :func:`check_truth`."""
-
-    def validate(_instance: object, _attribute: Attribute[Any], value: object) -> None:
-        check_truth(argument, value)
-
-    return validate
-
-
-def without_matching(variables: Mapping[str, T], pattern: str | None) -> dict[str, T]:
-    """Return the environment variables whose whole names do not match a regular expression; None: all."""
-    found = re.compile(pattern) if pattern is not None else None
-    return {name: value for name, value in variables.items() if found is None or not found.fullmatch(name)}
 
 
 @frozen(order=True)
@@ -282,79 +191,6 @@ class ModelSpec:
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
     live: LiveObject | None = None
     """What was registered in place of an archive, if it was no archive."""
-
-
-@frozen
-class ResponseProperties:
-    """What a handler has set for the answer to one request beside its body, through its context. Plain values, unchecked."""
-
-    status: int = 200
-    """The status that the answer is to have over HTTP."""
-    phrase: str = ""
-    """What goes with the status; "" if the handler set none."""
-    headers: Mapping[str, str] = field(factory=dict)
-    """By name as the handler wrote it, the content type included."""
-
-    @property
-    def content_type(self) -> str | None:
-        """The content type that the handler set; None if it set none."""
-        return next((value for name, value in self.headers.items() if name.lower() == "content-type"), None)
-
-
-# These two are not frozen, as other facts are: to make a frozen one costs a microsecond more, for each request thrice.
-
-
-@define(eq=False)
-class Encoded:
-    """A pickled object and the buffers that its pickle left out (:pep:`574`): what travels to and from a worker.
-
-    With a :class:`~torchmgmt.exchange.HttpBody` it is that body, and the body of the answer to it, in one segment. An
-    answer without segments is the end of one that came in parts.
-    """
-
-    segments: Sequence[bytes | bytearray | memoryview]
-    properties: ResponseProperties | None = None
-    """Of an answer: what the handler has set beside it, if anything."""
-    content_type: str | None = None
-    """Of the body of an answer: its type; None: this is no body but a pickle."""
-
-
-BodyHead: TypeAlias = tuple[int, str, tuple[tuple[str, str], ...], bool]
-"""Of a body: its form, content type, query, and whether it is to be parsed (:class:`torchmgmt.exchange.HttpBody`)."""
-RequestHead: TypeAlias = tuple[str, "Mapping[str, str] | None", int, "float | None", "BodyHead | None", bool]
-"""What a worker is told of a request: its id, its headers, the number of its segments, its deadline, what it is if it is a
-body, and whether its answer may come in parts."""
-
-AnswerHead: TypeAlias = "int | tuple[int, ResponseProperties | None, str | None]"
-"""Of an answer on its way: the number of its segments; if there is more to say, what was set beside it and its content type."""
-
-
-@define(eq=False)
-class WorkerRequest:
-    """One request as a worker gets it: the row for the handler, its id and its headers."""
-
-    row: Encoded
-    request_id: str
-    headers: Mapping[str, str] | None = None
-    deadline: float | None = None
-    """When nobody waits for it any more, on the monotonic clock of the machine (s); it is not begun after that."""
-    limit_s: float = 0.0
-    """How long after the request was made that is."""
-    body: BodyHead | None = None
-    """What the row is to be made of, if it is a body."""
-    on_part: Callable[[Encoded], object] | None = None
-    """Takes a part of the answer that came before the rest, and must not block; None: the answer is wanted whole."""
-
-    def head(self) -> RequestHead:
-        """Return what the worker is told of it beside its row."""
-        return (
-            self.request_id,
-            self.headers,
-            len(self.row.segments),
-            self.deadline,
-            self.body,
-            self.on_part is not None,
-        )
 
 
 @frozen

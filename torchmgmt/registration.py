@@ -19,21 +19,11 @@ from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
 from torchmgmt.archive import DownloadLimits, Installing, ModelFolder, ModelSources
+from torchmgmt.checks import check_number, number, text, truth
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
 from torchmgmt.live import HANDLER, MODEL_FILES, Batching, live_file, live_object
-from torchmgmt.records import (
-    ModelKey,
-    ModelSpec,
-    Scale,
-    ShareWeights,
-    backend_name,
-    check_number,
-    number,
-    share_weights_of,
-    text,
-    truth,
-)
+from torchmgmt.records import ModelKey, ModelSpec, Scale, ShareWeights, backend_name, share_weights_of
 from torchmgmt.settings import Settings
 
 __all__ = ["Wishes", "key_of", "open_source", "scale_of", "shown", "sources_of", "spec_of"]

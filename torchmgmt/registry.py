@@ -90,6 +90,11 @@ class Registry(Generic[V]):
             raise ModelVersionNotFound(name, wanted)
         return entry.versions[wanted]
 
+    def find(self, name: str, version: str | None = None) -> V | None:
+        """Return a version, the default one unless given; None if it is not registered."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.versions.get(entry.default if version is None else version)
+
     def default(self, name: str) -> str:
         """Return the default version of a model; raise ModelNotFound if it is not registered."""
         return self._entry(name).default

@@ -7,8 +7,7 @@ from typing import Any
 
 from torchmgmt.encoding import encode
 from torchmgmt.errors import InvalidArgument
-from torchmgmt.exchange import HttpBody
-from torchmgmt.records import Encoded, WorkerRequest
+from torchmgmt.exchange import Encoded, HttpBody, WorkerRequest
 
 __all__ = ["new_request"]
 
@@ -42,4 +41,7 @@ def new_request(
 
 
 def _are_headers(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(part, str) for item in value.items() for part in item)
+    # By their types, of which there is one: this is asked for each request, and over HTTP there are many headers.
+    return isinstance(value, Mapping) and all(
+        issubclass(kind, str) for kind in {*map(type, value), *map(type, value.values())}
+    )

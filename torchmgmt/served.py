@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from attrs import frozen
 
+from torchmgmt.announcer import Announcer
 from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.archive import ModelFolder
+from torchmgmt.backends import Backend
 from torchmgmt.batcher import Batcher
+from torchmgmt.checks import check_number
 from torchmgmt.errors import DeadlineExceeded, ModelNotFound, TorchmgmtError
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.lifecycle import VersionState
 from torchmgmt.pool import WorkerPool
-from torchmgmt.records import CloseReport, Encoded, ModelInfo, ModelSpec, WorkerRequest, check_number
+from torchmgmt.records import CloseReport, ModelInfo, ModelSpec
 
-__all__ = ["ServedVersion", "total_of"]
+__all__ = ["ServedVersion", "close_all", "new_served", "total_of"]
 
 
 @frozen(eq=False)
@@ -97,6 +102,48 @@ class ServedVersion:
             last_error=str(pool.last_error or ""),
             customized_metadata=metadata,
         )
+
+
+def new_served(
+    spec: ModelSpec, folder: ModelFolder, *, backend: Backend, worker_ids: Iterator[int], announcer: Announcer
+) -> ServedVersion:
+    """Return what can serve a version, with no worker yet: it starts nothing."""
+    key = spec.key
+    pool = WorkerPool(
+        spec,
+        backend=backend,
+        worker_ids=worker_ids,
+        listener=announcer,
+    )
+    batcher: Batcher[WorkerRequest, Encoded] = Batcher(
+        batch_size=spec.batch_size,
+        max_batch_delay=spec.max_batch_delay_ms,
+        capacity=spec.job_queue_size,
+        name=f"model {key.name} version {key.version}",
+        on_ready=pool.pump,
+        call_at=backend.call_at,
+        on_expired=functools.partial(announcer.tell_dropped, key, DeadlineExceeded.__name__),
+    )
+    pool.feed_from(batcher)
+    return ServedVersion(spec, folder, batcher, pool, functools.partial(announcer.tell_dropped, key, "Cancelled"))
+
+
+def close_all(versions: Sequence[ServedVersion], timeout: float) -> list[CloseReport]:
+    """Finish what was accepted within ``timeout`` seconds, then leave nothing behind; return what each took.
+
+    Each phase for all of them before the next one: their workers finish and end side by side.
+    """
+    started = time.monotonic()
+    for version in versions:
+        version.refuse()
+    for version in versions:
+        version.pool.wait_quiet(started + timeout - time.monotonic())
+    for version in versions:
+        version.pool.end(started + timeout)
+    reports = [version.pool.join(started) for version in versions]
+    for version in versions:
+        version.folder.release()
+    return reports
 
 
 def total_of(seconds: float, reports: Sequence[CloseReport]) -> CloseReport:

@@ -11,8 +11,8 @@ from typing import Any
 
 from attrs import frozen
 
+from torchmgmt.checks import check_number
 from torchmgmt.errors import InvalidArgument
-from torchmgmt.records import check_number
 
 __all__ = [
     "ADDRESS_KIND",

@@ -65,7 +65,6 @@ NOT_OURS: Mapping[str, str] = {
     "plugins_path": "TorchServe's plug-ins are Java archives",
     "snapshot_store": "state is kept in state_dir",
     "default_service_handler": "an archive or the call names the handler",
-    "decode_input_request": "this release serves no predictions over HTTP",
     "limit_max_image_pixels": "no handler for images ships with it",
     "debug": "use log_level=DEBUG",
 }

@@ -252,9 +252,17 @@ class Settings:
     max_response_size: int = _setting(
         whole(1, "bytes"),
         6553500,
-        "The largest body that the answer to a prediction may have.",
+        "The largest body that the answer to a prediction over HTTP, or each part of one, may have.",
         unit="bytes",
-        without_effect="it serves no predictions over HTTP yet",
+    )
+    decode_input_request: bool = _setting(
+        TRUTH_KIND, True, "Parse the JSON and the text of predictions over HTTP; if not, handlers get bytes."
+    )
+    show_handler_errors: bool = _setting(
+        TRUTH_KIND,
+        False,
+        "Show the traceback of a handler that failed, and what its worker printed last, to callers of the inference address"
+        " too. If not: the reason, in one line.",
     )
     number_of_gpu: int | None = _setting(
         whole(0),

@@ -140,6 +140,16 @@ class StateKeeper:
         self._on_disk: DesiredState | None = None
         self._is_failing = False
 
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> tuple[StateKeeper, DesiredState | None]:
+        """Take hold of a state file and return what it holds, None if there was none; raise as :class:`StateFile` does."""
+        keeper = cls(StateFile(path))
+        try:
+            return keeper, keeper.load()
+        except BaseException:
+            keeper.close()
+            raise
+
     @property
     def path(self) -> Path:
         """The state file."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from torchmgmt.answer_future import AnswerFuture
-    from torchmgmt.records import Encoded
+    from torchmgmt.exchange import Encoded
 
 __all__ = ["AnswerStream"]
 

@@ -15,7 +15,8 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, Tracer
 
 from torchmgmt.events import BatchFinished, Event
-from torchmgmt.records import ModelKey, WorkerRequest
+from torchmgmt.exchange import WorkerRequest
+from torchmgmt.records import ModelKey
 
 __all__ = ["Tracing", "tracing_of"]
 

@@ -10,7 +10,7 @@ from benchmarks.script import READY, end, start, wait_ready
 # What a worker does with each request and with each answer is done here, too: unpickling and pickling.
 _LOOP = f"""
 import importlib.util, json, pathlib, pickle, sys, time
-import torch
+import torch, yaml
 from torchmgmt.compat import install_ts
 
 folder, file, handler_class, item, batch_size = sys.argv[1:]
@@ -21,7 +21,9 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from ts.context import Context
 manifest = json.loads(pathlib.Path(folder, "MAR-INF", "MANIFEST.json").read_text())
-context = Context("m", folder, manifest, int(batch_size), None, "0")
+named = manifest["model"].get("configFile")
+config = yaml.safe_load(pathlib.Path(folder, named).read_text()) if named else None
+context = Context("m", folder, manifest, int(batch_size), None, "0", model_yaml_config=config)
 context.begin_batch([str(number) for number in range(int(batch_size))], [{{}}] * int(batch_size))
 handler = getattr(module, handler_class)()
 handler.initialize(context)

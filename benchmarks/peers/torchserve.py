@@ -1,101 +1,57 @@
-"""The peer TorchServe: run from a virtual environment of its own, on the loopback address, with ports that are free."""
+"""The peer TorchServe: run from a virtual environment of its own."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from attrs import frozen
-
 from benchmarks.measure import Missing
-from benchmarks.servers import LOOPBACK, Launch, Server, ServerFailed, free_ports
+from benchmarks.peers.environments import Environments
+from benchmarks.peers.managed import ManagedServer
+from benchmarks.servers import LOOPBACK, free_ports
 
-VARIABLE = "TORCHMGMT_BENCH_TORCHSERVE"
-"""The environment variable that names the virtual environment where ``--torchserve`` does not."""
-
-_VERSIONS = """
-from importlib.metadata import version
-print(version("torchserve"), "with torch", version("torch"))
-"""
-
-# Tokens are switched off and registering is switched on by flags. What TorchServe does every minute for its system
-# metrics would fall into some measurements and not into others.
-_CONFIG = """\
-inference_address=http://{host}:{inference}
-management_address=http://{host}:{management}
-metrics_address=http://{host}:{metrics}
+# What TorchServe does every minute for its system metrics would fall into some measurements and not into others.
+_MORE_CONFIG = """\
 grpc_inference_address={host}
-grpc_inference_port={grpc_inference}
+grpc_inference_port={inference}
 grpc_management_address={host}
-grpc_management_port={grpc_management}
+grpc_management_port={management}
 disable_system_metrics=true
 """
-_PORTS = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
 
 
-@frozen
-class TorchServe:
-    """Where TorchServe is installed: a virtual environment, or None if nobody said one."""
+class TorchServe(ManagedServer):
+    """The last release of TorchServe. It needs Java 11 or later."""
 
-    environment: Path | None
+    title = "TorchServe"
+    is_behind_launcher = True
 
-    @classmethod
-    def find(cls, environment: Path | None) -> TorchServe:
-        """Take the folder that is given, or else that of :data:`VARIABLE`."""
-        named = os.environ.get(VARIABLE)
-        return cls(environment or (Path(named) if named else None))
+    def __init__(self, environments: Environments) -> None:
+        self._environments = environments
 
     def version(self) -> str:
         """Return its version and that of its torch; raise Missing if it cannot be run."""
-        python = self._program("python")
-        self._program("torchserve")
+        self._environments.program("torchserve", "torchserve")
         if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
-            raise Missing("TorchServe needs Java, and there is none")
-        done = subprocess.run([str(python), "-c", _VERSIONS], capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode:
-            raise Missing(f"{python} has no TorchServe: {done.stderr.strip().splitlines()[-1:]}")
-        return done.stdout.strip()
+            raise Missing("TorchServe needs Java, and there is none: apt-get install default-jre-headless, or the like")
+        return self._environments.version("torchserve")
 
-    @contextmanager
-    def serve(self, store: Path) -> Iterator[Server]:
-        """Run a server over a model store; it is gone at the end of the block, with all its files.
-
-        Raises Missing if it cannot be run, and for a ServerFailed in the block.
-        """
-        self.version()
-        with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-ts-") as scratch:
-            try:
-                with Server(self._launch(store, Path(scratch))) as server:
-                    yield server
-            except ServerFailed as error:
-                raise Missing(f"TorchServe failed: {error}") from error
-
-    def _launch(self, store: Path, folder: Path) -> Launch:
-        ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-        config = folder / "config.properties"
-        config.write_text(_CONFIG.format(host=LOOPBACK, **ports), encoding="utf-8")
-        command = [str(self._program("torchserve")), "--start", "--foreground", "--ncs"]
+    def command(self, store: Path, config: Path) -> list[str]:
+        """Return the command with its own program. Tokens are switched off and registering is switched on by flags."""
+        command = [str(self._environments.program("torchserve", "torchserve")), "--start", "--foreground", "--ncs"]
         command += ["--ts-config", str(config), "--model-store", str(store)]
-        command += ["--disable-token-auth", "--enable-model-api"]
-        return Launch(
-            command, ports["inference"], ports["management"], folder, self._environ(folder), behind_launcher=True
-        )
+        return [*command, "--disable-token-auth", "--enable-model-api"]
 
-    def _environ(self, folder: Path) -> dict[str, str]:
+    def more_config(self) -> str:
+        """Return the lines about gRPC and system metrics."""
+        inference, management = free_ports(2)
+        return _MORE_CONFIG.format(host=LOOPBACK, inference=inference, management=management)
+
+    def environment(self, folder: Path) -> Mapping[str, str]:
         """Its own programs come first, and it leaves its pid file, its sockets and what it unpacks in ``folder``."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
-        path = f"{self._program('python').parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        programs = self._environments.program("torchserve", "python").parent
+        path = f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         return {**inherited, "PATH": path, "TMPDIR": str(folder), "TEMP": str(folder), "PYTHONUNBUFFERED": "1"}
-
-    def _program(self, name: str) -> Path:
-        if self.environment is None:
-            raise Missing(f"No virtual environment with TorchServe is named: --torchserve DIR, or {VARIABLE}")
-        program = self.environment.absolute() / "bin" / name
-        if not program.is_file():
-            raise Missing(f"There is no {program}")
-        return program

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import falcon
@@ -14,11 +15,17 @@ import pytest
 import requests
 from attrs import define
 
+from tests.handlers import EVAL, gate, light_torch, write_folder, write_manifest
 from tests.http.fakes import FakeManager, info_of
+from torchmgmt import Model, ModelManager, ProcessBackend
 from torchmgmt.http import create_inference_app, serve
+from torchmgmt.http.addresses import BoundAddress, Role
 from torchmgmt.http.asgi_server import ASGIServer
-from torchmgmt.http.server import bind
-from torchmgmt.settings import Address
+from torchmgmt.http.limits import Limits
+from torchmgmt.http.server import RunningServer, bind, start_server
+from torchmgmt.settings import Address, Settings
+
+__all__ = ["gate", "light_torch"]
 
 collect_ignore = ["schemathesis_hooks.py"]  # is for schemathesis' own process: to import it registers its hooks
 
@@ -104,5 +111,44 @@ def serving_inference() -> Iterator[Callable[..., Client]]:
             server = ASGIServer(create_inference_app(manager, **more), bind(Address("http", "127.0.0.1", 0)))
             stack.callback(server.close)
             return Client(server.url)
+
+        yield start
+
+
+@define
+class Predicting:
+    """A manager with real workers and its inference address."""
+
+    manager: ModelManager
+    client: Client
+    server: RunningServer
+    folder: Path
+
+    def ask(self, text: str, **headers: str) -> requests.Response:
+        """The answer of a model that evaluates its text."""
+        return self.client.post("/predictions/model", data=text, headers={"Content-Type": "text/plain", **headers})
+
+    def register(self, name: str, source: str, *, config: str | None = None, **more: Any) -> Model:
+        folder = write_folder(self.folder / name / str(more.get("version", "1.0")), source, config=config)
+        if config is not None or "envelope" in more:
+            envelope = {"envelope": more.pop("envelope")} if "envelope" in more else {}
+            write_manifest(folder, modelName=name, handler="handler.py", configFile="model-config.yaml", **envelope)
+            (folder / "model-config.yaml").touch()
+        return self.manager.register(folder, model_name=name, handler="handler.py", **more)
+
+
+@pytest.fixture
+def predicting(backend: ProcessBackend, tmp_path: Path) -> Iterator[Callable[..., Predicting]]:
+    """Serve the inference address of managers with real workers."""
+    with contextlib.ExitStack() as stack:
+
+        def start(source: str = EVAL, *, settings: Settings | None = None, limits: Limits | None = None, **more: Any):
+            manager = stack.enter_context(ModelManager(backend=backend, settings=settings))
+            bound = BoundAddress(more.pop("roles", frozenset({Role.INFERENCE})), bind(Address("http", "127.0.0.1", 0)))
+            server = start_server(manager, bound, settings, limits=limits)
+            stack.callback(server.close)
+            made = Predicting(manager, Client(server.url), server, tmp_path)
+            made.register(more.pop("name", "model"), source, **more)
+            return made
 
         yield start

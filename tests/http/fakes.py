@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import attrs
 
+from torchmgmt import HttpBody, Response
 from torchmgmt.errors import AlreadyRegistered, DefaultVersionInUse, ModelNotFound, ModelVersionNotFound
 from torchmgmt.lifecycle import VersionState, WorkerState
 from torchmgmt.records import ModelInfo, ModelKey, ModelSpec, Scale, WorkerInfo
@@ -44,6 +48,7 @@ class FakeManager:
 
     def __init__(self, *infos: ModelInfo, settings: Settings | None = None) -> None:
         self.settings = settings or Settings(enable_model_api=True)
+        self.model_store: Path | None = None
         self.infos = list(infos)
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.error: Exception | None = None
@@ -55,6 +60,9 @@ class FakeManager:
         self.calls.append((name, args, kwargs))
         if self.error is not None:
             raise self.error
+
+    def run_on(self, _loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
+        return lambda: None
 
     def register(self, url: str, **kwargs: Any) -> FakeModel:
         self._note("register", url, **kwargs)
@@ -98,6 +106,32 @@ class FakeManager:
         self._note("unregister", name, version)
         self.describe(name, version)
 
+    def stream(self, name: str, body: HttpBody, *, version: str | None = None, **kwargs: Any) -> FakeStream:
+        self._note("stream", name, body, version=version, **kwargs)
+        self.describe(name, version)
+        return FakeStream(Response(content_type="text/plain", body=b"answer"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({info.name for info in self.infos}))
+
+
+class FakeStream:
+    """The parts of an answer that are all there."""
+
+    def __init__(self, *parts: Response) -> None:
+        self._parts = list(parts)
+        self.is_closed = False
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._parts
+
+    async def next_body(self) -> Response | None:
+        return self._parts.pop(0) if self._parts else None
+
+    def close(self) -> None:
+        self.is_closed = True
+
 
 class KeepingManager(FakeManager):
     """A manager without workers that keeps what it is told: what is registered is there until it is unregistered.
@@ -118,7 +152,7 @@ class KeepingManager(FakeManager):
         version = "2.0" if "2" in url else "1.0"
         if any(info.version == version for info in present):
             raise AlreadyRegistered(name, version)
-        workers = kwargs["initial_workers"] or 0
+        workers = kwargs.get("initial_workers") or kwargs.get("default_workers") or 0
         info = attrs.evolve(self._scaled(info_of(name, version), workers, workers), is_default=not present)
         self.infos.append(attrs.evolve(info, spec=attrs.evolve(info.spec, url=url)))
         self.done["register"] += 1

@@ -6,6 +6,7 @@ import pytest
 import requests
 
 from tests.http.fakes import FakeManager, info_of
+from torchmgmt.http import operations as ops
 from torchmgmt.http.server import bind, start_inference
 from torchmgmt.http.tokens import Keys
 from torchmgmt.lifecycle import VersionState
@@ -110,5 +111,5 @@ def test_a_defect_is_a_500_without_its_text(ping, caplog):
 def test_it_describes_itself(ping):
     """The API description of this address has what this address serves."""
     described = ping(FakeManager(), "OPTIONS", "/").json()
-    assert set(described["paths"]) == {"/", "/api-description", "/ping", "/live", "/ready"}
+    assert set(described["paths"]) == {operation.path for operation in ops.INFERENCE}
     assert ping(FakeManager(), "GET", "/api-description").json() == described

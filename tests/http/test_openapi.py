@@ -17,7 +17,7 @@ import torchmgmt
 from tests.http.fakes import KeepingManager, info_of
 from torchmgmt import ShareWeights, VersionState, errors
 from torchmgmt.http import operations as ops
-from torchmgmt.http.errors import TABLE
+from torchmgmt.http.errors import CALLERS_TABLE, TABLE
 from torchmgmt.http.openapi import KeyRule, api_description, api_description_json, key_rule_of
 from torchmgmt.http.schemas import ERRORS
 from torchmgmt.http.server import bind, start_inference
@@ -246,10 +246,11 @@ def test_refusals_are_exactly_as_described(serving, manager, code, method, path,
 
 def test_every_code_of_the_table_is_described():
     """No error has a code or a type that the description leaves out, and each example is one."""
-    for code, type_name in TABLE.values():
-        schema = DOCUMENT["components"]["schemas"][f"Error{code}"]
+    document = api_description("x", ops.MANAGEMENT + ops.INFERENCE, KeyRule.CALLERS_FROM_ELSEWHERE)
+    for code, type_name in (*TABLE.values(), *CALLERS_TABLE.values()):
+        schema = document["components"]["schemas"][f"Error{code}"]
         assert type_name in schema["properties"]["type"]["enum"]
-    assert set(DOCUMENT["components"]["responses"]) == {f"Error{code}" for code in ERRORS}
+    assert set(document["components"]["responses"]) == {f"Error{code}" for code in ERRORS}
 
 
 def test_every_example_is_as_described():

@@ -95,7 +95,7 @@ def test_the_inference_address_is_as_described(manager, look_at):
     """The same holds there."""
     server = start_inference(manager, bind(Address("http", "127.0.0.1", 0)))
     try:
-        printed = look_at(server.url, examples=10)
+        printed = look_at(server.url, examples=5)
     finally:
         server.close()
     assert_tested(printed, ops.INFERENCE)

@@ -349,7 +349,7 @@ manager = ModelManager()
 model = manager.register(sys.argv[1], model_name="m", handler="handler", initial_workers=0)
 held, over = threading.Event(), threading.Event()
 def hold():
-    with manager._lock:
+    with manager._catalogue._lock:
         held.set()
         over.wait()
 threading.Thread(target=hold).start()

@@ -59,7 +59,7 @@ class Scene:
 
     def lying(self) -> int:
         """How many batches are with workers, those included that they run."""
-        pool = self.model.manager._get("m").pool
+        pool = self.model.manager._catalogue.get("m").pool
         return sum(len(worker.jobs) for worker in pool._workers)
 
     def kill(self) -> None:
@@ -73,7 +73,7 @@ class Scene:
 def scene(deploy: Deployer, tmp_path: Path, gate: Gate) -> Scene:
     begun = tmp_path / "begun"
     model = deploy(HANDLER.format(begun=str(begun), gate=gate.path), batches_in_flight=4)
-    workers = model.manager._get("m").pool._workers
+    workers = model.manager._catalogue.get("m").pool._workers
     # Until it is known that batches are short, on a busy machine, too: no more than 50 ms of work lies with a worker.
     until(lambda: model.predict("pid") and workers._run_s < 0.01, "batches take no time")
     return Scene(model, begun, gate)

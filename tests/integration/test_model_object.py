@@ -235,12 +235,12 @@ def of_kind(events: list[Event], *kinds: Any) -> list[Any]:
 
 def test_listeners_are_told_in_the_order_of_life(watched: Deployer, events: list[Event]) -> None:
     """A version is announced, then serves; it is withdrawn before its workers stop; a broken listener harms nothing."""
-    logging.getLogger("torchmgmt.manager").disabled = True
+    logging.getLogger("torchmgmt.announcer").disabled = True
     try:
         with watched(ECHO) as model:
             assert model.predict(1) == 1
     finally:
-        logging.getLogger("torchmgmt.manager").disabled = False
+        logging.getLogger("torchmgmt.announcer").disabled = False
     kinds = [type(event) for event in events]
     assert kinds[:2] == [ModelRegistered, DefaultVersionSet]
     ready, withdrawn = kinds.index(WorkerReady), kinds.index(ModelUnregistered)

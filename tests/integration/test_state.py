@@ -291,6 +291,17 @@ def test_items_of_load_models_and_the_state(tmp_path: Path, state_file: Path) ->
         assert manager.items_to_load(["a", "b", "c"], over_state=True) == ["b", "c"]
 
 
+def test_what_was_loaded_once_is_known_also_when_nothing_is_left(tmp_path: Path, state_file: Path) -> None:
+    """After the last model was unregistered, too, and after further restarts that change nothing."""
+    write_model(tmp_path, "a")
+    with ModelManager(tmp_path, state_file=state_file) as manager:
+        manager.register("a", backend="thread", loaded_at_startup=True)
+        manager.unregister("a")
+    for _restart in range(2):
+        with ModelManager(tmp_path, state_file=state_file) as manager:
+            assert manager.items_to_load(["a", "b"], over_state=False) == ["b"]
+
+
 def test_a_new_version_at_the_place_of_an_item_takes_over(tmp_path: Path, state_file: Path) -> None:
     """An archive that was replaced by its next version is loaded, and the old version is not asked for any more."""
     path = write_model(tmp_path, "m", version="1")

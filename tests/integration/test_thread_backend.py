@@ -21,7 +21,8 @@ from torchmgmt.backends import Backend, Outcome
 from torchmgmt.backends.thread import ThreadBackend, ThreadWorker
 from torchmgmt.channel import decode, encode
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import Encoded, ModelKey, ModelSpec, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.records import ModelKey, ModelSpec, WorkerExit, WorkerFault
 
 GATE = "context.model_yaml_config['gate']"
 WAIT = f"[{GATE}.started.set(), {GATE}.released.wait(), 'late'][-1]"

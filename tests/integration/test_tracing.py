@@ -92,7 +92,7 @@ def test_a_request_that_is_given_up_ends_its_span(spans, manager, deploy: Deploy
     future.abandon()
     (span,) = ended(spans, 1)
     assert span.attributes["error.type"] == "Cancelled"
-    assert repr(manager._tracing) == "<Tracing: 0 spans are open>"
+    assert repr(manager._intake.tracing) == "<Tracing: 0 spans are open>"
 
 
 def test_every_span_ends_and_says_how_the_request_did(spans, manager, deploy: Deployer, gate: Gate) -> None:
@@ -118,21 +118,21 @@ def test_every_span_ends_and_says_how_the_request_did(spans, manager, deploy: De
     errors = sorted(span.attributes["error.type"] for span in ended(spans, 6))
     assert errors == ["Cancelled", "DeadlineExceeded", "HandlerFailed", "NoWorker", "QueueFull", "WorkerDied"]
     assert all(span.status.status_code is trace.StatusCode.ERROR for span in ended(spans, 6))
-    assert repr(manager._tracing) == "<Tracing: 0 spans are open>"
+    assert repr(manager._intake.tracing) == "<Tracing: 0 spans are open>"
 
 
 @pytest.mark.parametrize("wish, is_on", [("off", False), ("auto", True), ("on", True)])
 def test_the_setting_decides(spans, backend: ProcessBackend, wish: str, is_on: bool) -> None:
     """Where the program has a tracer provider, only off is off."""
     with ModelManager(backend=backend, settings=Settings(tracing=wish)) as manager:
-        assert (manager._tracing is not None) is is_on
+        assert (manager._intake.tracing is not None) is is_on
 
 
 def test_without_a_provider_only_on_is_on(backend: ProcessBackend) -> None:
     """To have OpenTelemetry in the program is not to use it."""
     for wish, is_on in (("auto", False), ("on", True)):
         with ModelManager(backend=backend, settings=Settings(tracing=wish)) as manager:
-            assert (manager._tracing is not None) is is_on
+            assert (manager._intake.tracing is not None) is is_on
 
 
 def test_nobody_needs_opentelemetry() -> None:
@@ -142,11 +142,11 @@ import sys
 sys.modules["opentelemetry.trace"] = sys.modules["opentelemetry.propagate"] = None
 from torchmgmt import ModelManager, Settings
 with ModelManager() as manager:
-    assert manager._tracing is None
+    assert manager._intake.tracing is None
 assert "torchmgmt.tracing" not in sys.modules
 import opentelemetry
 with ModelManager() as manager:
-    assert manager._tracing is None
+    assert manager._intake.tracing is None
 try:
     ModelManager(settings=Settings(tracing="on"))
 except Exception as error:

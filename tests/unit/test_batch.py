@@ -15,9 +15,10 @@ import torch
 
 from tests.unit.clocks import FakeClock
 from torchmgmt.channel import decode, encode
+from torchmgmt.exchange import Encoded
 from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.inputs import InputRefused, read_each
-from torchmgmt.records import EXPIRED, Encoded, WorkerFault
+from torchmgmt.records import EXPIRED, WorkerFault
 from torchmgmt.worker.batch import run_batch
 from torchmgmt.worker.loader import Handler
 

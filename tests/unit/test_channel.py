@@ -30,7 +30,8 @@ from torchmgmt.channel import (
     send,
 )
 from torchmgmt.errors import HandlerFailed
-from torchmgmt.records import Encoded, ModelKey
+from torchmgmt.exchange import Encoded
+from torchmgmt.records import ModelKey
 
 MANY = 100_000
 WAIT_S = 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 
 from tests.unit.clocks import FakeClock
 from torchmgmt.dispatcher import Dispatcher
@@ -19,16 +21,60 @@ from torchmgmt.errors import ManagerClosed
 
 WAIT_S = 30
 
+# From its first loop on it keeps a pipe, once for the whole process, which is no leak of a test.
+uvloop.run(asyncio.sleep(0))
+
 
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
 
 
+@contextlib.contextmanager
+def visiting(dispatcher: Dispatcher, make: Callable[[], asyncio.AbstractEventLoop]) -> Iterator[None]:
+    """Have an event loop, in a thread of its own, do the dispatcher's work."""
+    loop = make()
+    begun, ended = threading.Event(), asyncio.Event()
+
+    async def host() -> None:
+        end = dispatcher.run_on(loop)
+        begun.set()
+        await ended.wait()
+        end()
+        end()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(host()))
+    thread.start()
+    assert begun.wait(WAIT_S)
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+        loop.close()
+
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
 @pytest.fixture
-def dispatcher() -> Iterator[Dispatcher]:
+def threaded() -> Iterator[Dispatcher]:
+    """A dispatcher whose work its own thread does."""
     dispatcher = Dispatcher()
     yield dispatcher
+    dispatcher.close()
+
+
+@pytest.fixture(params=["thread", *LOOPS])
+def dispatcher(request: pytest.FixtureRequest) -> Iterator[Dispatcher]:
+    """A dispatcher whose work its own thread does, or an event loop."""
+    dispatcher = Dispatcher()
+    with visiting(dispatcher, LOOPS[request.param]) if request.param in LOOPS else contextlib.nullcontext():
+        yield dispatcher
     dispatcher.close()
 
 
@@ -99,28 +145,28 @@ def test_closing_gives_everything_back(pair):
     assert (threading.active_count(), psutil.Process().num_fds()) == (threads, descriptors)
 
 
-def test_everything_runs_on_one_daemon_thread(dispatcher: Dispatcher, pair):
+def test_everything_runs_on_one_daemon_thread(threaded: Dispatcher, pair):
     """Callbacks of all kinds share one thread, which keeps no program alive and knows itself."""
     seen: list[tuple[threading.Thread, bool]] = []
 
     def note() -> None:
-        seen.append((threading.current_thread(), dispatcher.on_thread()))
+        seen.append((threading.current_thread(), threaded.on_thread()))
 
     left, right = pair
     readable = threading.Event()
-    dispatcher.call_soon(note)
-    dispatcher.call_at(0, note)
-    dispatcher.watch(left, lambda: (left.recv(10), note(), readable.set()))
+    threaded.call_soon(note)
+    threaded.call_at(0, note)
+    threaded.watch(left, lambda: (left.recv(10), note(), readable.set()))
     right.send(b"x")
     assert readable.wait(WAIT_S)
-    dispatcher.unwatch(left, note)
-    rounds(dispatcher)
+    threaded.unwatch(left, note)
+    rounds(threaded)
     (thread,) = {thread for thread, _ in seen}
     assert len(seen) == 4
     assert all(is_on for _, is_on in seen)
     assert thread is not threading.current_thread()
     assert thread.daemon
-    assert not dispatcher.on_thread()
+    assert not threaded.on_thread()
 
 
 # -- soon --------------------------------------------------------------------------------------------------------------
@@ -417,26 +463,25 @@ def test_a_closed_dispatcher_says_so(pair, used: bool):
             call()
 
 
-def test_it_can_be_closed_from_its_own_thread(dispatcher: Dispatcher):
+def test_it_can_be_closed_from_its_own_thread(threaded: Dispatcher):
     """A callback may close the dispatcher without waiting for itself; who closes it elsewhere waits for the thread."""
-    thread = run(dispatcher, threading.current_thread)
+    thread = run(threaded, threading.current_thread)
     alive_after: list[bool] = []
-    with held(dispatcher, first=dispatcher.close):
-        closing = threading.Thread(target=lambda: (dispatcher.close(), alive_after.append(thread.is_alive())))
+    with held(threaded, first=threaded.close):
+        closing = threading.Thread(target=lambda: (threaded.close(), alive_after.append(thread.is_alive())))
         closing.start()
         closing.join(0.05)  # would be over if it did not wait
     closing.join(WAIT_S)
     assert alive_after == [False]
 
 
-def test_everybody_who_closes_waits_for_the_end(dispatcher: Dispatcher):
+def test_everybody_who_closes_waits_for_the_end(threaded: Dispatcher):
     """Of several threads that close at once, none goes on before the dispatcher's thread has ended."""
-    thread = run(dispatcher, threading.current_thread)
+    thread = run(threaded, threading.current_thread)
     alive_after: list[bool] = []
-    with held(dispatcher):
+    with held(threaded):
         closing = [
-            threading.Thread(target=lambda: (dispatcher.close(), alive_after.append(thread.is_alive())))
-            for _ in range(4)
+            threading.Thread(target=lambda: (threaded.close(), alive_after.append(thread.is_alive()))) for _ in range(4)
         ]
         for each in closing:
             each.start()
@@ -447,11 +492,11 @@ def test_everybody_who_closes_waits_for_the_end(dispatcher: Dispatcher):
     assert alive_after == [False] * 4
 
 
-def test_closing_within_a_readable_callback_is_fine(dispatcher: Dispatcher, pair):
-    """The end of a peer may be what ends the dispatcher."""
+def test_closing_within_a_readable_callback_is_fine(threaded: Dispatcher, pair):
+    """The end of a peer may be what ends the threaded."""
     left, right = pair
-    thread = run(dispatcher, threading.current_thread)
-    dispatcher.watch(left, dispatcher.close)
+    thread = run(threaded, threading.current_thread)
+    threaded.watch(left, threaded.close)
     right.close()
     thread.join(WAIT_S)
     assert not thread.is_alive()
@@ -466,3 +511,91 @@ def test_a_dispatcher_survives_a_flood_of_wake_ups(dispatcher: Dispatcher):
             dispatcher.call_soon(lambda number=number: ran.append(number))
     rounds(dispatcher)
     assert len(ran) == total
+
+
+# -- visits of an event loop -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_loop_that_visits_runs_all_and_gives_it_back(kind: str, pair):
+    """Sources, timers and callbacks that were there before, come during or after the visit are all served."""
+    left, right = pair
+    dispatcher = Dispatcher()
+    ran: list[object] = []
+    came = threading.Semaphore(0)
+
+    def note(what: object) -> None:
+        ran.append((what, threading.get_ident()))
+        came.release()
+
+    def wait() -> int:
+        assert came.acquire(timeout=WAIT_S)
+        return ran[-1][1]
+
+    dispatcher.watch(left, lambda: (left.recv(10), note("read")))
+    dispatcher.call_soon(lambda: note("before"))
+    own = wait()
+    timer_at = dispatcher.clock() + 0.2
+    dispatcher.call_at(timer_at, lambda: note("timer"))
+    with visiting(dispatcher, LOOPS[kind]):
+        right.send(b"x")
+        host = wait()
+        assert wait() == host != own
+        assert dispatcher.clock() >= timer_at
+        dispatcher.call_at(dispatcher.clock(), lambda: note("due"))
+        assert wait() == host
+        dispatcher.call_soon(lambda: dispatcher.call_at(dispatcher.clock() + 0.01, lambda: note("from within")))
+        assert wait() == host
+        assert not dispatcher.on_thread()
+        dispatcher.call_at(dispatcher.clock() + 0.1, lambda: note("after"))
+    assert wait() == own
+    right.send(b"x")
+    assert wait() == own
+    dispatcher.close()
+
+
+def test_only_one_loop_visits_at_a_time():
+    """A second one is told so by nothing: it changes nothing, and undoing it does not either."""
+    dispatcher = Dispatcher()
+    with visiting(dispatcher, asyncio.new_event_loop):
+        host = run(dispatcher, threading.get_ident)
+        with visiting(dispatcher, asyncio.new_event_loop):
+            assert run(dispatcher, threading.get_ident) == host
+        assert run(dispatcher, threading.get_ident) == host
+    assert run(dispatcher, threading.get_ident) != host
+    dispatcher.close()
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_what_is_asked_for_on_the_visiting_loop_itself_is_done(kind: str):
+    """The loop's own tasks may set timers and ask for callbacks, with nobody to wake it."""
+    dispatcher = Dispatcher()
+    loop = LOOPS[kind]()
+
+    async def host() -> list[str]:
+        end = dispatcher.run_on(loop)
+        ran: list[str] = []
+        done = asyncio.Event()
+        await asyncio.sleep(0.02)  # it has nothing to do, and nothing that wakes it
+        dispatcher.call_at(dispatcher.clock() + 0.02, lambda: (ran.append("later"), done.set()))
+        dispatcher.call_at(dispatcher.clock() + 0.0103, lambda: ran.append("sooner"))
+        dispatcher.call_soon(lambda: ran.append("soon"))
+        assert dispatcher.on_thread()
+        await asyncio.wait_for(done.wait(), WAIT_S)
+        end()
+        return ran
+
+    assert loop.run_until_complete(host()) == ["soon", "sooner", "later"]
+    loop.close()
+    dispatcher.close()
+
+
+def test_a_dispatcher_that_is_closed_during_a_visit_lets_both_go():
+    """Whoever closes waits for the dispatcher's own thread; the loop goes on without it."""
+    dispatcher = Dispatcher()
+    thread = run(dispatcher, threading.current_thread)
+    with visiting(dispatcher, asyncio.new_event_loop):
+        dispatcher.close()
+        assert not thread.is_alive()
+        with pytest.raises(ManagerClosed):
+            dispatcher.call_soon(lambda: None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.patterns import pattern
 from torchmgmt.encoding import decode, encode
-from torchmgmt.records import Encoded
+from torchmgmt.exchange import Encoded
 
 MANY = 100_000
 HEADS = st.none() | st.integers() | st.text(max_size=20) | st.tuples(st.integers(), st.booleans())

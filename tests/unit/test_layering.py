@@ -14,7 +14,7 @@ PACKAGE = "torchmgmt"
 
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
-    1: frozenset({"errors", "lifecycle", "records", "exchange", "events", "forks", "redaction"}),
+    1: frozenset({"errors", "checks", "lifecycle", "records", "exchange", "events", "forks", "redaction", "variables"}),
     2: frozenset(
         {
             "settings",
@@ -65,7 +65,11 @@ LAYERS: dict[int, frozenset[str]] = {
             "registration",
             "failed_loads",
             "restoring",
+            "registrar",
+            "catalogue",
+            "listing",
             "announcer",
+            "intake",
             "request",
             "served",
             "streams",
@@ -82,11 +86,11 @@ LAYERS_BENEATH = {1: (), 2: (1,), 3: (1, 2), 4: (1, 2, 3), 5: (1, 2), 6: ()}
 
 # What a room sees of its own layer.
 NEIGHBOURS = {
-    # The facts build on each other in one order, so that there is no ring: errors, lifecycle, records, events.
+    # The facts build on each other in one order, so that there is no ring: errors, checks, lifecycle, records, events.
+    "checks": {"errors"},
     "lifecycle": {"errors"},
-    "records": {"errors", "lifecycle"},
-    "events": {"errors", "lifecycle", "records"},
-    "exchange": {"records"},
+    "records": {"errors", "checks", "lifecycle"},
+    "events": {"errors", "lifecycle", "records", "exchange"},
     "settings": {"setting_kinds", "setting_sources"},
     "setting_sources": {"setting_kinds", "properties"},
     "state_file": {"state"},
@@ -120,17 +124,12 @@ NEIGHBOURS = {
         "staffing",
         "starter",
     },
-    "manager": {
-        "model",
-        "registration",
-        "failed_loads",
-        "restoring",
-        "announcer",
-        "request",
-        "served",
-        "streams",
-        "tracing",
-    },
+    "manager": {"model", "registration", "registrar", "catalogue", "announcer", "intake", "served", "streams"},
+    "registrar": {"catalogue", "registration", "restoring", "failed_loads", "announcer", "served"},
+    "intake": {"catalogue", "request", "announcer", "served", "tracing"},
+    "catalogue": {"listing", "failed_loads", "served"},
+    "listing": {"failed_loads", "served"},
+    "served": {"announcer"},
     "restoring": {"registration", "failed_loads"},
     "worker": {"handlers", "compat"},
     "compat": {"handlers"},
@@ -138,7 +137,7 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "errors", "events", "exchange", "metrics", "records", "redaction", "settings"})
+PUBLIC = frozenset({FACE, "checks", "errors", "events", "exchange", "metrics", "records", "redaction", "settings"})
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})
@@ -164,6 +163,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "prometheus_client": frozenset({"metrics"}),
     "opentelemetry": frozenset({"tracing"}),
     "falcon": frozenset({"http"}),
+    "python_multipart": frozenset({"worker"}),  # of the extra http: only what came over HTTP is a form
     "waitress": frozenset({"http"}),
     "uvicorn": frozenset({"http"}),
     "uvloop": frozenset({"http"}),

@@ -38,6 +38,30 @@ def test_all_that_is_posted_runs_once_and_in_order() -> None:
         assert [number for each, number in seen if each == thread] == [*range(500), -1]
 
 
+def elsewhere(call) -> None:
+    """Call on another thread, and block until that is done."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+def test_what_is_posted_on_the_loop_itself_runs_at_once() -> None:
+    """Nothing needs to be woken for it; but it does not go before what waits."""
+
+    async def run() -> list[int]:
+        bridge = bridge_to(asyncio.get_running_loop())
+        taken: list[int] = []
+        bridge.post(lambda: taken.append(1))
+        assert taken == [1]
+        elsewhere(lambda: bridge.post(lambda: taken.append(2)))
+        bridge.post(lambda: taken.append(3))
+        assert taken == [1]
+        await asyncio.sleep(0)
+        return taken
+
+    assert asyncio.run(run()) == [1, 2, 3]
+
+
 def test_posts_before_the_loop_gets_to_run_wake_it_once() -> None:
     """A batch of answers costs one wake-up."""
 
@@ -54,11 +78,11 @@ def test_posts_before_the_loop_gets_to_run_wake_it_once() -> None:
 
         loop.call_soon_threadsafe = counted
         taken: list[int] = []
-        for number in range(100):
-            bridge.post(functools.partial(taken.append, number))
+        elsewhere(lambda: [bridge.post(functools.partial(taken.append, number)) for number in range(100)])
+        assert taken == []
         await asyncio.sleep(0)
         assert taken == list(range(100))
-        bridge.post(functools.partial(taken.append, 100))
+        elsewhere(lambda: bridge.post(functools.partial(taken.append, 100)))
         await asyncio.sleep(0)
         assert taken[-1] == 100
         return count

@@ -15,11 +15,12 @@ from tests.pages import read, samples_of
 from torchmgmt import VersionState
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.events import BatchFinished, HandlerMetrics, ModelRegistered, RequestsDropped, VersionStateChanged
+from torchmgmt.exchange import WorkerRequest
 from torchmgmt.metrics import Metrics
 from torchmgmt.metrics.histogram import SECONDS_BOUNDS, Histogram
 from torchmgmt.metrics.host import HostLoad
 from torchmgmt.metrics.names import legal_labels, legal_name
-from torchmgmt.records import MetricKind, MetricRecord, ModelKey, WorkerRequest
+from torchmgmt.records import MetricKind, MetricRecord, ModelKey
 
 M = ModelKey("m", "1.0")
 OTHER = {"model": "other", "version": "other"}

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchmgmt.channel import decode, encode
+from torchmgmt.exchange import Encoded, RequestHead
 from torchmgmt.handlers.context import Context
-from torchmgmt.records import EXPIRED, Encoded, RequestHead, WorkerFault
+from torchmgmt.records import EXPIRED, WorkerFault
 from torchmgmt.worker.batch import run_batch
 from torchmgmt.worker.loader import Handler
 from torchmgmt.worker.parts import PartSender

@@ -13,11 +13,12 @@ import pytest
 from torchmgmt.backends import WorkerListener
 from torchmgmt.channel import encode
 from torchmgmt.errors import ManagerClosed, WorkerDied, WorkerStartFailed
+from torchmgmt.exchange import WorkerRequest
 from torchmgmt.job import OwnJob
 from torchmgmt.lifecycle import IllegalTransition, VersionState, WorkerEvent, WorkerState
 from torchmgmt.pool import WorkerPool
 from torchmgmt.pool_worker import NEVER, PoolWorker
-from torchmgmt.records import ModelKey, ModelSpec, Scale, Sharing, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.records import ModelKey, ModelSpec, Scale, Sharing, WorkerExit, WorkerFault
 
 KEY = ModelKey("m", "1.0")
 SPEC = ModelSpec(key=KEY, model_dir="/", handler="handler")

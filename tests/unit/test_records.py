@@ -14,19 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchmgmt.checks import check_number, check_text
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
-from torchmgmt.records import (
-    WIRE_STATUS,
-    CloseReport,
-    ModelInfo,
-    ModelKey,
-    ModelSpec,
-    Scale,
-    WorkerInfo,
-    check_number,
-    check_text,
-)
+from torchmgmt.records import WIRE_STATUS, CloseReport, ModelInfo, ModelKey, ModelSpec, Scale, WorkerInfo
 
 # The item of CONTRACT.md, "Describe", as it stands there.
 CONTRACT_ITEM = json.loads("""

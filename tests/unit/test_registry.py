@@ -51,6 +51,13 @@ def test_get_without_a_version_is_the_default():
     assert registry.get("a", "1") == "a:1"
 
 
+def test_find_gives_what_get_gives_and_none_where_get_raises():
+    """For who asks whether a version is there."""
+    registry = registry_with("a:1", "a:2")
+    assert [registry.find("a"), registry.find("a", "2")] == ["a:1", "a:2"]
+    assert [registry.find("a", "9"), registry.find("b"), registry.find("b", "1")] == [None, None, None]
+
+
 def test_only_the_first_of_two_claims_succeeds():
     """Of two callers who register one version at once, one is refused before anything is loaded."""
     registry = registry_with()

@@ -40,6 +40,8 @@ TEXTS = {
     "max_requests": "1000",
     "max_memory": "1000000",
     "isolate_errors": "true",
+    "decode_input_request": "false",
+    "show_handler_errors": "true",
     "scale_down_delay": "1.5",
     "template_idle_timeout": "0",
     "models": '{"a": {"1.0": {"minWorkers": 1}}}',

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchmgmt.encoding import decode, encode
-from torchmgmt.records import Encoded
+from torchmgmt.exchange import Encoded
 from torchmgmt.tensors import rebuild
 
 KINDS: dict[str, Callable[[], Tensor]] = {

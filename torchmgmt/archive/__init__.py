@@ -25,9 +25,10 @@ from torchmgmt.archive.transfer import DownloadLimits
 from torchmgmt.archive.unpack import UnpackLimits
 from torchmgmt.archive.url_memory import OwnMemory, SharedMemory, UrlMemory
 from torchmgmt.archive.urls import Source
+from torchmgmt.checks import check_number, check_pattern
 from torchmgmt.errors import DownloadFailed, InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
-from torchmgmt.records import check_number, check_pattern, without_matching
+from torchmgmt.variables import without_matching
 
 if TYPE_CHECKING:
     from torchmgmt.archive.environments import Environments

@@ -19,8 +19,8 @@ from attrs import field, frozen
 from torchmgmt.archive.manifest import MANIFEST_FILE, Manifest, read_config, read_manifest
 from torchmgmt.archive.names import Refused, parts_inside
 from torchmgmt.archive.unpack import UnpackLimits, unpack
+from torchmgmt.checks import check_text
 from torchmgmt.errors import InvalidArchive, InvalidArgument, SourceNotFound
-from torchmgmt.records import check_text
 
 if TYPE_CHECKING:
     import zipfile

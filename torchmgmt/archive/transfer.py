@@ -13,9 +13,9 @@ from typing import IO, Any
 from attrs import Attribute, field, frozen
 
 from torchmgmt.archive.urls import Source
+from torchmgmt.checks import check_number
 from torchmgmt.errors import DownloadFailed
 from torchmgmt.events import DownloadProgress, Listener
-from torchmgmt.records import check_number
 
 __all__ = ["DownloadLimits", "Transfer", "Validators"]
 

@@ -13,7 +13,7 @@ from attrs import Attribute, field, frozen
 
 from torchmgmt.archive.entries import Entry, read_entries
 from torchmgmt.archive.names import Refused, parts_inside, quote, refusing
-from torchmgmt.records import check_number
+from torchmgmt.checks import check_number
 
 __all__ = ["UnpackLimits", "unpack"]
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torchmgmt.records import Encoded, ModelSpec, RawMetric, Sharing, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.dispatcher import Loop
+from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.records import ModelSpec, RawMetric, Sharing, WorkerExit, WorkerFault
 
 __all__ = ["Backend", "ModelHost", "Outcome", "WorkerHandle", "WorkerListener"]
 
@@ -131,6 +133,9 @@ class Backend(Protocol):
 
     def on_own_thread(self) -> bool:
         """Return whether the caller runs on the thread that calls listeners; one that waits there waits for ever."""
+
+    def run_on(self, loop: Loop) -> Callable[[], object]:
+        """Have an event loop be that thread, if that is possible, until what this returns is called; both on its thread."""
 
     def warm(self) -> None:
         """Prepare for a first worker in the background. Does not block; idempotent."""

@@ -26,7 +26,8 @@ from torchmgmt.backends.output import Output
 from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import TemplateJob, WorkerJob, without_matching
+from torchmgmt.records import TemplateJob, WorkerJob
+from torchmgmt.variables import without_matching
 
 __all__ = ["ForkServer"]
 

@@ -18,9 +18,10 @@ from torchmgmt.backends.forkserver import ForkServer
 from torchmgmt.backends.output import Output
 from torchmgmt.backends.process_worker import ProcessWorker
 from torchmgmt.backends.template import Template
-from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.checks import check_pattern
+from torchmgmt.dispatcher import Dispatcher, Loop
 from torchmgmt.errors import ManagerClosed, TorchmgmtError
-from torchmgmt.records import ModelSpec, ShareWeights, Sharing, WorkerJob, check_pattern
+from torchmgmt.records import ModelSpec, ShareWeights, Sharing, WorkerJob
 
 __all__ = ["ProcessBackend"]
 
@@ -86,6 +87,10 @@ class ProcessBackend:
     def call_at(self, when: float, callback: Callable[[], object]) -> object:
         """Run ``callback`` at a time of ``time.monotonic``, on the thread that reads answers; it must not block."""
         return self.dispatcher.call_at(when, callback)
+
+    def run_on(self, loop: Loop) -> Callable[[], object]:
+        """Have an event loop read all answers; see :meth:`torchmgmt.dispatcher.Dispatcher.run_on`."""
+        return self.dispatcher.run_on(loop)
 
     def on_own_thread(self) -> bool:
         """Return whether the caller runs on the thread that reads answers."""

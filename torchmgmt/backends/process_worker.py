@@ -23,15 +23,8 @@ from torchmgmt.backends.output import Output
 from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import (
-    NUMBER_BYTES,
-    AnswerHead,
-    Encoded,
-    WorkerExit,
-    WorkerFault,
-    WorkerJob,
-    WorkerRequest,
-)
+from torchmgmt.exchange import AnswerHead, Encoded, WorkerRequest
+from torchmgmt.records import NUMBER_BYTES, WorkerExit, WorkerFault, WorkerJob
 from torchmgmt.segments import BrokenSegment
 
 __all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from torchmgmt.backends import Outcome, WorkerListener
-from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.dispatcher import Dispatcher, Loop
 from torchmgmt.errors import ManagerClosed
-from torchmgmt.records import Encoded, ModelSpec, Sharing, WorkerExit, WorkerFault, WorkerRequest
+from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.records import ModelSpec, Sharing, WorkerExit, WorkerFault
 
 if TYPE_CHECKING:
     from torchmgmt.worker.thread import ThreadModel
@@ -85,6 +86,10 @@ class ThreadBackend:
     def call_at(self, when: float, callback: Callable[[], object]) -> object:
         """Run ``callback`` at a time of ``time.monotonic``, on the thread that calls listeners; it must not block."""
         return self._dispatcher.call_at(when, callback)
+
+    def run_on(self, loop: Loop) -> Callable[[], object]:
+        """Have an event loop take all answers; see :meth:`torchmgmt.dispatcher.Dispatcher.run_on`."""
+        return self._dispatcher.run_on(loop)
 
     def on_own_thread(self) -> bool:
         """Return whether the caller runs on the thread that calls listeners."""

@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torchmgmt.exchange import ResponseProperties
 from torchmgmt.handlers.metrics import Metrics
 from torchmgmt.handlers.recorder import Recorder
-from torchmgmt.records import ModelSpec, ResponseProperties
+from torchmgmt.records import ModelSpec
 
 if TYPE_CHECKING:
     from torchmgmt.live import LiveObject

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
@@ -18,7 +19,7 @@ from torchmgmt.http.mount import ASGIApp, LastResort, MountedWSGI
 from torchmgmt.http.sockets import BACKLOG, address_of
 from torchmgmt.http.uvicorn_parts import LimitedProtocol
 
-__all__ = ["ASGIServer"]
+__all__ = ["ASGIServer", "no_work"]
 
 logger = logging.getLogger("torchmgmt.http.server")
 
@@ -29,11 +30,18 @@ END_TIMEOUT_S = 5.0
 """For what is done in no time, unless an application blocks the event loop."""
 
 
+def no_work(_loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
+    """Give an event loop nothing else to do than to serve; return what undoes that."""
+    return lambda: None
+
+
 class ASGIServer:
     """Serves once made. May be used from any thread. ``url`` is where it serves.
 
     ``mounted`` is the WSGI application that ``app`` has in it, if there is one: its threads are ended with the server.
+    ``on_drain`` is called when it begins to take no further request.
     ``on_response`` is told the code of each answer, on the server's thread.
+    ``run_on`` is given its event loop, before that runs, and returns what is called when it has ended; both on its thread.
     """
 
     def __init__(
@@ -45,8 +53,12 @@ class ASGIServer:
         tls: ssl.SSLContext | None = None,
         mounted: MountedWSGI | None = None,
         limits: Limits | None = None,
+        on_drain: Callable[[], object] = lambda: None,
         on_response: Callable[[int], object] = lambda _code: None,
+        run_on: Callable[[asyncio.AbstractEventLoop], Callable[[], object]] = no_work,
     ) -> None:
+        self._on_drain = on_drain
+        self._run_on = run_on
         self.url = str(address_of(sock, "https" if tls else "http"))
         self._mounted = mounted
         self._started = threading.Event()
@@ -71,6 +83,7 @@ class ASGIServer:
 
         Blocks for up to ``timeout`` seconds; returns whether all were. Those that were not go on.
         """
+        self._on_drain()
         self._server.should_exit = True
         return self._drained.wait(timeout) and not self._cut_off
 
@@ -91,19 +104,20 @@ class ASGIServer:
 
     def _run(self) -> None:
         loop = _new_event_loop()
-        try:
-            loop.run_until_complete(self._server.serve(sockets=[self._sock]))
-            self._cut_off = loop.run_until_complete(self._server.cut_off())
-            self._end(loop)
-            loop.run_until_complete(loop.shutdown_asyncgens())
-        except BaseException as error:
-            self._failure = error
-            logger.exception("The server at %s ended because of a defect", self.url)
-        finally:
-            self._sock.close()
-            loop.close()
+        with contextlib.ExitStack() as at_end:
             for event in (self._started, self._drained, self._ended):
-                event.set()
+                at_end.callback(event.set)
+            at_end.callback(loop.close)
+            at_end.callback(self._sock.close)
+            try:
+                at_end.callback(self._run_on(loop))
+                loop.run_until_complete(self._server.serve(sockets=[self._sock]))
+                self._cut_off = loop.run_until_complete(self._server.cut_off())
+                self._end(loop)
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            except BaseException as error:
+                self._failure = error
+                logger.exception("The server at %s ended because of a defect", self.url)
 
     def _end(self, loop: asyncio.AbstractEventLoop) -> None:
         self._drained.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 import falcon
@@ -35,8 +36,11 @@ OPEN_TO_ALL = frozenset(
         ("GET", "/live"),
         ("GET", "/ready"),
         ("GET", "/metrics"),
+        ("GET", "/v2/health/live"),
+        ("GET", "/v2/health/ready"),
     }
 )
+READINESS_OF_ONE = "/ready/"
 NEW_KEY = ("GET", "/token")
 
 HOW_TO_SEND = "send the header 'Authorization: Bearer KEY'"
@@ -105,7 +109,7 @@ class Guard:
     def _check_is_local(self, header: Header) -> None:
         forwarded = [name for name in FORWARDED_HEADERS if header(name) is not None]
         host = header("Host")
-        if forwarded or not is_loopback_host(host_name(host)):
+        if forwarded or not _names_loopback(host):
             seen = f"it carries {forwarded[0]}" if forwarded else f"its Host is {host!r}"
             raise KeyRequired(
                 f"This request does not count as coming from this machine: {seen}. Call it under a loopback name such as"
@@ -141,7 +145,12 @@ class Guard:
 def _is_open(method: str, path: str, header: Header) -> bool:
     # A browser sends no key with a preflight; its answer depends on nothing but the path.
     is_preflight = method == "OPTIONS" and header("Access-Control-Request-Method") is not None
-    return is_preflight or (method, path) in OPEN_TO_ALL
+    return is_preflight or (method, path) in OPEN_TO_ALL or (method == "GET" and path.startswith(READINESS_OF_ONE))
+
+
+@lru_cache(maxsize=64)
+def _names_loopback(host: str | None) -> bool:
+    return is_loopback_host(host_name(host))
 
 
 def host_name(host: str | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import falcon
 import falcon.asgi
 from falcon.middleware import CORSMiddleware
@@ -45,6 +47,27 @@ class CORS(CORSMiddleware[falcon.asgi.Request, falcon.asgi.Response]):
             resp.set_header("Access-Control-Allow-Headers", self._headers)
             if self._methods:
                 resp.set_header("Access-Control-Allow-Methods", self._methods)
+
+    def raw_headers(self, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+        """Return what lets the page read an answer, as ASGI has it; ``headers`` are the request's, names in lower case."""
+        origin = headers.get("origin")
+        more = [] if self.allow_origins == "*" else [(b"vary", b"Origin")]
+        if origin is None or not (self.allow_origins == "*" or origin in self.allow_origins):
+            return more
+        allowed = "*" if self.allow_origins == "*" else origin
+        more.append((b"access-control-allow-origin", allowed.encode("latin-1")))
+        return [*more, (b"access-control-expose-headers", b"x-request-id")]
+
+    def preflight_headers(self, headers: Mapping[str, str], methods: Sequence[str]) -> list[tuple[bytes, bytes]]:
+        """Return what a page is told that asks before it calls with one of ``methods``; nothing where it may not."""
+        is_asked = "access-control-request-method" in headers
+        if not is_asked or not any(name == b"access-control-allow-origin" for name, _ in self.raw_headers(headers)):
+            return []
+        return [
+            (b"access-control-allow-methods", (self._methods or ", ".join(methods)).encode()),
+            (b"access-control-allow-headers", self._headers.encode()),
+            (b"access-control-max-age", b"86400"),
+        ]
 
     async def process_response_async(
         self,

@@ -14,21 +14,28 @@ from torchmgmt import errors
 from torchmgmt.redaction import redacted_text
 
 __all__ = [
+    "CALLERS_TABLE",
     "TABLE",
     "Answer",
+    "AnswerNotSendable",
     "BadRequest",
     "BodyTooLarge",
+    "EncodingNotServed",
     "Forbidden",
     "KeyRequired",
     "KeyRequiredAsBadRequest",
     "MethodOff",
+    "ParameterRequired",
     "RequestRefused",
     "TokensOff",
     "TooManyWaiting",
     "VersionToSetNotFound",
     "answer_for",
+    "answer_for_caller",
     "answer_for_code",
     "is_known",
+    "is_kserves",
+    "phrase_of",
     "to_json",
 ]
 
@@ -103,6 +110,25 @@ class VersionToSetNotFound(RequestRefused):
         super().__init__(f"Model version {version} does not exist for model {name}")
 
 
+class ParameterRequired(BadRequest):
+    """A parameter is missing."""
+
+    def __init__(self, name: str, more: str = "") -> None:
+        super().__init__(f"Parameter {name} is required.{more}")
+
+
+class EncodingNotServed(RequestRefused):
+    """The body is compressed, and what reads it takes it as it is."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"Content-Encoding is {encoding!r}, but bodies must come uncompressed here")
+        self.headers = {"Accept-Encoding": "identity"}
+
+
+class AnswerNotSendable(RequestRefused):
+    """The handler has set a status or a header that HTTP does not have."""
+
+
 class TooManyWaiting(RequestRefused):
     """As many calls wait for workers as threads may be spent on."""
 
@@ -130,6 +156,8 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     MethodOff: (405, "MethodNotAllowedException"),
     errors.AlreadyRegistered: (409, "ConflictStatusException"),
     BodyTooLarge: (413, "RequestEntityTooLargeException"),
+    EncodingNotServed: (415, "UnsupportedMediaTypeException"),
+    AnswerNotSendable: (500, "InternalServerException"),
     errors.WorkerStartFailed: (500, "InternalServerException"),
     errors.WorkerDied: (500, "InternalServerException"),
     errors.HandlerFailed: (500, "InternalServerException"),
@@ -145,12 +173,20 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
 }
 """Exception class -> code and type. The most derived class that is listed decides."""
 
+CALLERS_TABLE: Mapping[type[Exception], tuple[int, str]] = {
+    errors.DeadlineExceeded: (504, "RequestTimeoutException"),
+    # TorchServe's code for whatever a handler raised that has no code of its own.
+    errors.HandlerFailed: (503, "InternalServerException"),
+}
+"""What those who predict are answered, where that differs."""
+
 TYPES_BY_CODE: Mapping[int, str] = {
     401: "InvalidKeyException",
     403: "ForbiddenException",
     404: "ResourceNotFoundException",
     405: "MethodNotAllowedException",
     413: "RequestEntityTooLargeException",
+    415: "UnsupportedMediaTypeException",
     501: "NotImplementedException",
     503: "ServiceUnavailableException",
 }
@@ -169,11 +205,16 @@ class Answer:
     @property
     def status(self) -> str:
         """The status line's part: code and reason."""
-        return f"{self.code} {HTTPStatus(self.code).phrase}"
+        return f"{self.code} {phrase_of(self.code)}"
 
-    def body(self, warnings: Sequence[str] = ()) -> bytes:
-        """The JSON body; ``warnings`` about the request's parameters go along, as they do on success."""
+    def body(self, warnings: Sequence[str] = (), *, for_kserve: bool = False) -> bytes:
+        """The JSON body; ``warnings`` about the request's parameters go along, as they do on success.
+
+        ``for_kserve``: KServe's clients look for the message under ``error``, so it is there, too.
+        """
         item: dict[str, object] = {"code": self.code, "type": self.type, "message": self.message}
+        if for_kserve:
+            item["error"] = self.message
         if warnings:
             item["warnings"] = list(warnings)
         return to_json(item)
@@ -194,6 +235,27 @@ def answer_for(error: Exception) -> Answer:
     return Answer(code, type_name, redacted_text(message), dict(_headers_of(error)))
 
 
+def answer_for_caller(error: Exception, *, shows_all: bool = False) -> Answer:
+    """Return what ``error`` is answered with to somebody who predicts.
+
+    Of what a handler raised or a worker printed they read one line, unless ``shows_all``.
+    """
+    answer = answer_for(error)
+    row = next((CALLERS_TABLE[base] for base in type(error).__mro__ if base in CALLERS_TABLE), None)
+    code, type_name = (answer.code, answer.type) if row is None or answer.code == 507 else row
+    message = answer.message
+    if isinstance(error, errors.HandlerFailed):
+        if error.error_code is not None and 400 <= error.error_code < 600:
+            code = error.error_code
+            type_name = answer_for_code(code, "").type if code < 500 else type_name
+        # Who has sent something wrong is told what; the class that a handler raised for it says nothing.
+        told = error.reason.removeprefix(f"{error.error_type}: ") if code < 500 else str(error)
+        message = error.report() if shows_all else told.partition("\n")[0]
+    elif not shows_all:
+        message = message.partition("\n")[0]
+    return Answer(code, type_name, redacted_text(message), answer.headers)
+
+
 def is_known(error: Exception) -> bool:
     """Whether ``error`` is one that the table foresees, not a defect of ours."""
     return isinstance(error, falcon.HTTPError) or _row_for(type(error)) is not None
@@ -203,6 +265,19 @@ def answer_for_code(code: int, message: str) -> Answer:
     """Return the answer for a refusal that has a code but no exception of ours."""
     default = "BadRequestException" if code < 500 else "InternalServerException"
     return Answer(code, TYPES_BY_CODE.get(code, default), message, {})
+
+
+def phrase_of(code: int) -> str:
+    """Return what goes with a status; "" if HTTP has no name for it."""
+    try:
+        return HTTPStatus(code).phrase
+    except ValueError:
+        return ""
+
+
+def is_kserves(path: str) -> bool:
+    """Whether a path belongs to one of KServe's protocols."""
+    return path.startswith(("/v1/", "/v2/")) or path in {"/v1", "/v2"}
 
 
 def to_json(item: object) -> bytes:

@@ -16,6 +16,7 @@ from attrs import define, evolve, field, frozen
 from torchmgmt import VersionState
 from torchmgmt.errors import ModelVersionNotFound
 from torchmgmt.http import operations as ops
+from torchmgmt.http import repository
 from torchmgmt.http.access_log import AccessLog
 from torchmgmt.http.callers import CallerGuard, Guard
 from torchmgmt.http.contract import Contract, contract_of
@@ -222,6 +223,25 @@ class ManagementAPI:
         name = KeyName(values["type"])
         return Reply(200, {name.value: self.keys.renew(name).to_dict()})
 
+    def repository_index(self, values: Values, path: Mapping[str, str]) -> Reply:
+        """POST /v2/repository/index."""
+        return Reply(200, repository.index_of(self.manager, only_ready=values["ready"]))
+
+    def repository_load(self, values: Values, path: Mapping[str, str]) -> Reply:
+        """POST /v2/repository/models/{model_name}/load."""
+        name = path["model_name"]
+        workers = self.settings.default_workers_per_model or 1
+        with self.waiting.one_more():
+            repository.load(self.manager, name, workers=workers, may_fetch=values.has_key or self._is_loopback)
+        return _status(200, f'Model "{name}" loaded')
+
+    def repository_unload(self, values: Values, path: Mapping[str, str]) -> Reply:
+        """POST /v2/repository/models/{model_name}/unload."""
+        name = path["model_name"]
+        with self.waiting.one_more():
+            repository.unload(self.manager, name)
+        return _status(200, f'Model "{name}" unloaded')
+
     def describe_api(self, values: Values, path: Mapping[str, str]) -> Reply:
         """OPTIONS / and GET /api-description."""
         rule = key_rule_of(self.settings, Address.parse("management_address", self.settings.management_address))
@@ -240,6 +260,9 @@ ENDPOINTS: Mapping[Operation, Respond] = {
     ops.UNREGISTER: ManagementAPI.unregister,
     ops.UNREGISTER_VERSION: ManagementAPI.unregister,
     ops.NEW_KEY: ManagementAPI.new_key,
+    ops.REPOSITORY_INDEX: ManagementAPI.repository_index,
+    ops.REPOSITORY_LOAD: ManagementAPI.repository_load,
+    ops.REPOSITORY_UNLOAD: ManagementAPI.repository_unload,
     ops.API_DESCRIPTION_AT_ROOT: ManagementAPI.describe_api,
     ops.API_DESCRIPTION: ManagementAPI.describe_api,
 }

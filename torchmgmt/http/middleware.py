@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import uuid
 from collections.abc import Mapping
@@ -25,9 +27,33 @@ NO_CACHE: Mapping[str, str] = {
 _SANE_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+class _RequestIds:
+    """Ids that no other process has: a UUID whose last digits count.
+
+    A UUID for each request would be a system call for each, which hands the interpreter to another thread.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)  # the parent goes on with the old ones
+
+    def _begin(self) -> None:
+        first = uuid.uuid4()
+        self._prefix = str(first)[:24]
+        self._numbers = itertools.count(first.node)
+
+    def next(self) -> str:
+        """Return another one."""
+        return f"{self._prefix}{next(self._numbers) & 0xFFFFFFFFFFFF:012x}"
+
+
+_ids = _RequestIds()
+
+
 def request_id_of(given: str | None) -> str:
     """Return the caller's request id, or a new one if it sent none that is safe to log and to send back."""
-    return given if given and _SANE_REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
+    return given if given and _SANE_REQUEST_ID.fullmatch(given) else _ids.next()
 
 
 def response_headers(request_id: str) -> dict[str, str]:

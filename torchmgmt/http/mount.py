@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from attrs import define, field, frozen
 
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
 from torchmgmt.http.middleware import request_id_of
-from torchmgmt.http.uvicorn_parts import raw_headers
+from torchmgmt.http.uvicorn_parts import EXCHANGE, Exchange, raw_headers
 from torchmgmt.http.waitress_parts import Dispatcher
 
 __all__ = ["ASGIApp", "LastResort", "MountedWSGI", "Paths", "counted"]
@@ -33,15 +34,23 @@ BODY = "torchmgmt.body"
 
 @frozen
 class Paths:
-    """Hands each request to the application that has its path's first segment, or else to the default one."""
+    """Hands each request to the application that has its path's first segment, or else to the default one.
+
+    Before that, ``exceptions`` are looked at: regular expressions for method and path, as ``POST /a/b``.
+    """
 
     by_segment: Mapping[str, ASGIApp]
     default: ASGIApp
+    exceptions: Sequence[tuple[re.Pattern[str], ASGIApp]] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        segment = scope["path"][1:].partition("/")[0]
-        await self.by_segment.get(segment, self.default)(scope, receive, send)
+        path: str = scope["path"]
+        for pattern, app in self.exceptions:
+            if pattern.fullmatch(f"{scope['method']} {path}"):
+                await app(scope, receive, send)
+                return
+        await self.by_segment.get(path[1:].partition("/")[0], self.default)(scope, receive, send)
 
 
 @frozen
@@ -55,6 +64,9 @@ class LastResort:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         started = False
+        exchange: Exchange | None = scope.get(EXCHANGE)
+        if exchange is not None:  # what is answered there goes past send
+            exchange.on_answer = self.on_response
 
         async def send_on(message: dict[str, Any]) -> None:
             nonlocal started
@@ -70,7 +82,7 @@ class LastResort:
         except Exception:
             request_id = _request_id(scope)
             logger.exception("%s %r failed (request %s)", scope["method"], scope["path"], request_id)
-            if started:
+            if started or (exchange is not None and exchange.has_begun):
                 raise  # uvicorn ends the connection, so that nobody takes half an answer for a whole one
             self.on_response(500)
             await _send_answer(answer_for_code(500, INTERNAL), request_id, send)

@@ -14,9 +14,10 @@ from typing import Any
 
 import torchmgmt
 from torchmgmt.http.contract import needs_key
+from torchmgmt.http.deadlines import LONGEST_MS
 from torchmgmt.http.errors import to_json
 from torchmgmt.http.middleware import NO_CACHE
-from torchmgmt.http.operations import NAME, KeyName, Operation
+from torchmgmt.http.operation import NAME, KeyName, Operation
 from torchmgmt.http.parameters import Kind, Parameter
 from torchmgmt.http.schemas import ERRORS, SCHEMAS, closure, error_name, ref
 from torchmgmt.settings import Address, Settings
@@ -103,6 +104,10 @@ def _operation(operation: Operation, keys: KeyRule) -> dict[str, Any]:
         described["description"] = WITHOUT_MODEL_API
     if operation.takes_body:
         described["requestBody"] = _request_body(operation)
+    if operation.is_prediction:
+        described["parameters"] += [_PRIORITY, _TIMEOUT]
+        if operation.method != "GET":
+            described["requestBody"] = _ANY_BODY
     if keys is not KeyRule.NOBODY:
         described["security"] = _security(operation, keys)
     return described
@@ -188,7 +193,10 @@ def _responses(operation: Operation, keys: KeyRule) -> dict[str, Any]:
     errors = _error_codes(operation, keys)
     responses = {code: _answer(operation, code, code in errors) for code in operation.answers}
     responses.update({code: {"$ref": f"#/components/responses/{error_name(code)}"} for code in errors - set(responses)})
-    return {str(code): responses[code] for code in sorted(responses)}
+    described = {str(code): responses[code] for code in sorted(responses)}
+    if operation.is_prediction:
+        described["default"] = _OF_THE_HANDLER
+    return described
 
 
 def _error_codes(operation: Operation, keys: KeyRule) -> set[int]:
@@ -269,6 +277,34 @@ _REQUEST_ID = {
     "description": "An id for the request, up to 128 printable ASCII characters without a space; sent back, and in the log."
     " If there is none, or a longer one, the server makes one.",
     "schema": {"type": "string"},
+}
+_PRIORITY = {
+    "name": "x-priority",
+    "in": "header",
+    "required": False,
+    "description": "What has more goes before what has less; what waits gains priority with time.",
+    "schema": {"type": "integer", "minimum": -10, "maximum": 10, "default": 0},
+}
+_TIMEOUT = {
+    "name": "x-request-timeout-ms",
+    "in": "header",
+    "required": False,
+    "description": "For how long the caller waits, in milliseconds; a request past that is not begun, and answered with 504.",
+    "schema": {"type": "integer", "format": "int32", "minimum": 1, "maximum": LONGEST_MS, "example": 5000},
+}
+_ANY_BODY = {
+    "required": False,
+    "description": "What the model's handler takes.",
+    "content": {
+        "application/json": {"schema": {}},
+        "text/plain": {"schema": {"type": "string"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+_OF_THE_HANDLER = {
+    "description": "What the model's handler answered: its status, headers and content type, in one body or in parts; with"
+    " `Accept: text/event-stream` as server-sent events.",
+    "content": {"*/*": {"schema": {}}},
 }
 _REQUEST_ID_PARAMETER = {"$ref": "#/components/parameters/x-request-id"}
 _HEADERS: Mapping[str, Any] = {

@@ -2,62 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from enum import Enum
-
-from attrs import field, frozen
-
+from torchmgmt.http.inference_operations import SERVED_INFERENCE
+from torchmgmt.http.operation import NAME, KeyName, Link, Operation
 from torchmgmt.http.parameters import Kind, Parameter
 
-__all__ = ["INFERENCE", "MANAGEMENT", "KeyName", "Link", "Operation"]
+__all__ = ["INFERENCE", "MANAGEMENT", "NAME", "KeyName", "Link", "Operation"]
 
 
-class KeyName(Enum):
-    """What a key of token authorization opens; the value is its name in the key file."""
-
-    MANAGEMENT = "management"
-    INFERENCE = "inference"
-    API = "API"
-    """Makes new management and inference keys, and opens nothing else."""
-
-
-@frozen
-class Link:
-    """How an answer leads to another operation: what of the request or the answer is a parameter of that one."""
-
-    operation_id: str
-    parameters: Mapping[str, str]
-    """Name -> expression as OpenAPI has them: ``$request.query.model_name``, ``$response.body#/0/modelName``."""
-
-
-@frozen(eq=False)  # each is itself, and a key of tables
-class Operation:
-    """One operation: what is called how, and what it answers with when all is well."""
-
-    id: str
-    method: str
-    path: str
-    summary: str
-    parameters: Sequence[Parameter] = ()
-    takes_body: bool = False
-    """Whether the parameters may also come as a JSON object or a form."""
-    needs_model_api: bool = False
-    """Whether it is served only where the setting ``enable_model_api`` is on."""
-    needs_keys: bool = False
-    """Whether it is served only where there are keys (token authorization)."""
-    key: KeyName | None = KeyName.MANAGEMENT
-    """Which one a caller sends where keys are required. None: served to everybody, always."""
-    tag: str = "Management"
-    """The group of operations that generated clients put it into."""
-    answers: Mapping[int, str] = field(factory=lambda: {200: "Status"})
-    """Code -> name of the schema of its body."""
-    errors: Sequence[int] = ()
-    """Codes of its errors, beside those that the server may give to any request."""
-    links: Sequence[Link] = ()
-    """What an answer of a code below 300 leads to."""
-
-
-NAME = "/\0"  # what no name may have in it
 URL = Parameter(
     "url",
     Kind.TEXT,
@@ -317,6 +268,37 @@ NEW_KEY = Operation(
     answers={200: "NewKey"},
     errors=(401, 404),
 )
+REPOSITORY_INDEX = Operation(
+    "repositoryIndex",
+    "POST",
+    "/v2/repository/index",
+    "List every version of every model, and the archives in the model store.",
+    (Parameter("ready", Kind.TRUTH, "Whether to list only what is ready.", default=False),),
+    takes_body=True,
+    tag="Model repository",
+    answers={200: "RepositoryIndex"},
+    for_kserve=True,
+)
+REPOSITORY_LOAD = Operation(
+    "repositoryModelLoad",
+    "POST",
+    "/v2/repository/models/{model_name}/load",
+    "Register the archive of this name in the model store, with a worker; give a worker to a model that has none.",
+    needs_model_api=True,
+    tag="Model repository",
+    errors=(404, 405, 409, 507),
+    for_kserve=True,
+)
+REPOSITORY_UNLOAD = Operation(
+    "repositoryModelUnload",
+    "POST",
+    "/v2/repository/models/{model_name}/unload",
+    "Unregister all versions of a model, once their requests are done.",
+    needs_model_api=True,
+    tag="Model repository",
+    errors=(404, 405),
+    for_kserve=True,
+)
 API_DESCRIPTION_AT_ROOT = Operation(
     "apiDescriptionAtRoot",
     "OPTIONS",
@@ -335,34 +317,6 @@ API_DESCRIPTION = Operation(
     tag="API description",
     answers={200: "ApiDescription"},
 )
-PING = Operation(
-    "ping",
-    "GET",
-    "/ping",
-    "Whether every model version that shall have workers has a ready one.",
-    key=None,
-    tag="Inference",
-    answers={200: "Health", 500: "Health"},
-)
-LIVE = Operation(
-    "live",
-    "GET",
-    "/live",
-    "Whether the server runs; says nothing of models.",
-    key=None,
-    tag="Inference",
-    answers={200: "Liveness"},
-)
-READY = Operation(
-    "ready",
-    "GET",
-    "/ready",
-    "Whether all models of the start are loaded, and every model version that shall have workers has a ready one.",
-    key=None,
-    tag="Inference",
-    answers={200: "Readiness", 503: "Readiness"},
-)
-
 MANAGEMENT = (
     REGISTER,
     LIST,
@@ -375,7 +329,10 @@ MANAGEMENT = (
     UNREGISTER,
     UNREGISTER_VERSION,
     NEW_KEY,
+    REPOSITORY_INDEX,
+    REPOSITORY_LOAD,
+    REPOSITORY_UNLOAD,
     API_DESCRIPTION_AT_ROOT,
     API_DESCRIPTION,
 )
-INFERENCE = (PING, LIVE, READY, API_DESCRIPTION_AT_ROOT, API_DESCRIPTION)
+INFERENCE = (*SERVED_INFERENCE, API_DESCRIPTION_AT_ROOT, API_DESCRIPTION)

@@ -10,7 +10,7 @@ import falcon
 import falcon.asgi
 from attrs import field, frozen
 
-from torchmgmt.http.errors import answer_for, is_known, to_json
+from torchmgmt.http.errors import answer_for, is_known, is_kserves, to_json
 
 __all__ = ["Reply", "render_error", "render_error_async", "render_reply"]
 
@@ -52,7 +52,7 @@ def render_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
         logger.warning("%s %r: %s (request %s)", req.method, req.path, line, request_id)
     resp.status = answer.status
     resp.content_type = JSON
-    resp.data = answer.body(getattr(req.context, "warnings", None) or ())
+    resp.data = answer.body(getattr(req.context, "warnings", None) or (), for_kserve=is_kserves(req.path))
     resp.set_headers(dict(answer.headers))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torchmgmt import VersionState
-from torchmgmt.http.errors import METHOD_NOT_ALLOWED, TABLE, TYPES_BY_CODE, answer_for_code
+from torchmgmt.http.errors import CALLERS_TABLE, METHOD_NOT_ALLOWED, TABLE, TYPES_BY_CODE, answer_for_code
 from torchmgmt.records import WIRE_STATUS, ShareWeights
 
 __all__ = ["ERRORS", "SCHEMAS", "ErrorCode", "closure", "error_name", "ref"]
@@ -62,6 +62,11 @@ ERRORS: Mapping[int, ErrorCode] = {
         "RequestEntityTooLargeException",
         "The request's body is larger than the 6553500 bytes that the setting max_request_size allows",
     ),
+    415: ErrorCode(
+        "The body is compressed.",
+        "UnsupportedMediaTypeException",
+        "Content-Encoding is 'gzip', but bodies must come uncompressed here",
+    ),
     431: ErrorCode("The request's headers are too large.", "BadRequestException", "exceeds max_header of 262144"),
     500: ErrorCode(
         "It failed; the message says why.",
@@ -77,6 +82,11 @@ ERRORS: Mapping[int, ErrorCode] = {
         "No worker may serve this, or too much is going on; try again later.",
         "ServiceUnavailableException",
         "40 calls that wait for models or workers are running already; try again in 5 s",
+    ),
+    504: ErrorCode(
+        "There was no answer in the time that the caller gave it (X-Request-Timeout-Ms), or the model's configuration does.",
+        "RequestTimeoutException",
+        "The request did not end within 2 s",
     ),
     507: ErrorCode("A worker ran out of memory.", "InternalServerException", "A worker of noop:1.0 ran out of memory"),
 }
@@ -141,7 +151,8 @@ def _map_of(items: Mapping[str, Any]) -> Schema:
 
 def _types_of(code: int) -> set[str]:
     """Return the types that errors of ``code`` may have: those of the tables that answer them."""
-    types = {of_row for of_code, of_row in TABLE.values() if of_code == code}
+    rows = (*TABLE.values(), *CALLERS_TABLE.values())
+    types = {of_row for of_code, of_row in rows if of_code == code}
     if code in TYPES_BY_CODE or not types:
         types.add(answer_for_code(code, "").type)
     return types
@@ -153,8 +164,10 @@ def _error(code: int, error: ErrorCode) -> Schema:
             "code": {"type": "integer", "enum": [code]},
             "type": _one_of(_types_of(code)),
             "message": TEXT,
+            "error": {**TEXT, "description": "The message, for clients of KServe's protocols; on their paths only."},
             "warnings": WARNINGS,
         },
+        "error",
         "warnings",
         description=error.meaning,
         example={"code": code, "type": error.type, "message": error.message},
@@ -212,6 +225,7 @@ MODEL_DESCRIPTION = _object(
         "jobQueueStatus": ref("JobQueueStatus"),
         "state": _one_of((state.value for state in VersionState), description="FAILED: see lastError."),
         "defaultVersion": TRUTH,
+        "queueTimeoutInMills": MILLISECONDS,
         "shareWeights": _one_of(one.value for one in ShareWeights),
         "weightsShared": {
             **TRUTH,
@@ -280,11 +294,36 @@ SCHEMAS: Mapping[str, Schema] = {
     "Liveness": _object({"status": _one_of(("Live",))}, example={"status": "Live"}),
     "Readiness": _object(
         {
-            "status": _one_of(("Ready", "Not Ready")),
+            "status": _one_of(("Ready", "Not Ready", "Draining")),
             "isLoading": {**TRUTH, "description": "Whether models are still to come that are loaded at the start."},
             "notReady": _array({**TEXT, "description": "A model version that shall have workers and has none ready."}),
         },
         example={"status": "Not Ready", "isLoading": False, "notReady": ["noop:1.0"]},
+    ),
+    "ModelReadiness": _object({"name": TEXT, "ready": TRUTH}, example={"name": "noop", "ready": True}),
+    "KServeModels": _object({"models": _array(TEXT)}, example={"models": ["noop"]}),
+    "KServeModel": _object({"name": TEXT, "ready": TRUTH}, example={"name": "noop", "ready": True}),
+    "ServerMetadata": _object({"name": TEXT, "version": TEXT, "extensions": _array(TEXT)}),
+    "ServerLive": _object({"live": TRUTH}),
+    "ServerReady": _object({"ready": TRUTH}),
+    "ModelMetadata": _object(
+        {
+            "name": TEXT,
+            "versions": _array(TEXT),
+            "platform": TEXT,
+            "inputs": _array(ref("TensorMetadata")),
+            "outputs": _array(ref("TensorMetadata")),
+        }
+    ),
+    "TensorMetadata": _object({"name": TEXT, "datatype": TEXT, "shape": _array({"type": "integer"})}),
+    "RepositoryIndex": _array(ref("RepositoryModel")),
+    "RepositoryModel": _object(
+        {
+            "name": TEXT,
+            "version": {**TEXT, "description": "Empty for an archive that is not loaded."},
+            "state": _one_of(("READY", "LOADING", "UNLOADING", "UNAVAILABLE")),
+            "reason": TEXT,
+        }
     ),
     "ModelList": _object(
         {

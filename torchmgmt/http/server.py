@@ -7,7 +7,9 @@ mounts the same application: there is never a second set of resources.
 from __future__ import annotations
 
 import logging
+import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -19,7 +21,7 @@ from attrs import frozen
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.http import operations as ops
 from torchmgmt.http.addresses import Addresses, BoundAddress, Role
-from torchmgmt.http.asgi_server import ASGIServer
+from torchmgmt.http.asgi_server import ASGIServer, no_work
 from torchmgmt.http.callers import log_who_may_call
 from torchmgmt.http.contract import contract_of
 from torchmgmt.http.inference import create_inference_app
@@ -50,6 +52,11 @@ __all__ = [
 
 
 logger = logging.getLogger(__name__)
+
+# Where both APIs have paths below one segment, on an address that serves both.
+INVOKE = re.compile(r"(?:POST|OPTIONS) /models/[^/]+/invoke/?")
+REPOSITORY = re.compile(r"[A-Z]+ /v2/repository(?:/.*)?")
+INFERENCE_SEGMENTS = frozenset({"", "v2", "api-description"})
 
 
 class RunningServer(Protocol):
@@ -164,9 +171,18 @@ def start_server(
             number_of_threads=THREADS,
             max_body_bytes=settings.max_request_size,
         )
-    app = _application(manager, bound, settings, keys, mounted, metrics, is_loading)
+    draining = threading.Event()
+    app = _application(manager, bound, settings, keys, mounted, metrics, is_loading, draining.is_set)
     return ASGIServer(
-        app, bound.sock, name=name, tls=bound.tls, mounted=mounted, limits=limits, on_response=on_response
+        app,
+        bound.sock,
+        name=name,
+        tls=bound.tls,
+        mounted=mounted,
+        limits=limits,
+        on_drain=draining.set,
+        on_response=on_response,
+        run_on=manager.run_on if Role.INFERENCE in bound.roles else no_work,
     )
 
 
@@ -178,6 +194,7 @@ def _application(
     mounted: MountedWSGI | None,
     metrics: ASGIApp | None,
     is_loading: Callable[[], bool],
+    is_draining: Callable[[], bool],
 ) -> ASGIApp:
     by_segment: dict[str, ASGIApp] = {}
     if metrics is not None and Role.METRICS in bound.roles:
@@ -190,13 +207,21 @@ def _application(
     operations: tuple[Operation, ...] = ops.INFERENCE
     title = "torchmgmt Inference API"
     if mounted is not None:
-        by_segment.update(dict.fromkeys(_segments(ops.MANAGEMENT) - _segments(ops.INFERENCE), mounted))
+        by_segment.update(dict.fromkeys(_segments(ops.MANAGEMENT) - INFERENCE_SEGMENTS, mounted))
         operations = (*contract_of(settings).operations().values(), *ops.INFERENCE)
         title = "torchmgmt Management and Inference API"
     inference = create_inference_app(
-        manager, settings=settings, keys=keys, is_loading=is_loading, title=title, operations=operations
+        manager,
+        settings=settings,
+        keys=keys,
+        is_loading=is_loading,
+        is_draining=is_draining,
+        title=title,
+        operations=operations,
     )
-    return Paths(by_segment, inference)
+    if mounted is None:
+        return Paths(by_segment, inference) if by_segment else inference
+    return Paths(by_segment, inference, ((INVOKE, inference), (REPOSITORY, mounted)))
 
 
 def _segments(operations: tuple[Operation, ...]) -> set[str]:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import Any, TypeAlias
 
 import httptools
 import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from torchmgmt.http.errors import Answer, answer_for_code
 from torchmgmt.http.limits import MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
 from torchmgmt.http.middleware import request_id_of, response_headers
 
-__all__ = ["LimitedProtocol", "raw_headers"]
+__all__ = ["EXCHANGE", "Exchange", "LimitedProtocol", "raw_headers"]
 
 # uvicorn's own loggers would print through logging's last resort in a program that configured none.
 logger = logging.getLogger("torchmgmt.http.server")
@@ -30,6 +31,78 @@ MOST_WAITING_REQUESTS = 100
 """Of one connection; who sends more of them ahead is told to close, and sends them again on another."""
 OVERHEAD_PER_BODY_BYTE = 8
 """A body sent in chunks of one byte takes five bytes of framing for each."""
+
+
+Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
+EXCHANGE = "torchmgmt.exchange"
+"""Where in the scope of a request its :class:`Exchange` is."""
+
+
+class Exchange:
+    """One request on its connection, for an application that is asked often: what ASGI has no, or only a costly, way for."""
+
+    __slots__ = ("_cycle", "_protocol", "on_answer")
+
+    def __init__(self, protocol: LimitedProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+        self.on_answer: Callable[[int], object] | None = None
+        """Told the code of a whole answer."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an answer is on its way."""
+        return self._cycle.response_started
+
+    def on_disconnect(self, callback: Callable[[], object] | None) -> None:
+        """Have ``callback`` called, on the event loop, if the client goes before it has its answer; None: nothing any more."""
+        self._protocol.on_disconnect = callback
+        if callback is not None and self._cycle.disconnected:
+            callback()
+
+    async def respond(self, status: int, phrase: str, headers: Headers, body: bytes | bytearray | memoryview) -> None:
+        """Send a whole answer at once. ``headers`` have its length, and nothing in them that HTTP forbids."""
+        cycle = self._cycle
+        if cycle.flow.write_paused and not cycle.disconnected:
+            await cycle.flow.drain()
+        if cycle.disconnected:
+            return
+        if cycle.response_started:
+            raise RuntimeError("this request has been answered already")
+        if cycle.waiting_for_100_continue:
+            # The client may or may not send its body now: only on a new connection is that clear.
+            cycle.keep_alive = cycle.waiting_for_100_continue = False
+        if cycle.scope["method"] == "HEAD":
+            body = b""
+        first = f"HTTP/1.1 {status} {phrase}\r\n".encode("latin-1") if phrase else STATUS_LINE[status]
+        lines: list[bytes | bytearray | memoryview] = [
+            first,
+            *[b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)],
+        ]
+        lines.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+        if len(body) <= _JOINED_UP_TO:
+            lines.append(body)
+            cycle.transport.write(b"".join(lines))
+        else:
+            cycle.transport.write(b"".join(lines))
+            cycle.transport.write(body)
+        cycle.response_started = cycle.response_complete = True
+        if self.on_answer is not None:
+            self.on_answer(status)
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            cycle.transport.close()
+        cycle.on_response()
+
+    def cut(self) -> None:
+        """End the connection in the middle of the answer, so that nobody takes it for a whole one."""
+        self._protocol.on_disconnect = None
+        self._cycle.disconnected = True
+        self._cycle.transport.close()
+
+
+# Two writes cost a system call more, joining them a copy.
+_JOINED_UP_TO = 1 << 16
 
 
 class Phase(Enum):
@@ -97,6 +170,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._ends_at = float("inf")
         self._unsent_bytes = -1
         self._is_stopping = False
+        self.on_disconnect: Callable[[], object] | None = None
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -111,6 +185,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.pipeline.clear()
         self._on_lost()
+        if self.on_disconnect is not None:
+            self.on_disconnect()
 
     def pause_writing(self) -> None:
         """Note since when the client takes nothing."""
@@ -193,6 +269,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._phase, self._began = Phase.BODY, self.loop.time()
         self._framed_bytes = self._body_bytes = 0
         super().on_headers_complete()
+        # The cycle's task has not begun yet, so it finds this.
+        scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]  # ASGI allows more keys than its TypedDict has
+        scope[EXCHANGE] = Exchange(self, self.cycle)
         self._unanswered += 1
         if self._is_stopping or self.parser.should_upgrade():
             self.cycle.keep_alive = False
@@ -270,9 +349,16 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer is given."""
+        self.on_disconnect = None
         self._unanswered -= 1
         self._began = self.loop.time()
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            # As uvicorn has it, but for its timer: check_deadlines ends idle connections, and a timer for each request is dear.
+            self.flow.resume_reading()
+            if self.pipeline:
+                cycle, app = self.pipeline.pop()
+                self._start_asgi_task(cycle, app)
         if self._refusal is not None and not self._is_answering:
             self._send_refusal()
 

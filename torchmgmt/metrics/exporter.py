@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from torchmgmt import VersionState
+from torchmgmt.checks import check_number
 from torchmgmt.errors import ManagerClosed, ModelNotFound
 from torchmgmt.events import (
     BatchFinished,
@@ -33,7 +34,7 @@ from torchmgmt.metrics.figures import Figures, VersionFigures
 from torchmgmt.metrics.host import HostLoad
 from torchmgmt.metrics.names import text
 from torchmgmt.metrics.recorded import Family, Recorded
-from torchmgmt.records import MetricKind, ModelInfo, ModelKey, check_number
+from torchmgmt.records import MetricKind, ModelInfo, ModelKey
 
 if TYPE_CHECKING:
     from torchmgmt import ModelManager

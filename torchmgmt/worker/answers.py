@@ -4,30 +4,66 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchmgmt.channel import Buffer
-from torchmgmt.records import Encoded
+from torchmgmt.exchange import BodyHead, Encoded, Form
+from torchmgmt.segments import size_of
 
-__all__ = ["JSON", "OCTETS", "TEXT", "rendered"]
+if TYPE_CHECKING:
+    from torchmgmt.worker.open_inference import Asked
+
+__all__ = ["JSON", "OCTETS", "TEXT", "AnswerTooLarge", "rendered"]
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 TEXT = "text/plain; charset=utf-8"
+_KEYS = {int(Form.V1): "predictions", int(Form.V1_EXPLAIN): "explanations"}
 
 
-def rendered(answer: Any, form: int) -> Encoded:
-    """Return the body for ``answer`` (form: one of :class:`torchmgmt.exchange.Form`) in one segment.
+class AnswerTooLarge(Exception):
+    """An answer is larger than whoever asked takes; ``error_code`` is the HTTP status of that."""
 
-    bytes and str go out as they are, a tensor as ``torch.save`` writes it, anything else as JSON.
+    error_code = 413
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"the answer has {size} bytes, more than the {limit} that the setting max_response_size allows"
+        )
+
+
+def rendered(answer: Any, head: BodyHead, asked: Asked | None = None) -> Encoded:
+    """Return the body for ``answer`` in one segment; ``head`` is that of the request's body.
+
+    bytes and str go out as they are, a tensor as ``torch.save`` writes it, anything else as JSON; what is wrapped for the
+    protocol that the request came in is wrapped. ``asked`` is what an inference request (``Form.V2``) said of the answer.
 
     Raises:
         TypeError: it has something in it that JSON has not.
+        AnswerTooLarge: it is larger than ``head`` allows.
+        InputRefused: an inference request asked for something that is not in it.
     """
-    body, content_type = _body_of(answer)
-    return Encoded([body], content_type=content_type)
+    if asked is not None:
+        from torchmgmt.worker.open_inference import written
+
+        encoded = written(answer, asked)
+    else:
+        key = _KEYS.get(head[0])
+        body, content_type = _body_of(answer if key is None else _keyed(answer, key))
+        encoded = Encoded([body], content_type=content_type)
+    limit = head[5]
+    if limit and (size := size_of(encoded.segments[0])) > limit:
+        raise AnswerTooLarge(size, limit)
+    return encoded
+
+
+def _keyed(answer: Any, key: str) -> Any:
+    """Return the answer as KServe's version 1 has it; what an envelope, or a handler that knows it, has made stays."""
+    if isinstance(answer, (dict, str, bytes, bytearray, memoryview)):
+        return answer
+    return {key: answer}
 
 
 def _body_of(answer: Any) -> tuple[Buffer, str]:

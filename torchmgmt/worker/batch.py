@@ -13,7 +13,8 @@ import torch
 from attrs import define, evolve, frozen
 
 from torchmgmt.channel import Buffer, decode
-from torchmgmt.records import EXPIRED, BodyHead, Encoded, RequestHead, WorkerFault
+from torchmgmt.exchange import BodyHead, Encoded, RequestHead
+from torchmgmt.records import EXPIRED, WorkerFault
 from torchmgmt.worker.loader import Handler
 from torchmgmt.worker.parts import BatchAbandoned, Parts, PartSender, encoded
 from torchmgmt.worker.rows import row_of
@@ -127,7 +128,7 @@ def _run(handler: Handler, asked: _Asked) -> Ended:
     outcomes: list[Outcome | None] = []
     rows, given = [], []
     for (_, _, _, deadline, body, _), segments in zip(asked.heads, asked.segments, strict=True):
-        row = EXPIRED if _is_over(deadline) else _row(segments, body, copies)
+        row = EXPIRED if _is_over(deadline) else _row(segments, body, handler, copies)
         if isinstance(row, WorkerFault):
             outcomes.append(row)
             continue
@@ -135,7 +136,10 @@ def _run(handler: Handler, asked: _Asked) -> Ended:
         outcomes.append(None)
         rows.append(row)
     heads = [asked.heads[index] for index in given]
-    parts = Parts(heads, [asked.places[index] for index in given], asked.sender, handler.response_properties)
+    places = [asked.places[index] for index in given]
+    # Only the row of an inference request says something of the answer; the handler may replace it.
+    wishes = [getattr(row, "asked", None) if type(row) is not dict else None for row in rows]
+    parts = Parts(heads, places, asked.sender, handler.response_properties, wishes)
     try:
         answers = iter(_answered(handler, heads, rows, parts) if rows else ())
     except BatchAbandoned:
@@ -155,8 +159,8 @@ def _answered(handler: Handler, requests: Sequence[RequestHead], rows: list[Any]
     outcomes = [_outcome(parts, index, answer) for index, answer in enumerate(answers)]
     if properties is not None:
         for outcome, each in zip(outcomes, properties, strict=False):  # the handler can replace what is asked
-            if isinstance(outcome, Encoded):
-                outcome.properties = each
+            if isinstance(outcome, Encoded) and each is not None:
+                outcome.properties = each.over(outcome.properties)
     return outcomes
 
 
@@ -165,10 +169,10 @@ def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _row(segments: Sequence[Buffer], body: BodyHead | None, copies: bool) -> Any:
+def _row(segments: Sequence[Buffer], body: BodyHead | None, handler: Handler, copies: bool) -> Any:
     try:
         if body is not None:
-            return row_of(body, segments[0])
+            return row_of(body, segments[0], handler.served_as)
         return decode(Encoded(own_buffers(segments) if copies else segments))
     except Exception as error:
         return fault_of(error)

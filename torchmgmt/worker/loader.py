@@ -14,6 +14,8 @@ from pathlib import Path
 from types import GeneratorType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from attrs import frozen
+
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.envelopes import enveloped
@@ -21,7 +23,8 @@ from torchmgmt.worker.declarations import declare_metrics
 from torchmgmt.worker.parts import NO_MORE
 
 if TYPE_CHECKING:
-    from torchmgmt.records import ModelSpec, RawMetric, ResponseProperties
+    from torchmgmt.exchange import ResponseProperties
+    from torchmgmt.records import ModelSpec, RawMetric
 
 __all__ = ["Handler", "HandlerError", "ImportFile", "load_file", "load_handler", "load_module"]
 
@@ -37,6 +40,15 @@ def _drop(_parts: Sequence[Any]) -> None:
     """Take parts that nobody waits for."""
 
 
+@frozen
+class ServedAs:
+    """What a handler's model is called where it is served, and how the archive wants requests to be unwrapped."""
+
+    name: str = ""
+    version: str = ""
+    envelope: str = ""
+
+
 class Handler:
     """A loaded handler: its entry point, the context it is given, and the object that it belongs to, if any.
 
@@ -46,6 +58,7 @@ class Handler:
         service: the object that it belongs to, if any.
         isolates_errors: whether a batch that raised is to be run again, request by request.
         limit_s: for how long a batch may run, in s, with all that is run again of it.
+        served_as: what its model is called.
     """
 
     def __init__(
@@ -56,12 +69,14 @@ class Handler:
         *,
         isolates_errors: bool = False,
         limit_s: float = math.inf,
+        served_as: ServedAs | None = None,
     ) -> None:
         self.entry_point = entry_point
         self._context = context
         self._service = service
         self.isolates_errors = isolates_errors
         self.limit_s = limit_s
+        self.served_as = served_as or ServedAs()
         self._recorder = context.recorder
         self.take_metrics: Callable[[], Sequence[RawMetric]] = context.recorder.take
         """Returns what the handler has measured since the last call; empty if nothing. Not wrapped: every batch asks."""
@@ -132,7 +147,12 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
     name, _, function = spec.handler.partition(":")
     module = load_module(name, Path(spec.model_dir), import_file)
     function = function or "handle"
-    limits: dict[str, Any] = {"isolates_errors": spec.isolate_errors, "limit_s": spec.response_timeout_s}
+    served_as = ServedAs(spec.key.name, spec.key.version, spec.envelope or "")
+    limits: dict[str, Any] = {
+        "isolates_errors": spec.isolate_errors,
+        "limit_s": spec.response_timeout_s,
+        "served_as": served_as,
+    }
     if callable(entry_point := getattr(module, function, None)):
         # The protocol of a function: the first call has no data and is the time to load.
         started = entry_point(None, context)

@@ -20,19 +20,12 @@ from attrs import frozen
 
 from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.compat import install_ts
+from torchmgmt.exchange import AnswerHead, Encoded
 from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.recorder import make_current
-from torchmgmt.records import (
-    NUMBER_BYTES,
-    AnswerHead,
-    Encoded,
-    ModelSpec,
-    RawMetric,
-    WorkerFault,
-    WorkerJob,
-    without_matching,
-)
+from torchmgmt.records import NUMBER_BYTES, ModelSpec, RawMetric, WorkerFault, WorkerJob
 from torchmgmt.segments import BrokenSegment
+from torchmgmt.variables import without_matching
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
 from torchmgmt.worker.loader import Handler, load_handler

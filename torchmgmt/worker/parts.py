@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from types import GeneratorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchmgmt.channel import encode
-from torchmgmt.records import BodyHead, Encoded, RequestHead, ResponseProperties
+from torchmgmt.exchange import BodyHead, Encoded, Form, RequestHead, ResponseProperties
 from torchmgmt.worker.answers import rendered
+
+if TYPE_CHECKING:
+    from torchmgmt.worker.open_inference import Asked
 
 __all__ = ["NO_MORE", "BatchAbandoned", "PartSender", "Parts", "encoded"]
 
@@ -40,6 +43,7 @@ class Parts:
         indexes: where they stand in the batch as it came.
         sender: where parts go that somebody waits for; others are kept until the answer is whole.
         properties: returns what the handler has set for each answer beside its body, or None.
+        asked: what those of them that are inference requests say of the answer; None: none is one.
     """
 
     def __init__(
@@ -48,11 +52,13 @@ class Parts:
         indexes: Sequence[int],
         sender: PartSender,
         properties: Callable[[], Sequence[ResponseProperties | None] | None],
+        asked: Sequence[Asked | None] | None = None,
     ) -> None:
         self._requests = requests
         self._indexes = indexes
         self._sender = sender
         self._properties = properties
+        self._asked = [None] * len(requests) if asked is None else asked
         self._kept: dict[int, list[Any]] = {}
         self._begun: set[int] = set()
         self.any_sent = False
@@ -88,10 +94,10 @@ class Parts:
         head = self._requests[index][4]
         kept = self._kept.get(index)
         if kept is not None:
-            return _whole(kept if answer is NO_MORE else [*kept, answer], head)
+            return _whole(kept if answer is NO_MORE else [*kept, answer], head, self._asked[index])
         if answer is NO_MORE:
-            return Encoded(()) if index in self._begun else _whole([], head)
-        return encoded(answer, head)
+            return Encoded(()) if index in self._begun else _whole([], head, self._asked[index])
+        return encoded(answer, head, self._asked[index])
 
     def _step(self, index: int, left: list[Any]) -> bool:
         """Take the next part of one answer; whether there may be more."""
@@ -109,10 +115,10 @@ class Parts:
     def _send_one(self, index: int, part: Any) -> None:
         self._check_wanted()
         _, _, _, _, head, in_parts = self._requests[index]
-        if not in_parts:
+        if not in_parts or (head is not None and head[0] != Form.HTTP):
             self._kept.setdefault(index, []).append(part)
             return
-        sent = encoded(part, head)
+        sent = encoded(part, head, self._asked[index])
         if index not in self._begun:
             self._begun.add(index)
             properties = self._properties()
@@ -127,15 +133,17 @@ class Parts:
             raise BatchAbandoned
 
 
-def encoded(answer: Any, head: BodyHead | None) -> Encoded:
+def encoded(answer: Any, head: BodyHead | None, asked: Asked | None = None) -> Encoded:
     """Return an answer as it travels: pickled, or as the body of a response to a body."""
-    return encode(answer) if head is None else rendered(answer, head[0])
+    return encode(answer) if head is None else rendered(answer, head, asked)
 
 
-def _whole(parts: Sequence[Any], head: BodyHead | None) -> Encoded:
+def _whole(parts: Sequence[Any], head: BodyHead | None, asked: Asked | None = None) -> Encoded:
     """Return parts as one answer: the list of them, or one body after the other."""
     if head is None:
         return encode(list(parts))
-    bodies = [rendered(part, head[0]) for part in parts]
+    if head[0] != Form.HTTP:  # the protocol has one answer, not bodies one after the other
+        return rendered(list(parts), head, asked)
+    bodies = [rendered(part, head) for part in parts]
     content_type = bodies[0].content_type if bodies else ""
     return Encoded([b"".join(body.segments[0] for body in bodies)], content_type=content_type)

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch
 
-from torchmgmt.records import without_matching
+from torchmgmt.variables import without_matching
 
 __all__ = [
     "EXIT_NOT_LOADED",

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from attrs import evolve
 
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.handlers.context import Context
-from torchmgmt.records import Encoded, ModelSpec, RawMetric, WorkerFault, WorkerRequest
+from torchmgmt.records import ModelSpec, RawMetric, WorkerFault
 from torchmgmt.worker.batch import attempt, fault_of, own_buffers, run_batch
 from torchmgmt.worker.loader import Handler, HandlerError, load_file, load_handler
 from torchmgmt.worker.parts import PartSender

@@ -1,0 +1,106 @@
+"""Takes the requests that callers make of a manager's models: names them, has them traced, queues them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torchmgmt.announcer import Announcer
+from torchmgmt.answer_future import AnswerFuture
+from torchmgmt.catalogue import Catalogue
+from torchmgmt.errors import InvalidArgument, ManagerClosed, ModelNotFound, NoWorker, QueueFull, TorchmgmtError
+from torchmgmt.exchange import WorkerRequest
+from torchmgmt.request import new_request
+from torchmgmt.served import ServedVersion
+
+if TYPE_CHECKING:
+    from torchmgmt.tracing import Tracing
+
+__all__ = ["Intake", "tracing_for"]
+
+
+class Intake:
+    """Queues requests with the versions that they are for. Thread-safe; nothing blocks.
+
+    Args:
+        catalogue: where the versions are.
+        announcer: told of requests that were not accepted.
+        tracing: makes their spans; None: nobody does.
+    """
+
+    def __init__(self, catalogue: Catalogue, announcer: Announcer, tracing: Tracing | None) -> None:
+        self.tracing = tracing
+        self._catalogue = catalogue
+        self._announcer = announcer
+        # 32 hexadecimal digits that no other request of this or another manager has: its own, and a number.
+        self._prefix = os.urandom(8).hex()
+        self._numbers = itertools.count()
+
+    def request(
+        self,
+        data: object,
+        fields: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None,
+        request_id: str | None = None,
+    ) -> WorkerRequest:
+        """Return a request as :func:`torchmgmt.request.new_request` does, with an id of its own unless one is given."""
+        if request_id is None:
+            request_id = f"{self._prefix}{next(self._numbers):016x}"
+        return new_request(data, fields, headers, request_id)
+
+    def submit(
+        self,
+        owner: object,
+        name: str,
+        version: str | None,
+        request: WorkerRequest,
+        timeout: float | None,
+        wait_timeout: float | None,
+        priority: int,
+        on_future: Callable[[AnswerFuture], object] | None = None,
+    ) -> AnswerFuture:
+        """Queue a request and return the future of its answer; see :meth:`torchmgmt.ModelManager.submit`.
+
+        The future keeps ``owner`` alive: a caller may hold nothing else. ``on_future`` is given it before there can be an
+        answer.
+        """
+        served = self._catalogue.get(name, version)
+        future = AnswerFuture(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
+        if on_future is not None:
+            on_future(future)
+        if self.tracing is not None:
+            self.tracing.begin(served.spec.key, request, future)
+        try:
+            served.submit(request, future, timeout, wait_timeout, priority)
+        except TorchmgmtError as error:
+            self._note_refused(served, request, error)
+            if isinstance(error, (ManagerClosed, ModelNotFound)):
+                raise self._catalogue.not_found(served) from None
+            raise
+        return future
+
+    def _note_refused(self, served: ServedVersion, request: WorkerRequest, error: TorchmgmtError) -> None:
+        if isinstance(error, (NoWorker, QueueFull)):  # else the version is gone, and what was counted of it, too
+            self._announcer.tell_dropped(served.spec.key, type(error).__name__)
+        if self.tracing is not None:
+            self.tracing.refuse(request, error)
+
+
+def tracing_for(wish: str) -> Tracing | None:
+    """Return what makes spans, as the setting ``tracing`` says; None if nothing does.
+
+    Raises InvalidArgument if it is "on" and OpenTelemetry is not installed.
+    """
+    if wish == "off" or (wish == "auto" and "opentelemetry" not in sys.modules):
+        return None
+    try:
+        from torchmgmt.tracing import tracing_of  # most programs have no OpenTelemetry
+    except ImportError as error:
+        if wish == "auto":
+            return None
+        allowed = f"auto or off without {error.name}: pip install 'torchmgmt[otel]'"
+        raise InvalidArgument("tracing", wish, allowed) from error
+    return tracing_of(wish)
