@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +22,7 @@ from torch import nn
 from tests.handlers import run_program, until
 from torchmgmt import Model, ModelManager, ProcessBackend
 from torchmgmt.errors import HandlerFailed, InvalidArchive, InvalidArgument, WorkerStartFailed
+from torchmgmt.state_file import StateFile
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="counts what has no name in memory")
 
@@ -331,7 +332,8 @@ def test_a_state_file_keeps_what_can_be_brought_back(backend: ProcessBackend, tm
         manager.register(nn.Linear(3, 2), model_name="both", version="2.0", initial_workers=0)
         manager.set_default("both", "2.0")
         manager.register(nn.Linear(3, 2), model_name="live", initial_workers=0)
-    assert {model["name"] for model in json.loads(state.read_text())["models"]} == {"file", "both"}
+    with contextlib.closing(StateFile(state)) as file:
+        assert {stored.key.name for stored in file.read().versions()} == {"file", "both"}
     with ModelManager(backend=backend, state_file=state) as manager:
         assert sorted(manager) == ["both", "file"]
         assert manager.describe("both").version == "1.0"

@@ -216,6 +216,7 @@ def test_describe_is_the_contract_to_the_letter():
     assert {key: item[key] for key in set(item) - set(CONTRACT_ITEM)} == {
         "state": "READY",
         "defaultVersion": True,
+        "queueTimeoutInMills": 0,
         "shareWeights": "auto",
         "weightsShared": None,
         "weightsSharedReason": "no worker has been started yet",

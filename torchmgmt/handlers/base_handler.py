@@ -228,9 +228,12 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
         """Make the model that ``model_file`` defines and load its state dict. Named as in TorchServe."""
 
         prefix = self.context.system_properties.get("module_prefix", "")
+        file = Path(model_dir) / model_file
+        # A handler that has imported it knows its class, and the model shall be of that. Threads may see it half imported.
+        imported = [] if prefix else _imported(file)
 
         def import_class() -> type[torch.nn.Module]:
-            return _model_class(_import_file(Path(model_dir) / model_file, prefix))
+            return _model_class(imported.pop() if imported else _import_file(file, prefix))
 
         if not model_pt_path:
             return import_class()()
@@ -299,14 +302,16 @@ def _target_of(*sent: Any) -> Any:
     return int(target) if isinstance(target, str) and target.isdecimal() else target
 
 
+def _imported(file: Path) -> list[ModuleType]:
+    """Return the module that ``file`` is imported as; empty if it is not."""
+    module = sys.modules.get(file.stem)
+    return [module] if module is not None and getattr(module, "__file__", None) == str(file) else []
+
+
 def _import_file(file: Path, prefix: str = "") -> ModuleType:
     if not file.is_file():
         raise RuntimeError(f"the manifest names the modelFile {file.name}, but the archive does not hold it")
     name = prefix + file.stem  # workers that are threads share their modules with the whole program
-    known = sys.modules.get(name)
-    # A handler that has imported it knows its class, and the model shall be of that. Threads may see it half imported.
-    if not prefix and known is not None and getattr(known, "__file__", None) == str(file):
-        return known
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"the modelFile {file.name} is not a Python file")
