@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torchmgmt.answer_future import AnswerFuture as AnswerFuture
     from torchmgmt.backends.process import ProcessBackend as ProcessBackend
     from torchmgmt.backends.thread import ThreadBackend as ThreadBackend
-    from torchmgmt.batcher import Batch as Batch
+    from torchmgmt.batch import Batch as Batch
     from torchmgmt.batcher import Batcher as Batcher
     from torchmgmt.exchange import Form as Form
     from torchmgmt.exchange import HttpBody as HttpBody
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AnswerFuture": "answer_future",
     "AnswerStream": "streams",
-    "Batch": "batcher",
+    "Batch": "batch",
     "Batcher": "batcher",
     "CloseReport": "records",
     "Form": "exchange",

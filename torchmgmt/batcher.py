@@ -9,31 +9,22 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-import heapq
-import itertools
 import math
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from attrs import define, field, frozen
-
 from torchmgmt.arrivals import Arrivals
+from torchmgmt.batch import Batch, Waiting, settle
 from torchmgmt.checks import check_number
-from torchmgmt.errors import (
-    DeadlineExceeded,
-    InvalidArgument,
-    ManagerClosed,
-    QueueFull,
-    TorchmgmtError,
-    WrongNumberOfAnswers,
-)
+from torchmgmt.deadlines import Deadlines
+from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError
+from torchmgmt.runner import Runner
 
-__all__ = ["Batch", "Batcher"]
+__all__ = ["Batcher"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,80 +34,6 @@ Clock = Callable[[], float]
 _PRIORITY_IS_WORTH_S = 1.0
 """For so many seconds of waiting stands one step of priority. So priorities age without anybody looking at the queue."""
 _HIGHEST_PRIORITY = 10
-_MANY_DEADLINES = 256
-"""Above this number, deadlines of requests that have ended are swept out before more are noted."""
-
-
-@define(eq=False)
-class _Waiting(Generic[T, R]):
-    """One accepted item and the future that will hold its answer."""
-
-    item: T
-    future: Future[R]
-    since: float
-    rank: float
-    """Its place in the queue, the least first: when it came, or would have come with the priority that others have."""
-    start_by: float | None = None
-    """When it is too late to start it."""
-
-
-@frozen(order=True)
-class _Deadline:
-    """When a request is over. It must not keep a settled request and its answer alive, hence the weak reference."""
-
-    when: float
-    number: int
-    future: weakref.ref[Future[Any]] = field(order=False)
-    timeout_s: float = field(order=False)
-    ends_waiting_only: bool = field(order=False)
-
-    def is_moot(self) -> bool:
-        future = self.future()
-        return future is None or future.done() or (self.ends_waiting_only and future.running())
-
-
-@frozen(eq=False)
-class Batch(Generic[T, R]):
-    """Items that are run together. Exactly one of :meth:`finish` and :meth:`fail` is to be called, once, on any thread."""
-
-    _entries: Sequence[_Waiting[T, R]]
-    _on_end: Callable[[int], object]
-
-    @property
-    def items(self) -> list[T]:
-        """The items in the order in which they were submitted."""
-        return [entry.item for entry in self._entries]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @property
-    def arrived(self) -> list[float]:
-        """When each item was submitted, by the batcher's clock."""
-        return [entry.since for entry in self._entries]
-
-    def is_over(self) -> bool:
-        """Whether every item has its outcome already: nobody waits for this batch any more."""
-        return all(entry.future.done() for entry in self._entries)
-
-    def finish(self, outcomes: Sequence[R | BaseException]) -> Sequence[int]:
-        """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
-
-        Returns the places of those that nobody waits for any more: they were cancelled, or their deadline has passed.
-
-        A wrong number of outcomes fails all of them with an error that names both numbers: nobody could tell whose
-        answer is whose.
-        """
-        if len(outcomes) != len(self._entries):
-            return self.fail(WrongNumberOfAnswers(len(self._entries), len(outcomes)))
-        self._on_end(len(self._entries))  # first: who is answered may ask again before the next one is answered
-        settled = [_settle(entry.future, outcome) for entry, outcome in zip(self._entries, outcomes, strict=True)]
-        return () if all(settled) else _places_of_false(settled)
-
-    def fail(self, error: BaseException) -> Sequence[int]:
-        """Answer every item with ``error``; return as :meth:`finish` does."""
-        self._on_end(len(self._entries))
-        return _places_of_false([_settle(entry.future, error) for entry in self._entries])
 
 
 class Batcher(Generic[T, R]):
@@ -167,9 +84,9 @@ class Batcher(Generic[T, R]):
         check_number("capacity", capacity, minimum=1)
         self._on_ready: Callable[[], object]
         self._call_at: Callable[[float, Callable[[], object]], object]
-        self._runner: _Runner[T, R] | None = None
+        self._runner: Runner | None = None
         if function is not None:
-            self._runner = _Runner(self, function)
+            self._runner = Runner(functools.partial(self._run_next, function), self._sleep_until, clock)
             self._on_ready, self._call_at = self._runner.wake, self._runner.call_at
         elif on_ready is not None and call_at is not None:
             self._on_ready, self._call_at = on_ready, call_at
@@ -184,13 +101,11 @@ class Batcher(Generic[T, R]):
         waits = batch_size > 1 and self._delay_s > 0
         self._arrivals = Arrivals(self._delay_s) if cuts_early and waits else None  # guarded by _lock
         self._lock = threading.Lock()
-        self._numbers = itertools.count()
         # guarded by _lock
-        self._queue: deque[_Waiting[T, R]] = deque()  # by rank
+        self._queue: deque[Waiting[T, R]] = deque()  # by rank
         self._is_by_age = True  # whether the first one is the oldest: nobody has asked for a priority that still waits
         self._running = 0
-        self._deadlines: list[_Deadline] = []
-        self._compact_at = _MANY_DEADLINES
+        self._deadlines = Deadlines[R]()
         # The times at which somebody is going to look, the latest first: another is only added if it is earlier.
         self._armed: list[float] = []
         self._closed: TorchmgmtError | None = None
@@ -239,14 +154,14 @@ class Batcher(Generic[T, R]):
         if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
             _check_wishes(timeout, wait_timeout, priority)
         now = self.clock()
-        entry = _Waiting(item, Future() if future is None else future, now, now - priority * _PRIORITY_IS_WORTH_S)
+        entry = Waiting(item, Future() if future is None else future, now, now - priority * _PRIORITY_IS_WORTH_S)
         with self._lock:
             self._check_room_locked()
             self._queue_locked(entry)
             if self._arrivals is not None:
                 self._arrivals.came(now, len(self._queue) + self._running)
             if timeout is not None or wait_timeout is not None:
-                self._note_deadlines_locked(entry, now, timeout, wait_timeout)
+                entry.start_by = self._deadlines.add(entry.future, now, timeout, wait_timeout)
             ready = self._is_ready_locked(now)
             wake_at = None if ready and not self._deadlines else self._wake_time_locked(now)
         if wake_at is not None:
@@ -273,14 +188,14 @@ class Batcher(Generic[T, R]):
         here: a caller may hold a lock, and failing one runs its callbacks. Does not block; any thread.
         """
         now = self.clock()
-        entries: list[_Waiting[T, R]] = []
+        entries: list[Waiting[T, R]] = []
         with self._lock:
             if len(self._queue) >= self.batch_size or (not full and self._is_ready_locked(now)):
                 if self._arrivals is not None:
                     self._arrivals.cut(now, len(self._queue) + self._running)
                 while self._queue and len(entries) < self.batch_size:
                     entry = self._queue.popleft()
-                    if _claim(entry, now):
+                    if entry.begin(now):
                         entries.append(entry)
                 self._running += len(entries)
             wake_at = self._wake_time_locked(now) if self._queue or self._deadlines else None
@@ -300,7 +215,7 @@ class Batcher(Generic[T, R]):
         with self._lock:
             waiting = list(self._queue)
             self._queue.clear()
-        return sum(_settle(entry.future, error) for entry in waiting)
+        return sum(settle(entry.future, error) for entry in waiting)
 
     def close(self, timeout: float | None = 30) -> int:
         """Refuse new items, run what waits for at most ``timeout`` seconds, fail the rest; return how many failed.
@@ -327,9 +242,9 @@ class Batcher(Generic[T, R]):
     def expire(self) -> None:
         """Fail the items whose deadline has passed, waiting or running. Does not block, but runs their callbacks."""
         with self._lock:
-            expired = self._claim_expired_locked(self.clock())
+            expired = self._deadlines.claim_expired(self.clock())
         count = sum(
-            _settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s)) for future, timeout_s in expired
+            settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s)) for future, timeout_s in expired
         )
         if count and self._on_expired is not None:
             self._on_expired(count)
@@ -344,7 +259,7 @@ class Batcher(Generic[T, R]):
         if len(self._queue) >= self.capacity:
             raise QueueFull(self.name, self.capacity, max(1.0, self._delay_s))
 
-    def _queue_locked(self, entry: _Waiting[T, R]) -> None:
+    def _queue_locked(self, entry: Waiting[T, R]) -> None:
         if not self._queue:
             self._is_by_age = True
         self._is_by_age = self._is_by_age and entry.rank == entry.since
@@ -378,12 +293,12 @@ class Batcher(Generic[T, R]):
 
     def _next_due_locked(self, *, unless_by: float = -math.inf) -> float | None:
         """Return the next deadline or the time to cut, the latter only if it comes after ``unless_by``."""
-        times = [self._deadlines[0].when] if self._deadlines else []
+        due = self._deadlines.next_at
         if self._queue:
             cut = self._cut_at_locked()
             if cut > unless_by and len(self._queue) < self.batch_size:
-                times.append(cut)
-        return min(times, default=None)
+                due = cut if due is None else min(cut, due)
+        return due
 
     def _wake_time_locked(self, now: float) -> float | None:
         """Return when a timer is needed that is not set yet, and note it as set.
@@ -396,35 +311,22 @@ class Batcher(Generic[T, R]):
         self._armed.append(due)
         return due
 
-    def _note_deadlines_locked(
-        self, entry: _Waiting[T, R], now: float, timeout: float | None, wait_timeout: float | None
-    ) -> None:
-        limits = [(limit, is_wait) for limit, is_wait in ((timeout, False), (wait_timeout, True)) if limit is not None]
-        entry.start_by = now + min(limit for limit, _ in limits)
-        if len(self._deadlines) >= self._compact_at:
-            self._deadlines = [deadline for deadline in self._deadlines if not deadline.is_moot()]
-            heapq.heapify(self._deadlines)
-            self._compact_at = max(_MANY_DEADLINES, 2 * len(self._deadlines))
-        for limit, is_wait in limits:
-            deadline = _Deadline(now + limit, next(self._numbers), weakref.ref(entry.future), limit, is_wait)
-            heapq.heappush(self._deadlines, deadline)
-
-    def _claim_expired_locked(self, now: float) -> list[tuple[Future[R], float]]:
-        """Take the requests whose time is over out of everybody's reach; the caller fails them without the lock."""
-        expired = []
-        while self._deadlines and (self._deadlines[0].when <= now or self._deadlines[0].is_moot()):
-            deadline = heapq.heappop(self._deadlines)
-            future = deadline.future()
-            if future is None or deadline.is_moot():
-                continue
-            if future.running() or future.set_running_or_notify_cancel():
-                expired.append((future, deadline.timeout_s))
-        return expired
-
     def _arm(self, wake_at: float) -> None:
         # Whoever closed the timers before the queue has ended those who would run what waits.
         with contextlib.suppress(ManagerClosed):
             self._call_at(wake_at, functools.partial(self._look, wake_at))
+
+    def _run_next(self, function: Callable[[list[T]], Sequence[R | BaseException]]) -> bool:
+        """Run the next batch if one is due; return whether one was. On the thread of the runner."""
+        self.expire()
+        batch = self.take()
+        if batch is None:
+            return False
+        try:
+            batch.finish(list(function(batch.items)))
+        except BaseException as error:  # whatever it is, it belongs to those who wait
+            batch.fail(error)
+        return True
 
     def _sleep_until(self) -> float | None:
         """Return when the thread that runs the function is to look again; None if nothing waits.
@@ -442,71 +344,6 @@ class Batcher(Generic[T, R]):
         self.tick()
 
 
-class _Runner(Generic[T, R]):
-    """The thread that runs a Batcher's own function."""
-
-    def __init__(self, batcher: Batcher[T, R], function: Callable[[list[T]], Sequence[R | BaseException]]) -> None:
-        self._batcher = batcher
-        self._function = function
-        self._condition = threading.Condition()
-        # guarded by _condition
-        self._thread: threading.Thread | None = None
-        self._awake = False
-        self._ending = False
-
-    def wake(self) -> None:
-        """Look for a batch, starting the thread if there is none."""
-        with self._condition:
-            self._awake = True
-            if self._thread is None and not self._ending:
-                self._thread = threading.Thread(target=self._run, name="torchmgmt-batcher", daemon=True)
-                self._thread.start()
-            self._condition.notify()
-
-    def call_at(self, _when: float, _callback: Callable[[], object]) -> None:
-        """Look at the time again; the thread asks the batcher itself when something is due."""
-        self.wake()
-
-    def join(self, timeout: float | None) -> None:
-        """End the thread when nothing waits any more; block for at most ``timeout`` seconds."""
-        with self._condition:
-            self._ending = True
-            thread = self._thread
-            self._condition.notify()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
-
-    def _run(self) -> None:
-        while True:
-            self._batcher.expire()
-            batch = self._batcher.take()
-            if batch is not None:
-                self._run_batch(batch)
-            elif not self._wait():
-                return
-
-    def _wait(self) -> bool:
-        """Wait until something may be due; False when the thread is to end."""
-        due = self._batcher._sleep_until()
-        with self._condition:
-            if not self._awake:
-                if self._ending:  # only now: what made it awake may be that the queue drains
-                    return False
-                self._condition.wait(None if due is None else self._seconds_until(due))
-            self._awake = False
-        return True
-
-    def _seconds_until(self, due: float) -> float:
-        return min(max(0.0, due - self._batcher.clock()), threading.TIMEOUT_MAX)
-
-    def _run_batch(self, batch: Batch[T, R]) -> None:
-        try:
-            outcomes = self._function(batch.items)
-            batch.finish(list(outcomes))
-        except BaseException as error:  # whatever it is, it belongs to those who wait
-            batch.fail(error)
-
-
 def _check_wishes(timeout: float | None, wait_timeout: float | None, priority: object) -> None:
     for name, seconds in (("timeout", timeout), ("wait_timeout", wait_timeout)):
         if seconds is not None:
@@ -515,34 +352,5 @@ def _check_wishes(timeout: float | None, wait_timeout: float | None, priority: o
         raise InvalidArgument("priority", priority, f"a whole number from {-_HIGHEST_PRIORITY} to {_HIGHEST_PRIORITY}")
 
 
-def _places_of_false(settled: Sequence[bool]) -> Sequence[int]:
-    return [place for place, is_settled in enumerate(settled) if not is_settled]
-
-
-def _rank(entry: _Waiting[Any, Any]) -> float:
+def _rank(entry: Waiting[Any, Any]) -> float:
     return entry.rank
-
-
-def _claim(entry: _Waiting[Any, Any], now: float) -> bool:
-    """Mark the entry as running; False if it was cancelled, or its deadline has passed."""
-    future = entry.future
-    if entry.start_by is not None:
-        is_over = entry.start_by <= now or future.running() or future.done()
-        if is_over and not future.cancelled():
-            return False
-    try:
-        return future.set_running_or_notify_cancel()
-    except RuntimeError:  # cancelled at the moment when its deadline was looked at: that is known to all already
-        return False
-
-
-def _settle(future: Future[Any], outcome: object) -> bool:
-    """Give ``future`` its one outcome; False if it has one (it was cancelled, or its deadline has passed)."""
-    try:
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except InvalidStateError:
-        return False
-    return True

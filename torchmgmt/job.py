@@ -1,35 +1,19 @@
-"""What a pool hands to a worker, and what becomes of it: an answer for each request, or the error that says why not."""
+"""What a pool hands to a worker, and what waits for one."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import InvalidStateError
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from torchmgmt.answer_future import AnswerFuture
-from torchmgmt.backends import Outcome
-from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.exchange import Encoded, WorkerRequest
-from torchmgmt.records import EXPIRED, ModelKey, WorkerExit, WorkerFault
+from torchmgmt.records import ModelKey
 
-__all__ = [
-    "Job",
-    "JobQueue",
-    "JobSource",
-    "OwnJob",
-    "Ran",
-    "answers_of",
-    "error_of_death",
-    "failures_of",
-    "size_of",
-]
-
-
-Ran: TypeAlias = tuple[float, float, "float | None"]
-"""When a batch began and ended (``time.monotonic``), and how long its worker took; None if that did not end well."""
+__all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "size_of"]
 
 
 class Job(Protocol):
@@ -160,62 +144,3 @@ class OwnJob:
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
         return ()
-
-
-def failures_of(outcomes: Sequence[object], abandoned: Sequence[int]) -> Mapping[int, str]:
-    """Return the class of each outcome that is an error, by its place, but for those that nobody got."""
-    return {
-        place: type(outcome).__name__
-        for place, outcome in enumerate(outcomes)
-        if isinstance(outcome, BaseException) and place not in abandoned
-    }
-
-
-def answers_of(
-    key: ModelKey, items: Sequence[WorkerRequest], outcomes: Sequence[Outcome], last_lines: Sequence[str]
-) -> list[Encoded | BaseException]:
-    """Return the worker's outcomes to ``items`` as answers: what it says went wrong becomes an error of ours."""
-    return [
-        _error_of(key, items[index : index + 1], outcome, last_lines) if isinstance(outcome, WorkerFault) else outcome
-        for index, outcome in enumerate(outcomes)
-    ]
-
-
-def _error_of(
-    key: ModelKey, request: Sequence[WorkerRequest], fault: WorkerFault, last_lines: Sequence[str]
-) -> HandlerFailed | DeadlineExceeded:
-    """Return what a fault is to the caller; ``request`` is empty if it was the wish for a description."""
-    if fault == EXPIRED and request:  # and the worker was quicker to say so than whoever watches the deadlines here
-        return DeadlineExceeded(f"The request to model {key.name} version {key.version}", request[0].limit_s)
-    return _handler_failed(key, fault, last_lines)
-
-
-def _handler_failed(key: ModelKey, fault: WorkerFault, last_lines: Sequence[str]) -> HandlerFailed:
-    return HandlerFailed(
-        key.name,
-        key.version,
-        fault.reason,
-        error_type=fault.error_type,
-        error_code=fault.error_code,
-        out_of_memory=fault.out_of_memory,
-        traceback=fault.traceback,
-        last_lines=tuple(last_lines),
-    )
-
-
-def error_of_death(
-    key: ModelKey, exit: WorkerExit, *, end_reason: str, was_loading: bool
-) -> WorkerStartFailed | WorkerDied:
-    """Return the error that tells of a worker's end; ``end_reason`` is why we ended it, if we did."""
-    lines = tuple(exit.last_lines)
-    reason = end_reason or exit.reason
-    if end_reason and exit.is_final:
-        reason = f"{end_reason}; {exit.reason}"
-    if not was_loading:
-        return WorkerDied(key.name, key.version, exit.pid, exit.exitcode, reason, lines)
-    traceback, out_of_memory = "", False
-    if exit.fault is not None and not end_reason:
-        reason, traceback, out_of_memory = exit.fault.reason, exit.fault.traceback, exit.fault.out_of_memory
-    return WorkerStartFailed(
-        key.name, key.version, reason, traceback, lines, out_of_memory, pid=exit.pid, exitcode=exit.exitcode
-    )

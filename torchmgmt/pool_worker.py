@@ -60,6 +60,12 @@ class PoolWorker:
         """Go to the next state; raise IllegalTransition if there is none."""
         self.state = advance_worker(self.state, event)
 
+    def note_ready(self) -> None:
+        """Note that it has loaded, and takes batches from now on."""
+        self.advance(WorkerEvent.READY)
+        self.ready_at = time.monotonic()
+        self.overdue_at = NEVER
+
     def assign(self, number: int, job: Job, now: float, response_timeout_s: float) -> None:
         """Note that a batch goes to it; its time runs from when it begins it."""
         if not self.jobs:
@@ -198,6 +204,15 @@ class PoolWorkers:
     def any_with_jobs(self) -> bool:
         """Return whether a batch is with one."""
         return any(worker.jobs for worker in self._by_id.values())
+
+    def unwanted_batches(self) -> list[tuple[WorkerHandle, int]]:
+        """Return the batches for which nobody waits any more: with whom each is, and its number; oldest first."""
+        return [
+            (worker.handle, number)
+            for worker in self._by_id.values()
+            for number, job in worker.jobs.items()
+            if worker.handle is not None and job.is_over()
+        ]
 
     def next_overdue_at(self) -> float:
         """Return when the first one's time is over."""

@@ -122,16 +122,16 @@ class Counter:
     """Counts how often a pool's timer goes off and its policy decides."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from torchmgmt import pool
+        from torchmgmt import staffing
 
         self.decisions = 0
-        decide = pool.decide
+        decide = staffing.decide
 
         def counted(situation: object) -> object:
             self.decisions += 1
             return decide(situation)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(pool, "decide", counted)
+        monkeypatch.setattr(staffing, "decide", counted)
 
 
 @pytest.fixture

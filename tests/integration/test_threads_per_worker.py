@@ -9,7 +9,7 @@ import pytest
 
 from tests.handlers import EVAL, TOOLS, Deployer
 from torchmgmt import ModelManager, ProcessBackend, Settings
-from torchmgmt import pool as pool_module
+from torchmgmt import starter as starter_module
 
 THREADS = "__import__('torch').get_num_threads()"
 
@@ -17,7 +17,7 @@ THREADS = "__import__('torch').get_num_threads()"
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have pools divide eight cores, whatever this machine has."""
-    monkeypatch.setattr(pool_module, "_cores", lambda: 8)
+    monkeypatch.setattr(starter_module, "_cores", lambda: 8)
 
 
 @pytest.mark.usefixtures("eight_cores")
@@ -43,7 +43,7 @@ def test_a_worker_that_is_started_after_scaling_divides_anew(deploy: Deployer) -
 
 def test_the_cores_are_those_that_the_program_may_use() -> None:
     """Cores that the system withholds from this program are not counted."""
-    assert pool_module._cores() == len(os.sched_getaffinity(0))
+    assert starter_module._cores() == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("share_weights", ["auto", "never"])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.unit.clocks import FakeClock, FakeTimers
 from torchmgmt.arrivals import Arrivals
-from torchmgmt.batcher import Batch, Batcher
+from torchmgmt.batch import Batch
+from torchmgmt.batcher import Batcher
 
 
 def test_a_first_request_does_not_wait():

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.unit.clocks import FakeClock, FakeTimers
-from torchmgmt.batcher import Batch, Batcher
+from torchmgmt.batch import Batch
+from torchmgmt.batcher import Batcher
 from torchmgmt.errors import (
     DeadlineExceeded,
     InvalidArgument,

@@ -1,4 +1,4 @@
-"""Jobs: what workers say, in the errors that callers get."""
+"""Outcomes: what workers say, in the errors that callers get."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.exchange import Encoded, WorkerRequest
-from torchmgmt.job import answers_of, error_of_death
+from torchmgmt.outcomes import answers_of, error_of_death
 from torchmgmt.records import EXPIRED, ModelKey, WorkerExit, WorkerFault
 
 KEY = ModelKey("m", "1.0")

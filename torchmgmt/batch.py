@@ -1,0 +1,101 @@
+"""Batch: items that a Batcher has cut from its queue to be run together, each with the future of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, Generic, TypeVar
+
+from attrs import define, frozen
+
+from torchmgmt.errors import WrongNumberOfAnswers
+
+__all__ = ["Batch", "Waiting", "settle"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@define(eq=False)
+class Waiting(Generic[T, R]):
+    """One accepted item and the future that will hold its answer."""
+
+    item: T
+    future: Future[R]
+    since: float
+    rank: float
+    """Its place in the queue, the least first: when it came, or would have come with the priority that others have."""
+    start_by: float | None = None
+    """When it is too late to start it."""
+
+    def begin(self, now: float) -> bool:
+        """Mark it as running; False if it was cancelled, or its deadline has passed."""
+        future = self.future
+        if self.start_by is not None:
+            is_over = self.start_by <= now or future.running() or future.done()
+            if is_over and not future.cancelled():
+                return False
+        try:
+            return future.set_running_or_notify_cancel()
+        except RuntimeError:  # cancelled at the moment when its deadline was looked at: that is known to all already
+            return False
+
+
+@frozen(eq=False)
+class Batch(Generic[T, R]):
+    """Items that are run together. Exactly one of :meth:`finish` and :meth:`fail` is to be called, once, on any thread."""
+
+    _entries: Sequence[Waiting[T, R]]
+    _on_end: Callable[[int], object]
+
+    @property
+    def items(self) -> list[T]:
+        """The items in the order in which they were submitted."""
+        return [entry.item for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def arrived(self) -> list[float]:
+        """When each item was submitted, by the batcher's clock."""
+        return [entry.since for entry in self._entries]
+
+    def is_over(self) -> bool:
+        """Whether every item has its outcome already: nobody waits for this batch any more."""
+        return all(entry.future.done() for entry in self._entries)
+
+    def finish(self, outcomes: Sequence[R | BaseException]) -> Sequence[int]:
+        """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
+
+        Returns the places of those that nobody waits for any more: they were cancelled, or their deadline has passed.
+
+        A wrong number of outcomes fails all of them with an error that names both numbers: nobody could tell whose
+        answer is whose.
+        """
+        if len(outcomes) != len(self._entries):
+            return self.fail(WrongNumberOfAnswers(len(self._entries), len(outcomes)))
+        self._on_end(len(self._entries))  # first: who is answered may ask again before the next one is answered
+        settled = [settle(entry.future, outcome) for entry, outcome in zip(self._entries, outcomes, strict=True)]
+        return () if all(settled) else _places_of_false(settled)
+
+    def fail(self, error: BaseException) -> Sequence[int]:
+        """Answer every item with ``error``; return as :meth:`finish` does."""
+        self._on_end(len(self._entries))
+        return _places_of_false([settle(entry.future, error) for entry in self._entries])
+
+
+def settle(future: Future[Any], outcome: object) -> bool:
+    """Give ``future`` its one outcome; False if it has one (it was cancelled, or its deadline has passed)."""
+    try:
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except InvalidStateError:
+        return False
+    return True
+
+
+def _places_of_false(settled: Sequence[bool]) -> Sequence[int]:
+    return [place for place, is_settled in enumerate(settled) if not is_settled]
