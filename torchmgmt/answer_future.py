@@ -85,7 +85,7 @@ class AnswerFuture(Future[Any]):
         What was not started never runs. A handler that answers in parts is stopped at the next one once nobody waits for
         its batch any more; another cannot be stopped.
         """
-        if self.cancel():
+        if self.done() or self.cancel():
             return
         with contextlib.suppress(InvalidStateError):
             self.set_exception(CancelledError())

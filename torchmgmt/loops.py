@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 import weakref
 from collections import deque
@@ -13,7 +12,7 @@ from typing import Any
 
 from attrs import define
 
-__all__ = ["LoopBridge", "bridge_to", "settled"]
+__all__ = ["LoopBridge", "Waiter", "bridge_to", "settled"]
 
 
 class LoopBridge:
@@ -75,18 +74,29 @@ def bridge_to(loop: asyncio.AbstractEventLoop) -> LoopBridge:
     return bridge
 
 
+class Waiter:
+    """What a task on the event loop that runs waits for: ``await waiter.future`` until anybody calls :meth:`wake`."""
+
+    __slots__ = ("_bridge", "future")
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._bridge = bridge_to(loop)
+        self.future: asyncio.Future[None] = loop.create_future()
+
+    def wake(self, _of: object = None) -> None:
+        """End the waiting. Any thread; what it is given counts for nothing."""
+        self._bridge.post(self._end)
+
+    def _end(self) -> None:
+        if not self.future.done():  # its task may have been cancelled
+            self.future.set_result(None)
+
+
 async def settled(future: Future[Any]) -> None:
     """Return when ``future`` is done, however it ended; for the loop that runs. Its callbacks may run on any thread."""
     if future.done():
         return
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-    wake = functools.partial(_wake, waiter)
-    bridge = bridge_to(loop)
-    future.add_done_callback(lambda _: bridge.post(wake))
-    await waiter
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():  # its task may have been cancelled
-        waiter.set_result(None)
+    waiter = Waiter()
+    future.add_done_callback(waiter.wake)
+    await waiter.future

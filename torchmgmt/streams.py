@@ -6,13 +6,12 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torchmgmt.exchange import Response
 
 if TYPE_CHECKING:
-    import asyncio
-
     from typing_extensions import Self
 
     from torchmgmt.answer_future import AnswerFuture
@@ -102,7 +101,7 @@ class AnswerStream:
     def bind(self, future: AnswerFuture) -> None:
         """Take the end of the answer from ``future``; to be called once, before the request can be answered."""
         self._future = future
-        future.add_done_callback(lambda _: self._notify())
+        future.add_done_callback(self._notify)
 
     def take_part(self, part: Encoded) -> None:
         """Note a part that came before the rest."""
@@ -112,7 +111,7 @@ class AnswerStream:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _notify(self) -> None:
+    def _notify(self, _future: object = None) -> None:
         with self._lock:
             wake, self._wake = self._wake, None
         if wake is not None:
@@ -133,16 +132,11 @@ class AnswerStream:
             there.wait()
 
     async def _next(self) -> Encoded | None:
-        import asyncio  # 30 ms that a program without an event loop need not pay
-
-        from torchmgmt.loops import bridge_to
-
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[None] = loop.create_future()
+        waiter = _loops().Waiter()
         with self._lock:
-            is_due = self._is_due_locked(functools.partial(bridge_to(loop).post, functools.partial(_wake, waiter)))
+            is_due = self._is_due_locked(waiter.wake)
         if not is_due:
-            await waiter
+            await waiter.future
         return self._take()
 
     def _take(self) -> Encoded | None:
@@ -160,6 +154,8 @@ class AnswerStream:
         return self._future.exception() is None and not self._future.encoded().segments
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():  # its task may have been cancelled
-        waiter.set_result(None)
+@functools.cache
+def _loops() -> ModuleType:
+    from torchmgmt import loops  # it imports asyncio: 30 ms that a program without an event loop need not pay
+
+    return loops
