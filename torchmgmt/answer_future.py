@@ -79,8 +79,8 @@ class AnswerFuture(Future[Any]):
         received: Encoded = super().result(timeout)
         return received
 
-    def abandon(self) -> None:
-        """Have nothing more of it, whether it runs or not: it ends as if cancelled. Any thread; idempotent.
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Have nothing more of it, whether it runs or not: it ends as if cancelled, or with ``error``. Any thread; idempotent.
 
         What was not started never runs. A handler that answers in parts is stopped at the next one once nobody waits for
         its batch any more; another cannot be stopped.
@@ -88,7 +88,7 @@ class AnswerFuture(Future[Any]):
         if self.done() or self.cancel():
             return
         with contextlib.suppress(InvalidStateError):
-            self.set_exception(CancelledError())
+            self.set_exception(error or CancelledError())
             if self._on_cancelled is not None:
                 self._on_cancelled()
             if self._on_abandon is not None:

@@ -26,6 +26,7 @@ __all__ = [
     "ModelVersionNotFound",
     "NoWorker",
     "QueueFull",
+    "ReaderTooSlow",
     "SourceNotAllowed",
     "SourceNotFound",
     "StateFileInUse",
@@ -216,6 +217,20 @@ class HandlerFailed(TorchmgmtError):
     def report(self) -> str:
         """Return all that is known: the text, the traceback and the worker's last lines."""
         return _with_evidence(str(self), self.traceback, self.last_lines)
+
+
+@define(slots=False, eq=False, repr=False)
+class ReaderTooSlow(TorchmgmtError):
+    """The parts of an answer came so much faster than they were read that too many waited."""
+
+    waiting_bytes: int
+    limit_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.waiting_bytes} bytes of parts of an answer wait to be read, more than {self.limit_bytes}; the request was"
+            " given up: read faster, or have the handler send less"
+        )
 
 
 @define(slots=False, eq=False, repr=False)

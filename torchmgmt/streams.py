@@ -9,7 +9,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from torchmgmt.errors import ReaderTooSlow
 from torchmgmt.exchange import Response
+from torchmgmt.segments import size_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AnswerStream"]
 
+MOST_WAITING_BYTES = 64 << 20
+"""So much of one answer may wait to be read, or one part that is larger."""
+
 
 class AnswerStream:
     """The parts of one answer, in order: what ``for part in stream`` or ``async for part in stream`` gives, as it comes.
@@ -27,7 +32,7 @@ class AnswerStream:
     if that is anything. So the answer of a handler that knows nothing of parts is one. Iterating raises what ended the
     request otherwise, after the parts that came before. For one reader at a time; every method may be called from any
     thread. Close it, or leave its ``with`` block, to have nothing more of it: then the handler is stopped at its next
-    part, unless others wait for the same batch.
+    part, unless others wait for the same batch. Where more than 64 MiB of it wait to be read, it ends with ReaderTooSlow.
     """
 
     def __init__(self) -> None:
@@ -35,6 +40,7 @@ class AnswerStream:
         self._lock = threading.Lock()
         # guarded by _lock
         self._parts: deque[Encoded] = deque()
+        self._waiting_bytes = 0
         self._wake: Callable[[], object] | None = None
         self._is_read = False  # whether the last part was taken
 
@@ -106,7 +112,12 @@ class AnswerStream:
     def take_part(self, part: Encoded) -> None:
         """Note a part that came before the rest."""
         with self._lock:
-            self._parts.append(part)
+            self._waiting_bytes += _bytes_of(part)
+            is_too_much = self._waiting_bytes > MOST_WAITING_BYTES and bool(self._parts)
+            if not is_too_much:
+                self._parts.append(part)
+        if is_too_much:
+            self._future.abandon(ReaderTooSlow(self._waiting_bytes, MOST_WAITING_BYTES))
         self._notify()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -143,7 +154,9 @@ class AnswerStream:
         """Return the next part; None after the last. There is one, or the future is done."""
         with self._lock:
             if self._parts:
-                return self._parts.popleft()
+                part = self._parts.popleft()
+                self._waiting_bytes -= _bytes_of(part)
+                return part
             if self._is_read:
                 return None
             self._is_read = True
@@ -152,6 +165,10 @@ class AnswerStream:
 
     def _has_nothing_final(self) -> bool:
         return self._future.exception() is None and not self._future.encoded().segments
+
+
+def _bytes_of(part: Encoded) -> int:
+    return sum(map(size_of, part.segments))
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.handlers import PATIENCE_S, TOOLS, Deployer, Gate, lines_of, until
-from torchmgmt import HttpBody, Model, ModelManager, ProcessBackend
-from torchmgmt.errors import HandlerFailed
+from torchmgmt import HttpBody, Model, ModelManager, ProcessBackend, streams
+from torchmgmt.errors import HandlerFailed, ReaderTooSlow
 
 COUNTING = (
     TOOLS
@@ -214,3 +214,15 @@ def test_a_reader_that_waits_is_woken_when_its_stream_is_closed_elsewhere(
     gate.open()
     reader.join(PATIENCE_S)
     assert found == [[]]
+
+
+def test_parts_that_nobody_reads_are_bounded(model: Model, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that falls behind by too much loses the rest: what waits is given, then the error; the handler stops."""
+    monkeypatch.setattr(streams, "MOST_WAITING_BYTES", 1000)
+    stream = model.stream({"parts": 10**9, "log": str(log)})
+    assert model.predict("free again") == "free again"  # though the first one would never end
+    parts: list[object] = []
+    with pytest.raises(ReaderTooSlow, match="more than 1000"):
+        parts.extend(stream)
+    assert parts == [{"part": number} for number in range(len(parts))]
+    assert parts

@@ -24,6 +24,7 @@ from torchmgmt.errors import (
     ModelVersionNotFound,
     NoWorker,
     QueueFull,
+    ReaderTooSlow,
     SourceNotAllowed,
     SourceNotFound,
     StateFileInUse,
@@ -97,6 +98,13 @@ EXAMPLES = [
         (
             "predict waits for a worker, but was called on the thread that hears from the workers (in a future's callback, or"
             " in a listener); use submit and synchronous=False there, or another thread"
+        ),
+    ),
+    (
+        ReaderTooSlow(2000, 1000),
+        (
+            "2000 bytes of parts of an answer wait to be read, more than 1000; the request was given up: read faster, or have the"
+            " handler send less"
         ),
     ),
     (WrongNumberOfAnswers(3, 2), "a batch of 3 was answered with 2 answers; there must be one for each, in order"),

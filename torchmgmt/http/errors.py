@@ -163,6 +163,7 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     errors.HandlerFailed: (500, "InternalServerException"),
     errors.WrongNumberOfAnswers: (500, "InternalServerException"),
     errors.DeadlineExceeded: (500, "InternalServerException"),
+    errors.ReaderTooSlow: (500, "InternalServerException"),
     errors.WouldWaitForever: (500, "InternalServerException"),
     errors.InvalidStateFile: (500, "InternalServerException"),
     errors.StateFileInUse: (500, "InternalServerException"),
