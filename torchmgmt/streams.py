@@ -37,11 +37,11 @@ class AnswerStream:
 
     def __init__(self) -> None:
         self._future: AnswerFuture  # from bind on
-        self._lock = threading.Lock()
+        self._bell = _Bell()
+        self._lock = self._bell.lock
         # guarded by _lock
         self._parts: deque[Encoded] = deque()
         self._waiting_bytes = 0
-        self._wake: Callable[[], object] | None = None
         self._is_read = False  # whether the last part was taken
 
     def __repr__(self) -> str:
@@ -107,7 +107,7 @@ class AnswerStream:
     def bind(self, future: AnswerFuture) -> None:
         """Take the end of the answer from ``future``; to be called once, before the request can be answered."""
         self._future = future
-        future.add_done_callback(self._notify)
+        future.add_done_callback(self._bell.ring)
 
     def take_part(self, part: Encoded) -> None:
         """Note a part that came before the rest."""
@@ -118,21 +118,15 @@ class AnswerStream:
                 self._parts.append(part)
         if is_too_much:
             self._future.abandon(ReaderTooSlow(self._waiting_bytes, MOST_WAITING_BYTES))
-        self._notify()
+        self._bell.ring()
 
     # ------------------------------------------------------------------------------------------------------------------
-
-    def _notify(self, _future: object = None) -> None:
-        with self._lock:
-            wake, self._wake = self._wake, None
-        if wake is not None:
-            wake()
 
     def _is_due_locked(self, wake: Callable[[], object]) -> bool:
         """Whether there is something to take; if not, have ``wake`` called when there is."""
         if self._parts or self._is_read or self._future.done():
             return True
-        self._wake = wake
+        self._bell.wake = wake
         return False
 
     def _wait(self) -> None:
@@ -165,6 +159,26 @@ class AnswerStream:
 
     def _has_nothing_final(self) -> bool:
         return self._future.exception() is None and not self._future.encoded().segments
+
+
+class _Bell:
+    """Wakes who waits for a part. A future keeps its callbacks, so that what it calls must not keep the future.
+
+    Otherwise an answer, and the shared memory that it lies in, would stay until a garbage collection.
+    """
+
+    __slots__ = ("lock", "wake")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.wake: Callable[[], object] | None = None  # guarded by lock
+
+    def ring(self, _of: object = None) -> None:
+        """Wake who waits, if anybody does. Any thread."""
+        with self.lock:
+            wake, self.wake = self.wake, None
+        if wake is not None:
+            wake()
 
 
 def _bytes_of(part: Encoded) -> int:

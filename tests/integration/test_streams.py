@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.handlers import PATIENCE_S, TOOLS, Deployer, Gate, lines_of, until
+from tests.handlers import ECHO, PATIENCE_S, TOOLS, Deployer, Gate, lines_of, until
 from torchmgmt import HttpBody, Model, ModelManager, ProcessBackend, streams
 from torchmgmt.errors import HandlerFailed, ReaderTooSlow
 
@@ -226,3 +228,20 @@ def test_parts_that_nobody_reads_are_bounded(model: Model, log: Path, monkeypatc
         parts.extend(stream)
     assert parts == [{"part": number} for number in range(len(parts))]
     assert parts
+
+
+def test_an_answer_is_gone_with_its_last_reference(deploy: Deployer) -> None:
+    """Nothing refers to itself: what was answered, and the shared memory that it lies in, waits for no garbage collection."""
+    model = deploy(ECHO)
+    list(model.stream(HttpBody(b"x")))
+    gc.collect()
+    gc.disable()
+    try:
+        stream = model.stream(HttpBody(b"x"))
+        parts = list(stream)
+        gone = weakref.ref(stream)
+        del stream
+        assert gone() is None
+        assert parts == [b"x"]
+    finally:
+        gc.enable()

@@ -21,7 +21,7 @@ LIMIT_MEMORY_KIB = 10 * 1024
 # knows, in the same run. Time is processor time, since that of the clock on a busy machine says more about its
 # neighbours. Absolute figures are in benchmarks/RESULTS.md.
 PEER = "import requests"
-NOISE = 1.3
+MOST_TIMES = 1.5
 
 REPORT = f"""
 import json, sys
@@ -96,8 +96,8 @@ def test_importing_the_package_costs_little_memory(interpreter: FreshInterpreter
 
 
 @pytest.mark.parametrize("code", ["import torchmgmt", NAMES])
-def test_importing_costs_no_more_than_a_well_known_module(interpreter: FreshInterpreter, code: str) -> None:
-    """Having torchmgmt in a program, and its classes, costs less memory than having requests, and no more time."""
+def test_importing_costs_about_as_much_as_a_well_known_module(interpreter: FreshInterpreter, code: str) -> None:
+    """Having torchmgmt in a program, and its classes, costs less memory than having requests, and not half as much time again."""
     (peer_cpu_s, peer_kib), (cpu_s, memory_kib) = interpreter.least(PEER, code)
     assert memory_kib < peer_kib
-    assert cpu_s < NOISE * peer_cpu_s
+    assert cpu_s < MOST_TIMES * peer_cpu_s

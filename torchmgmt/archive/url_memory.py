@@ -167,6 +167,7 @@ class SharedMemory:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         path.replace(self._archives / digest)
+        self.kept(digest)  # the system's own time stamps are too coarse to tell two in a row apart
         self._trim()
 
     def kept(self, digest: str) -> Path | None:

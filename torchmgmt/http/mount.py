@@ -86,6 +86,9 @@ class LastResort:
                 raise  # uvicorn ends the connection, so that nobody takes half an answer for a whole one
             self.on_response(500)
             await _send_answer(answer_for_code(500, INTERNAL), request_id, send)
+        finally:
+            # It refers to what has this scope: together they, and a large answer, would wait for a garbage collection.
+            scope.pop(EXCHANGE, None)
 
 
 def counted(app: WSGIApp, on_response: Callable[[int], object]) -> WSGIApp:
