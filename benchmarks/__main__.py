@@ -25,6 +25,7 @@ SUITES: Mapping[str, Callable[[Setup], list[Table]]] = {
     "server": server.run,
     "predict": predict.run,
     "http": http.run,
+    "http-memory": http.run_memory,
     "memory": memory.run,
     "control": control.run,
     "growth": growth.run,

@@ -1,4 +1,4 @@
-"""http: predictions over HTTP beside the peers: throughput and latency, floods, large bodies, memory over many requests."""
+"""http: predictions over HTTP beside the peers: throughput and latency, floods, large bodies; http-memory: memory over many requests."""
 
 from __future__ import annotations
 
@@ -52,7 +52,18 @@ def run(setup: Setup) -> list[Table]:
         except Missing as error:
             return [Table("Predictions over HTTP", [], [f"Not measured. {error}."])]
         tables = [table for size in _BATCH_SIZES for table in _no_op(setup, store, size)]
-        return [*tables, flood.table(setup, store), _bodies(setup, store), _growth(setup, store)]
+        return [*tables, flood.table(setup, store), _bodies(setup, store)]
+
+
+def run_memory(setup: Setup) -> list[Table]:
+    """Measure the memory after many requests, a suite of its own because it takes long; return its table."""
+    with tempfile.TemporaryDirectory(prefix="torchmgmt-bench-") as scratch:
+        store = Path(scratch)
+        try:
+            models.pack_noop(store)
+        except Missing as error:
+            return [Table("HTTP, memory after many requests", [], [f"Not measured. {error}."])]
+        return [_growth(setup, store)]
 
 
 def _no_op(setup: Setup, store: Path, batch_size: int) -> list[Table]:
