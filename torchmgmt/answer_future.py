@@ -14,7 +14,7 @@ from torchmgmt.errors import HandlerFailed, ManagerClosed
 from torchmgmt.exchange import Encoded, Response, ResponseProperties
 from torchmgmt.records import ModelKey
 
-__all__ = ["AnswerFuture"]
+__all__ = ["AnswerFuture", "is_slow_to_read", "value_of"]
 
 _UNREAD = object()
 
@@ -114,15 +114,9 @@ class AnswerFuture(Future[Any]):
             raise ManagerClosed("This future", "belongs to the process that this one was forked from")
 
     def _read(self, received: Any) -> Any:
-        return [self.value_of(each) for each in received] if isinstance(received, list) else self.value_of(received)
-
-    def value_of(self, answer: Encoded) -> Any:
-        """Return what was encoded; raise HandlerFailed if that cannot be made in this process."""
-        try:
-            return bytes(answer.segments[0]) if answer.content_type is not None else decode(answer)
-        except Exception as error:  # whatever a pickle may raise
-            reason = f"its answer cannot be unpickled in this process; it should answer with plain data ({error!r})"
-            raise HandlerFailed(self._key.name, self._key.version, reason, error_type=type(error).__name__) from error
+        if isinstance(received, list):
+            return [value_of(self._key, each) for each in received]
+        return value_of(self._key, received)
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Wait for the answer on the event loop that runs; what ends the waiting ends the request, too."""
@@ -138,19 +132,20 @@ class AnswerFuture(Future[Any]):
         except asyncio.CancelledError:
             self.abandon()
             raise
-        if self.exception() is None and self._answer is _UNREAD and _is_slow_to_read(self.encoded()):
+        if self.exception() is None and self._answer is _UNREAD and is_slow_to_read(self.encoded()):
             return await asyncio.to_thread(self.result)
         return self.result()
 
-    async def value_on_loop(self, answer: Encoded) -> Any:
-        """Return what was encoded, as :meth:`value_of`, without having an event loop wait for an import."""
-        if not _is_slow_to_read(answer):
-            return self.value_of(answer)
-        import asyncio
 
-        return await asyncio.to_thread(self.value_of, answer)
+def value_of(key: ModelKey, answer: Encoded) -> Any:
+    """Return what was encoded in an answer of a model version; raise HandlerFailed if it cannot be made in this process."""
+    try:
+        return bytes(answer.segments[0]) if answer.content_type is not None else decode(answer)
+    except Exception as error:  # whatever a pickle may raise
+        reason = f"its answer cannot be unpickled in this process; it should answer with plain data ({error!r})"
+        raise HandlerFailed(key.name, key.version, reason, error_type=type(error).__name__) from error
 
 
-def _is_slow_to_read(answer: Encoded) -> bool:
+def is_slow_to_read(answer: Encoded) -> bool:
     """Whether unpickling would import torch, which takes seconds."""
     return "torch" not in sys.modules and answer.content_type is None and b"torch" in bytes(answer.segments[0])

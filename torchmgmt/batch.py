@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from typing import Any, Generic, TypeVar
+from concurrent.futures import InvalidStateError
+from typing import Any, Generic, Protocol, TypeVar
 
 from attrs import define, frozen
 
 from torchmgmt.errors import WrongNumberOfAnswers
 
-__all__ = ["Batch", "Waiting", "settle"]
+__all__ = ["Batch", "Promise", "Waiting", "settle"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+class Promise(Protocol[C_contra]):
+    """What is given the outcome of one item, once. A :class:`concurrent.futures.Future` is one; all of it as there."""
+
+    def running(self) -> bool:
+        """Whether the item was begun, and has no outcome yet."""
+
+    def done(self) -> bool:
+        """Whether it has its outcome, or was cancelled."""
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Mark it as begun; False if it was cancelled. Raises RuntimeError if it was begun before, or has ended."""
+
+    def set_result(self, result: C_contra, /) -> None:
+        """Take the answer; raise InvalidStateError if there is an outcome."""
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Take an error; raise as ``set_result`` does."""
+
+    def add_done_callback(self, fn: Callable[[Any], object], /) -> None:
+        """Have ``fn`` called with it once it is done."""
 
 
 @define(eq=False)
 class Waiting(Generic[T, R]):
-    """One accepted item and the future that will hold its answer."""
+    """One accepted item and the promise of its answer."""
 
     item: T
-    future: Future[R]
+    future: Promise[R]
     since: float
     rank: float
     """Its place in the queue, the least first: when it came, or would have come with the priority that others have."""
@@ -85,7 +111,7 @@ class Batch(Generic[T, R]):
         return _places_of_false([settle(entry.future, error) for entry in self._entries])
 
 
-def settle(future: Future[Any], outcome: object) -> bool:
+def settle(future: Promise[Any], outcome: object) -> bool:
     """Give ``future`` its one outcome; False if it has one (it was cancelled, or its deadline has passed)."""
     try:
         if isinstance(outcome, BaseException):

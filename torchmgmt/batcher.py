@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-import math
 import threading
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 from torchmgmt.arrivals import Arrivals
-from torchmgmt.batch import Batch, Waiting, settle
+from torchmgmt.batch import Batch, Promise, Waiting, settle
 from torchmgmt.checks import check_number
 from torchmgmt.deadlines import Deadlines
 from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError
@@ -132,7 +131,6 @@ class Batcher(Generic[T, R]):
         timeout: float | None = None,
         wait_timeout: float | None = None,
         priority: int = 0,
-        future: Future[R] | None = None,
     ) -> Future[R]:
         """Queue ``item`` and return the future of its answer. Does not block; any thread.
 
@@ -144,17 +142,26 @@ class Batcher(Generic[T, R]):
             priority: from -10 to 10. An item goes before those that have waited for fewer seconds more than it has less
                 priority than they: 3 more are worth 3 seconds of waiting, so what has little priority waits longer, but not
                 for ever.
-            future: a pending future to use instead of a new one. ``Future.cancel`` takes a waiting item back.
+
+        ``Future.cancel`` takes a waiting item back.
 
         Raises:
             QueueFull: ``capacity`` items wait already.
             ManagerClosed: it was closed.
             InvalidArgument: a timeout is not a number of seconds, or ``priority`` is out of its range.
         """
+        future: Future[R] = Future()
+        self.queue(item, future, timeout, wait_timeout, priority)
+        return future
+
+    def queue(
+        self, item: T, promise: Promise[R], timeout: float | None, wait_timeout: float | None, priority: int
+    ) -> None:
+        """Queue ``item``, whose answer goes to ``promise``, which is pending; else as :meth:`submit`."""
         if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
             _check_wishes(timeout, wait_timeout, priority)
         now = self.clock()
-        entry = Waiting(item, Future() if future is None else future, now, now - priority * _PRIORITY_IS_WORTH_S)
+        entry = Waiting(item, promise, now, now - priority * _PRIORITY_IS_WORTH_S)
         with self._lock:
             self._check_room_locked()
             self._queue_locked(entry)
@@ -162,13 +169,11 @@ class Batcher(Generic[T, R]):
                 self._arrivals.came(now, len(self._queue) + self._running)
             if timeout is not None or wait_timeout is not None:
                 entry.start_by = self._deadlines.add(entry.future, now, timeout, wait_timeout)
-            ready = self._is_ready_locked(now)
-            wake_at = None if ready and not self._deadlines else self._wake_time_locked(now)
+            ready, wake_at = self._outlook_locked(now)
         if wake_at is not None:
             self._arm(wake_at)
         if ready:
             self._on_ready()
-        return entry.future
 
     def may_have_some(self) -> bool:
         """Whether something may wait, cancelled or not: a quick look that takes no lock."""
@@ -198,7 +203,7 @@ class Batcher(Generic[T, R]):
                     if entry.begin(now):
                         entries.append(entry)
                 self._running += len(entries)
-            wake_at = self._wake_time_locked(now) if self._queue or self._deadlines else None
+            wake_at = self._outlook_locked(now)[1] if self._queue or self._deadlines else None
         if wake_at is not None:
             self._arm(wake_at)
         return Batch(entries, self._ended) if entries else None
@@ -232,8 +237,7 @@ class Batcher(Generic[T, R]):
         self.expire()
         now = self.clock()
         with self._lock:
-            ready = self._is_ready_locked(now)
-            wake_at = self._wake_time_locked(now)
+            ready, wake_at = self._outlook_locked(now)
         if wake_at is not None:
             self._arm(wake_at)
         if ready:
@@ -291,25 +295,23 @@ class Batcher(Generic[T, R]):
             return since + self._delay_s
         return self._arrivals.wait_until(since, len(self._queue) + self._running)
 
-    def _next_due_locked(self, *, unless_by: float = -math.inf) -> float | None:
-        """Return the next deadline or the time to cut, the latter only if it comes after ``unless_by``."""
-        due = self._deadlines.next_at
-        if self._queue:
-            cut = self._cut_at_locked()
-            if cut > unless_by and len(self._queue) < self.batch_size:
-                due = cut if due is None else min(cut, due)
-        return due
-
-    def _wake_time_locked(self, now: float) -> float | None:
-        """Return when a timer is needed that is not set yet, and note it as set.
+    def _outlook_locked(self, now: float) -> tuple[bool, float | None]:
+        """Return whether a batch is due, and when a timer is needed that is not set yet, which is noted as set.
 
         A batch that is due already needs none: it was announced, or whoever takes batches comes back for it.
         """
-        due = self._next_due_locked(unless_by=now)
+        is_ready, due = False, self._deadlines.next_at
+        if self._queue:
+            is_ready = self._draining or len(self._queue) >= self.batch_size
+            if not is_ready:
+                cut_at = self._cut_at_locked()
+                is_ready = now >= cut_at
+                if not is_ready and (due is None or cut_at < due):
+                    due = cut_at
         if due is None or (self._armed and self._armed[-1] <= due):
-            return None
+            return is_ready, None
         self._armed.append(due)
-        return due
+        return is_ready, due
 
     def _arm(self, wake_at: float) -> None:
         # Whoever closed the timers before the queue has ended those who would run what waits.
@@ -334,7 +336,9 @@ class Batcher(Generic[T, R]):
         It has no timers, so it says here when it will look; ``call_at`` wakes it if something is due before that.
         """
         with self._lock:
-            due = self._next_due_locked()
+            due = self._deadlines.next_at
+            if self._queue:
+                due = self._cut_at_locked() if due is None else min(due, self._cut_at_locked())
             self._armed = [] if due is None else [due]
             return due
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import weakref
-from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 from attrs import field, frozen
+
+from torchmgmt.batch import Promise
 
 __all__ = ["Deadlines"]
 
@@ -24,7 +25,7 @@ class _Deadline:
 
     when: float
     number: int
-    future: weakref.ref[Future[Any]] = field(order=False)
+    future: weakref.ref[Promise[Any]] = field(order=False)
     timeout_s: float = field(order=False)
     ends_waiting_only: bool = field(order=False)
 
@@ -52,7 +53,9 @@ class Deadlines(Generic[R]):
         """When the next one is, if its request has not ended before; None if there is none."""
         return self._heap[0].when if self._heap else None
 
-    def add(self, future: Future[R], now: float, timeout_s: float | None, wait_timeout_s: float | None) -> float | None:
+    def add(
+        self, future: Promise[R], now: float, timeout_s: float | None, wait_timeout_s: float | None
+    ) -> float | None:
         """Note when ``future`` is over, and when it is so unless it runs by then.
 
         Returns the earlier of the two, by which it is to be running; None if it has all the time there is.
@@ -66,7 +69,7 @@ class Deadlines(Generic[R]):
             )
         return now + min(limit_s for limit_s, _ in limits) if limits else None
 
-    def claim_expired(self, now: float) -> list[tuple[Future[R], float]]:
+    def claim_expired(self, now: float) -> list[tuple[Promise[R], float]]:
         """Take the requests whose time is over out of everybody's reach; return them with what their limits were.
 
         The caller fails them, once it has released its lock.

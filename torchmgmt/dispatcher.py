@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from attrs import define, field
+from attrs import define
 
 from torchmgmt.errors import ManagerClosed
 
@@ -41,13 +41,12 @@ class HasFileno(Protocol):
         """Return the file descriptor."""
 
 
-@define(order=True, eq=True)
+@define(eq=False)
 class Timer:
     """A callback that is due at a time of the monotonic clock, unless cancelled before."""
 
     when: float
-    number: int
-    callback: Callback | None = field(order=False, eq=False)
+    callback: Callback | None
 
     def cancel(self) -> None:
         """Make sure that the callback does not run, unless it runs already. Any thread; does not block."""
@@ -97,7 +96,7 @@ class Dispatcher:
         self._lock = threading.Lock()
         # guarded by _lock
         self._soon: deque[Callback] = deque()
-        self._timers: list[Timer] = []
+        self._timers: list[tuple[float, int, Timer]] = []  # a heap; the number keeps the order of those of one time
         self._thread: threading.Thread | None = None
         self._thread_id = 0
         self._closed = False
@@ -126,11 +125,11 @@ class Dispatcher:
         Raises:
             ManagerClosed: it was closed.
         """
-        timer = Timer(when, next(self._numbers), callback)
+        timer = Timer(when, callback)
         with self._lock:
             self._ensure_running_locked()
-            heapq.heappush(self._timers, timer)
-            if self._timers[0] is timer:
+            heapq.heappush(self._timers, (when, next(self._numbers), timer))
+            if self._timers[0][2] is timer:
                 self._wake_locked()
         return timer
 
@@ -251,16 +250,16 @@ class Dispatcher:
         with self._lock:
             if self._soon:
                 return 0
-            while self._timers and self._timers[0].callback is None:
+            while self._timers and self._timers[0][2].callback is None:
                 heapq.heappop(self._timers)
             if not self._timers:
                 return None
-            return min(max(0.0, self._timers[0].when - self.clock()), _LONGEST_WAIT_S)
+            return min(max(0.0, self._timers[0][0] - self.clock()), _LONGEST_WAIT_S)
 
     def _has_due(self) -> bool:
         """Whether there is something to run. Without the lock: what comes at this moment also wakes the selector."""
         timers = self._timers
-        return bool(self._soon) or bool(timers and timers[0].when <= self.clock())
+        return bool(self._soon) or bool(timers and timers[0][0] <= self.clock())
 
     def _run_due(self) -> None:
         now = self.clock()
@@ -268,8 +267,8 @@ class Dispatcher:
         with self._lock:
             due += self._soon
             self._soon.clear()
-            while self._timers and self._timers[0].when <= now:
-                due.append(heapq.heappop(self._timers).run)
+            while self._timers and self._timers[0][0] <= now:
+                due.append(heapq.heappop(self._timers)[2].run)
         for callback in due:
             self._call(callback)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torchmgmt.announcer import Announcer
 from torchmgmt.answer_future import AnswerFuture
+from torchmgmt.batch import Promise
 from torchmgmt.catalogue import Catalogue
 from torchmgmt.errors import InvalidArgument, ManagerClosed, ModelNotFound, NoWorker, QueueFull, TorchmgmtError
-from torchmgmt.exchange import WorkerRequest
+from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.request import new_request
 from torchmgmt.served import ServedVersion
+from torchmgmt.streams import AnswerStream
 
 if TYPE_CHECKING:
     from torchmgmt.tracing import Tracing
@@ -60,27 +62,51 @@ class Intake:
         timeout: float | None,
         wait_timeout: float | None,
         priority: int,
-        on_future: Callable[[AnswerFuture], object] | None = None,
     ) -> AnswerFuture:
         """Queue a request and return the future of its answer; see :meth:`torchmgmt.ModelManager.submit`.
 
-        The future keeps ``owner`` alive: a caller may hold nothing else. ``on_future`` is given it before there can be an
-        answer.
+        The future keeps ``owner`` alive: a caller may hold nothing else.
         """
         served = self._catalogue.get(name, version)
         future = AnswerFuture(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
-        if on_future is not None:
-            on_future(future)
+        self._queue(served, request, future, timeout, wait_timeout, priority)
+        return future
+
+    def stream(
+        self,
+        owner: object,
+        name: str,
+        version: str | None,
+        request: WorkerRequest,
+        timeout: float | None,
+        wait_timeout: float | None,
+        priority: int,
+    ) -> AnswerStream:
+        """Queue a request and return the stream of its answer, as :meth:`submit` does."""
+        served = self._catalogue.get(name, version)
+        stream = AnswerStream(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
+        request.on_part = stream.take_part
+        self._queue(served, request, stream, timeout, wait_timeout, priority)
+        return stream
+
+    def _queue(
+        self,
+        served: ServedVersion,
+        request: WorkerRequest,
+        promise: Promise[Encoded],
+        timeout: float | None,
+        wait_timeout: float | None,
+        priority: int,
+    ) -> None:
         if self.tracing is not None:
-            self.tracing.begin(served.spec.key, request, future)
+            self.tracing.begin(served.spec.key, request, promise)
         try:
-            served.submit(request, future, timeout, wait_timeout, priority)
+            served.submit(request, promise, timeout, wait_timeout, priority)
         except TorchmgmtError as error:
             self._note_refused(served, request, error)
             if isinstance(error, (ManagerClosed, ModelNotFound)):
                 raise self._catalogue.not_found(served) from None
             raise
-        return future
 
     def _note_refused(self, served: ServedVersion, request: WorkerRequest, error: TorchmgmtError) -> None:
         if isinstance(error, (NoWorker, QueueFull)):  # else the version is gone, and what was counted of it, too

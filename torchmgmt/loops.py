@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import define
 
-__all__ = ["LoopBridge", "Waiter", "bridge_to", "settled"]
+__all__ = ["LoopBridge", "Waiter", "bridge_to", "running_bridge", "settled"]
 
 
 class LoopBridge:
@@ -74,15 +74,19 @@ def bridge_to(loop: asyncio.AbstractEventLoop) -> LoopBridge:
     return bridge
 
 
+def running_bridge() -> LoopBridge:
+    """Return the bridge to the event loop that runs now; raise RuntimeError if none does."""
+    return bridge_to(asyncio.get_running_loop())
+
+
 class Waiter:
     """What a task on the event loop that runs waits for: ``await waiter.future`` until anybody calls :meth:`wake`."""
 
     __slots__ = ("_bridge", "future")
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._bridge = bridge_to(loop)
-        self.future: asyncio.Future[None] = loop.create_future()
+        self._bridge = running_bridge()
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def wake(self, _of: object = None) -> None:
         """End the waiting. Any thread; what it is given counts for nothing."""

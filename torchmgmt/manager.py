@@ -572,11 +572,8 @@ class ModelManager:
         Arguments and errors are those of :meth:`submit`. The handler's time for the batch (``response_timeout``) begins
         anew with each part.
         """
-        stream = AnswerStream()
         request = self._intake.request(data, fields, headers, request_id)
-        request.on_part = stream.take_part
-        self._intake.submit(self, name, version, request, timeout, wait_timeout, priority, stream.bind)
-        return stream
+        return self._intake.stream(self, name, version, request, timeout, wait_timeout, priority)
 
     def add_listener(self, listener: Listener) -> None:
         """Have ``listener`` called with each event from now on; see :mod:`torchmgmt.events`. Does not block; any thread.

@@ -42,6 +42,10 @@ def new_request(
 
 def _are_headers(value: object) -> bool:
     # By their types, of which there is one: this is asked for each request, and over HTTP there are many headers.
-    return isinstance(value, Mapping) and all(
-        issubclass(kind, str) for kind in {*map(type, value), *map(type, value.values())}
-    )
+    if not isinstance(value, Mapping):
+        return False
+    kinds = {*map(type, value), *map(type, value.values())}
+    return kinds <= _TEXT or all(issubclass(kind, str) for kind in kinds)
+
+
+_TEXT = frozenset({str})

@@ -11,9 +11,9 @@ from typing import Any
 from attrs import frozen
 
 from torchmgmt.announcer import Announcer
-from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.archive import ModelFolder
 from torchmgmt.backends import Backend
+from torchmgmt.batch import Promise
 from torchmgmt.batcher import Batcher
 from torchmgmt.checks import check_number
 from torchmgmt.errors import DeadlineExceeded, ModelNotFound, TorchmgmtError
@@ -33,7 +33,7 @@ class ServedVersion:
     folder: ModelFolder
     batcher: Batcher[WorkerRequest, Encoded]
     pool: WorkerPool
-    on_cancelled: Callable[[], object] | None = None
+    on_cancelled: Callable[[], object]
     """Told of each request that its caller takes back."""
 
     @property
@@ -44,12 +44,12 @@ class ServedVersion:
     def submit(
         self,
         request: WorkerRequest,
-        future: AnswerFuture,
+        promise: Promise[Encoded],
         timeout: float | None,
         wait_timeout: float | None,
         priority: int,
     ) -> None:
-        """Queue a request whose answer goes to ``future``; see :meth:`torchmgmt.ModelManager.submit`. Does not block."""
+        """Queue a request whose answer goes to ``promise``; see :meth:`torchmgmt.ModelManager.submit`. Does not block."""
         spec = self.spec
         if timeout is None and spec.client_timeout_ms:
             timeout = spec.client_timeout_ms / 1000
@@ -59,7 +59,7 @@ class ServedVersion:
             check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
             request.deadline, request.limit_s = time.monotonic() + timeout, timeout
         self.pool.check_serving()
-        self.batcher.submit(request, timeout=timeout, wait_timeout=wait_timeout, priority=priority, future=future)
+        self.batcher.queue(request, promise, timeout, wait_timeout, priority)
 
     def refuse(self) -> None:
         """Take no new request; what was accepted is still run."""

@@ -14,6 +14,7 @@ from typing import Any
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, Tracer
 
+from torchmgmt.batch import Promise
 from torchmgmt.events import BatchFinished, Event
 from torchmgmt.exchange import WorkerRequest
 from torchmgmt.records import ModelKey
@@ -46,7 +47,7 @@ class Tracing:
     def __repr__(self) -> str:
         return f"<Tracing: {len(self._open)} spans are open>"
 
-    def begin(self, key: ModelKey, request: WorkerRequest, future: Future[Any]) -> None:
+    def begin(self, key: ModelKey, request: WorkerRequest, future: Promise[Any]) -> None:
         """Begin the span of a request, below that which its header ``traceparent`` names, else the caller's current one.
 
         The handler gets headers that name this span. It ends with the batch that ran the request, or with ``future`` if

@@ -129,6 +129,12 @@ class FakeStream:
     async def next_body(self) -> Response | None:
         return self._parts.pop(0) if self._parts else None
 
+    def whole_body(self) -> Response | None:
+        return self._parts.pop(0) if len(self._parts) == 1 else None
+
+    def call_when_due(self, _callback: Callable[[], object]) -> bool:
+        return True
+
     def close(self) -> None:
         self.is_closed = True
 

@@ -173,7 +173,7 @@ def test_a_log_that_is_never_read_takes_no_memory(stuck, monkeypatch):
     monkeypatch.setattr(access_log, "MOST_WAITING_LINES", 3)
     with written_in_background():
         for n in range(10):
-            access_log.log_request("c", "GET", f"/{n}", "", 200, 0, "id")
+            access_log.log_request(("c", 1), "GET", b"/%d" % n, b"", 200, 0, "id")
         stuck.reads.set()
     lost = int(re.search(r"(\d+) lines of the access log were lost", stuck.lines[-1])[1])
     assert lost in range(4, 8)  # the thread may have taken some
@@ -187,7 +187,7 @@ def test_lines_that_are_written_together_are_those_that_would_be_written_one_by_
     plain.setFormatter(logging.Formatter(LineFormatter()._fmt))
     quick = logging.StreamHandler(together)
     quick.setFormatter(LineFormatter())
-    requests = [("c:1", "GET", f"/{n}", "a=1&token=x", 200, n / 1000, f"id{n}") for n in range(300)]
+    requests = [(("c", 1), "GET", b"/%d" % n, b"a=1&token=x", 200, n / 1000, f"id{n}") for n in range(300)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging.getLogger(), "handlers", [plain, quick])
         patch.setattr(access_log.logger, "level", logging.INFO)

@@ -381,7 +381,7 @@ def test_cancelling_at_the_moment_of_the_deadline_harms_nobody():
     """If a request is taken back just as its time is over, the others of its batch still run."""
     bench = Bench(batch_size=2, eager=False)
     meddled = CancelledWhileLookedAt()
-    bench.submit(1, timeout=1, future=meddled)
+    bench.batcher.queue(1, meddled, 1, None, 0)
     other = bench.submit(2)
     bench.timers.advance(0.5)
     meddled.meddle = True
@@ -434,10 +434,10 @@ def test_failing_what_waits_counts_what_it_failed():
 
 
 def test_a_caller_may_bring_the_future():
-    """The future that was given is the one that is returned and answered."""
+    """The future that was given is the one that is answered."""
     bench = Bench()
     future: Future[Any] = Future()
-    assert bench.submit(1, future=future) is future
+    bench.batcher.queue(1, future, None, None, 0)
     bench.batches[0].finish(["answer"])
     assert future.result(0) == "answer"
 
@@ -542,19 +542,18 @@ class BatcherRules(RuleBasedStateMachine):
         deadline = None if timeout is None else now + timeout
         start_by = None if wait_timeout is None else now + wait_timeout
         request = Request(len(self.requests), now, priority, deadline, start_by, future)
-        options = {"timeout": timeout, "wait_timeout": wait_timeout, "priority": priority, "future": future}
         waiting = len(self.waiting)
         if self.drained:
             with pytest.raises(ModelNotFound):
-                self.bench.submit(request, **options)
+                self.bench.batcher.queue(request, future, timeout, wait_timeout, priority)
             return
         if waiting == self.bench.batcher.capacity:
             with pytest.raises(QueueFull):
-                self.bench.submit(request, **options)
+                self.bench.batcher.queue(request, future, timeout, wait_timeout, priority)
             return
         future.add_done_callback(lambda done: request.ends.append("cancelled" if done.cancelled() else "answered"))
         self.requests.append(request)
-        self.bench.submit(request, **options)
+        self.bench.batcher.queue(request, future, timeout, wait_timeout, priority)
         self.bench.timers.advance(0)
 
     @precondition(lambda self: self.requests)

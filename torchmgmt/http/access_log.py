@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 import falcon
@@ -52,8 +52,7 @@ class AccessLog:
         """Write the line."""
         received = getattr(req.context, "received", None)
         if received is not None:
-            client = f"{req.env.get('REMOTE_ADDR', '-')}:{req.env.get('REMOTE_PORT', '-')}"
-            _log(client, req, resp, received)
+            _log((req.env.get("REMOTE_ADDR", "-"), req.env.get("REMOTE_PORT", "-")), req, resp, received)
 
     async def process_request_async(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """The same on the ASGI side."""
@@ -66,36 +65,43 @@ class AccessLog:
         """The same on the ASGI side."""
         received = getattr(req.context, "received", None)
         if received is not None:
-            host, port = req.scope.get("client") or ("-", "-")
-            _log(f"{host}:{port}", req, resp, received)
+            _log(req.scope.get("client"), req, resp, received)
 
 
-def _log(client: str, req: falcon.Request, resp: falcon.Response, received: float) -> None:
+def _log(client: Client, req: falcon.Request, resp: falcon.Response, received: float) -> None:
     code = falcon.http_status_to_code(resp.status)
     seconds = time.perf_counter() - received
     request_id = getattr(req.context, "request_id", "-")
-    log_request(client, req.method, quote(req.path, errors="replace"), req.query_string, code, seconds, request_id)
+    path, query = quote(req.path, errors="replace").encode(), req.query_string.encode("latin-1", "replace")
+    log_request(client, req.method, path, query, code, seconds, request_id)
+
+
+Client: TypeAlias = "Sequence[str | int] | None"
+"""Host and port of who asks; None if that is not known."""
 
 
 class _Line(NamedTuple):
     """What there is to say of one request, before anybody has written it."""
 
     when: float
-    client: str
+    client: Client
     method: str
-    path: str
-    query: str
+    path: bytes
+    query: bytes
     code: int
     seconds: float
     request_id: str
 
     def text(self) -> str:
-        target = f"{self.path}?{masked_query(self.query)}" if self.query else self.path
+        target = self.path.decode("latin-1")
+        if self.query:
+            target += f"?{masked_query(self.query.decode('latin-1'))}"
         shown = target if len(target) <= LONGEST_SHOWN else target[:LONGEST_SHOWN] + "..."
         if _NOT_FOR_A_LOG.search(shown):
             shown = _NOT_FOR_A_LOG.sub(lambda match: quote(match.group(), errors="replace"), shown)
         rest = f"{self.code} {self.seconds * 1000:.1f} {self.request_id}"
-        return f'{self.client} "{self.method} {shown} HTTP/1.1" {rest}'
+        host, port = self.client or ("-", "-")
+        return f'{host}:{port} "{self.method} {shown} HTTP/1.1" {rest}'
 
     def record(self) -> logging.LogRecord:
         record = logger.makeRecord(logger.name, logging.INFO, "", 0, self.text(), (), None)
@@ -103,7 +109,9 @@ class _Line(NamedTuple):
         return record
 
 
-def log_request(client: str, method: str, path: str, query: str, code: int, seconds: float, request_id: str) -> None:
+def log_request(
+    client: Client, method: str, path: bytes, query: bytes, code: int, seconds: float, request_id: str
+) -> None:
     """Write the line of one request, if such lines are wanted; ``path`` and ``query`` are percent-encoded."""
     if not logger.isEnabledFor(logging.INFO):
         return

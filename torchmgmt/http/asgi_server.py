@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import socket
@@ -13,11 +14,12 @@ from collections.abc import Callable
 
 import uvicorn
 
+from torchmgmt.http.asgi import ASGIApp, Scope
 from torchmgmt.http.limits import Limits
 from torchmgmt.http.management_server import CLOSE_TIMEOUT_S, HALF_SENT_GRACE_S
-from torchmgmt.http.mount import ASGIApp, LastResort, MountedWSGI
+from torchmgmt.http.mount import LastResort, MountedWSGI
 from torchmgmt.http.sockets import BACKLOG, address_of
-from torchmgmt.http.uvicorn_parts import LimitedProtocol
+from torchmgmt.http.uvicorn_parts import LimitedProtocol, Serving, WholeRequest
 
 __all__ = ["ASGIServer", "no_work"]
 
@@ -40,6 +42,7 @@ class ASGIServer:
 
     ``mounted`` is the WSGI application that ``app`` has in it, if there is one: its threads are ended with the server.
     ``on_drain`` is called when it begins to take no further request.
+    ``begin`` is asked about each request before ``app``: what it returns serves that without a task.
     ``on_response`` is told the code of each answer, on the server's thread.
     ``run_on`` is given its event loop, before that runs, and returns what is called when it has ended; both on its thread.
     """
@@ -53,6 +56,7 @@ class ASGIServer:
         tls: ssl.SSLContext | None = None,
         mounted: MountedWSGI | None = None,
         limits: Limits | None = None,
+        begin: Callable[[Scope], WholeRequest | None] | None = None,
         on_drain: Callable[[], object] = lambda: None,
         on_response: Callable[[int], object] = lambda _code: None,
         run_on: Callable[[asyncio.AbstractEventLoop], Callable[[], object]] = no_work,
@@ -68,7 +72,9 @@ class ASGIServer:
         self._cut_off = False
         self._failure: BaseException | None = None
         self._sock = sock
-        self._server = _Uvicorn(LastResort(app, on_response), sock, tls, limits or Limits(), self._started.set)
+        guard = functools.partial(LastResort, on_response=on_response)
+        serving = None if begin is None else Serving(begin, on_response, guard)
+        self._server = _Uvicorn(guard(app), serving, sock, tls, limits or Limits(), self._started.set)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         self._started.wait()
@@ -136,6 +142,7 @@ class _Uvicorn(uvicorn.Server):
     def __init__(
         self,
         app: ASGIApp,
+        serving: Serving | None,
         sock: socket.socket,
         tls: ssl.SSLContext | None,
         limits: Limits,
@@ -156,6 +163,7 @@ class _Uvicorn(uvicorn.Server):
             timeout_graceful_shutdown=None,
         )
         super().__init__(config)
+        self._serving = serving
         self._sock = sock
         self._tls = tls
         self._limits = limits
@@ -190,7 +198,9 @@ class _Uvicorn(uvicorn.Server):
 
     async def cut_off(self) -> bool:
         """End the connections and calls that are left; return whether a call was."""
-        for connection in list(self.server_state.connections):
+        connections = [one for one in self.server_state.connections if isinstance(one, LimitedProtocol)]
+        is_answering = any(connection.is_answering for connection in connections)
+        for connection in connections:
             connection.transport.abort()
         await asyncio.sleep(0)  # they learn it
         calls = list(self.server_state.tasks)
@@ -199,7 +209,7 @@ class _Uvicorn(uvicorn.Server):
             task.cancel()
         if left:
             await asyncio.wait(left)
-        return bool(calls)
+        return bool(calls) or is_answering
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -250,7 +260,9 @@ class _Uvicorn(uvicorn.Server):
             self._room.set()
 
     def _new_protocol(self) -> LimitedProtocol:
-        return LimitedProtocol(self.config, self.server_state, self._limits, self._room.set, HALF_SENT_GRACE_S)
+        return LimitedProtocol(
+            self.config, self.server_state, self._limits, self._room.set, HALF_SENT_GRACE_S, self._serving
+        )
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()

@@ -26,7 +26,6 @@ __all__ = ["CallerGuard", "Guard", "host_name", "log_who_may_call"]
 
 logger = logging.getLogger(__name__)
 
-FORWARDED_HEADERS = ("Forwarded", "X-Forwarded-For")
 CHANGING_METHODS = frozenset({"POST", "PUT", "DELETE", "PATCH"})
 OPEN_TO_ALL = frozenset(
     {
@@ -52,7 +51,7 @@ REFUSALS: Mapping[Verdict, str] = {
 }
 
 Header = Callable[[str], "str | None"]
-"""Name of a header -> its value in this request; None if it is not there."""
+"""Name of a header, in lower case -> its value in this request; None if it is not there."""
 
 
 @frozen
@@ -88,7 +87,7 @@ class Guard:
         """
         makes_key = (method, path) == NEW_KEY and bool(self.keys)
         name = KeyName.API if makes_key else self.key_name
-        verdict = self.keys.judge(name, header("Authorization")) if self.keys else Verdict.MISSING
+        verdict = self.keys.judge(name, header("authorization")) if self.keys else Verdict.MISSING
         has_key = verdict is Verdict.VALID
         if method in CHANGING_METHODS:
             self._check_origin(header, has_key=has_key)
@@ -107,10 +106,11 @@ class Guard:
         raise refusal(reason, carries_one=verdict is not Verdict.MISSING)
 
     def _check_is_local(self, header: Header) -> None:
-        forwarded = [name for name in FORWARDED_HEADERS if header(name) is not None]
-        host = header("Host")
+        host = header("host")
+        forwarded = "X-Forwarded-For" if header("x-forwarded-for") is not None else ""
+        forwarded = "Forwarded" if header("forwarded") is not None else forwarded
         if forwarded or not _names_loopback(host):
-            seen = f"it carries {forwarded[0]}" if forwarded else f"its Host is {host!r}"
+            seen = f"it carries {forwarded}" if forwarded else f"its Host is {host!r}"
             raise KeyRequired(
                 f"This request does not count as coming from this machine: {seen}. Call it under a loopback name such as"
                 " localhost, or start the server with --enable-token-auth and send a key, or with --disable-token-auth"
@@ -118,8 +118,8 @@ class Guard:
             )
 
     def _check_origin(self, header: Header, *, has_key: bool) -> None:
-        origin = header("Origin")
-        if origin is None or self._is_own_origin(origin, header("Host")):
+        origin = header("origin")
+        if origin is None or self._is_own_origin(origin, header("host")):
             return
         allowed = {known.rstrip("/").lower() for known in self.settings.cors_allowed_origin}
         if origin.lower() in allowed:
@@ -144,7 +144,7 @@ class Guard:
 
 def _is_open(method: str, path: str, header: Header) -> bool:
     # A browser sends no key with a preflight; its answer depends on nothing but the path.
-    is_preflight = method == "OPTIONS" and header("Access-Control-Request-Method") is not None
+    is_preflight = method == "OPTIONS" and header("access-control-request-method") is not None
     return is_preflight or (method, path) in OPEN_TO_ALL or (method == "GET" and path.startswith(READINESS_OF_ONE))
 
 

@@ -13,11 +13,11 @@ from torchmgmt.http import health
 from torchmgmt.http import inference_operations as served
 from torchmgmt.http import operations as ops
 from torchmgmt.http.access_log import AccessLog
+from torchmgmt.http.asgi import Receive, Scope, Send
 from torchmgmt.http.callers import CallerGuard, Guard
 from torchmgmt.http.cors import CORS, cors_middleware
 from torchmgmt.http.health import Health, State, health_of
 from torchmgmt.http.middleware import RequestHeaders
-from torchmgmt.http.mount import Receive, Scope, Send
 from torchmgmt.http.openapi import KeyRule, api_description_json, key_rule_of
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.predictions import Predictions
@@ -40,7 +40,7 @@ def create_inference_app(
     is_draining: Callable[[], bool] = lambda: False,
     title: str = "torchmgmt Inference API",
     operations: tuple[Operation, ...] = ops.INFERENCE,
-) -> falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]:
+) -> InferenceApp:
     """Return what ``manager`` serves on the inference address as an ASGI application. Does not close the manager.
 
     ``settings`` and ``keys`` are as for :func:`torchmgmt.http.create_app`; the ``inference_address`` counts here.
@@ -90,10 +90,12 @@ class InferenceApp(falcon.asgi.App[falcon.asgi.Request, falcon.asgi.Response]):
         super().__init__(middleware=middleware)
         self.req_options.strip_url_path_trailing_slash = True
         self._predictions = predictions
+        self.begin = predictions.begin
+        """What serves a request without a task, for a server that can do that."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]  # plain ASGI
         """Serve one request."""
-        found = self._predictions.find(scope) if scope["type"] == "http" else None
+        found = self._predictions.find(scope["path"]) if scope["type"] == "http" else None
         if found is None:
             await super().__call__(scope, receive, send)
         else:

@@ -7,26 +7,23 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, TypeAlias
 
 from a2wsgi import WSGIMiddleware
 from attrs import define, field, frozen
 
+from torchmgmt.http.asgi import ASGIApp, Receive, Scope, Send
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
 from torchmgmt.http.middleware import request_id_of
 from torchmgmt.http.uvicorn_parts import EXCHANGE, Exchange, raw_headers
 from torchmgmt.http.waitress_parts import Dispatcher
 
-__all__ = ["ASGIApp", "LastResort", "MountedWSGI", "Paths", "counted"]
+__all__ = ["LastResort", "MountedWSGI", "Paths", "counted"]
 
 logger = logging.getLogger("torchmgmt.http.server")
 
-Scope: TypeAlias = dict[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Mapping[str, Any]]]
-Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
-ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 WSGIApp: TypeAlias = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 BODY = "torchmgmt.body"

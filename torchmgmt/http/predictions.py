@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl
 
@@ -17,15 +18,16 @@ import falcon
 from attrs import define, field, frozen
 from falcon.routing import CompiledRouter
 
-from torchmgmt import Form, HttpBody, Response
+from torchmgmt import Form, HttpBody
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.http import inference_operations as ops
 from torchmgmt.http.access_log import log_request
-from torchmgmt.http.access_log import logger as access_logger
+from torchmgmt.http.asgi import Receive, Scope, Send
 from torchmgmt.http.callers import Guard
 from torchmgmt.http.cors import CORS
 from torchmgmt.http.deadlines import wishes_of
 from torchmgmt.http.errors import (
+    Answer,
     BadRequest,
     BodyTooLarge,
     EncodingNotServed,
@@ -35,10 +37,10 @@ from torchmgmt.http.errors import (
     is_kserves,
 )
 from torchmgmt.http.middleware import request_id_of
-from torchmgmt.http.mount import Receive, Scope, Send
 from torchmgmt.http.operation import Operation
 from torchmgmt.http.parameters import MOST_PARAMETERS
-from torchmgmt.http.sending import Sender, wants_events
+from torchmgmt.http.sending import Message, Sender, Writer, wants_events
+from torchmgmt.http.uvicorn_parts import Exchange
 from torchmgmt.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 HEADER_LENGTH = "inference-header-content-length"
 CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
+MOST_KNOWN_PATHS = 1024
+"""Whose meaning is kept: callers use few, and to find it anew takes longer than much else of a request."""
 CLIENT_GONE = 499
 """What the access log has for a client that did not wait for its answer; nginx's number for that."""
 
@@ -83,9 +87,9 @@ def _routes() -> Mapping[str, Route]:
     }
 
 
-@define(eq=False)
+@frozen(eq=False)
 class Found:
-    """A request whose path is one of predictions."""
+    """What a path means that is one of predictions."""
 
     route: Route
     path: Mapping[str, str]
@@ -99,55 +103,88 @@ class Predictions:
     settings: Settings
     guard: Guard
     cors: CORS | None = None
-    _router: CompiledRouter = field(factory=CompiledRouter, init=False)
+    find: Callable[[str], Found | None] = field(init=False)
+    """Path -> what it means; None if it is none of these."""
 
-    def __attrs_post_init__(self) -> None:
+    @find.default
+    def _default_find(self) -> Callable[[str], Found | None]:
+        router = CompiledRouter()
         for path, route in _routes().items():
-            self._router.add_route(path, route)
+            router.add_route(path, route)
 
-    def find(self, scope: Scope) -> Found | None:
-        """Return what the path of a request means; None if it is none of these."""
-        path: str = scope["path"]
-        found = self._router.find(path[:-1] if path[-1:] == "/" else path)
-        return None if found is None else Found(cast("Route", found[0]), found[2])
+        @lru_cache(MOST_KNOWN_PATHS)
+        def find(path: str) -> Found | None:
+            found = router.find(path[:-1] if path[-1:] == "/" else path)
+            return None if found is None else Found(cast("Route", found[0]), found[2])
+
+        return find
 
     async def serve(self, found: Found, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, from its beginning to its end."""
-        began = time.perf_counter()
+        call = self._call(found, scope)
+        sender = Sender(scope, send, call.writer, as_events=call.wants_events)
+        await self._serving(call, sender, self._answer(call, receive, sender))
+
+    def begin(self, scope: Scope) -> AtOnce | None:
+        """Return what serves a request without a task, once all of it is there; None if a task is to serve it."""
+        found = self.find(scope["path"]) if scope["method"] == "POST" else None
+        if found is None:
+            return None
+        call = self._call(found, scope)
+        return AtOnce(self, call) if self._is_of_size(call) else None
+
+    def ask_at_once(self, call: Call, content: bytes | bytearray) -> AnswerStream:
+        """Queue a request, all of which is there; raise why it is refused."""
+        self._admit(call)
+        return self._ask(call, content)
+
+    async def finish(self, call: Call, stream: AnswerStream, scope: Scope, receive: Receive, send: Send) -> None:
+        """Go on with a request that was queued, as :meth:`serve` does."""
+        sender = Sender(scope, send, call.writer, as_events=call.wants_events)
+        await self._serving(call, sender, self._send_answer(stream, receive, sender))
+
+    def refuse(self, error: Exception, call: Call) -> Answer:
+        """Return the answer that tells of an error, which is logged if it should be."""
+        answer = answer_for_caller(error, shows_all=self.settings.show_handler_errors)
+        method, path = call.scope["method"], call.scope["path"]
+        if not is_known(error):
+            logger.error("%s %r failed (request %s)", method, path, call.request_id, exc_info=error)
+        elif answer.code >= 500:
+            # The rest of it, a worker's traceback, has been logged where it happened.
+            line = answer.message.partition("\n")[0]
+            logger.warning("%s %r: %s (request %s)", method, path, line, call.request_id)
+        return answer
+
+    def _call(self, found: Found, scope: Scope) -> Call:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         request_id = request_id_of(headers.get("x-request-id"))
         more = () if self.cors is None else self.cors.raw_headers(headers)
-        sender = Sender(scope, send, request_id, more, as_events=wants_events(headers.get("accept")))
-        try:
-            await self._serve(_Call(found, scope, headers, request_id), receive, sender)
-        except Exception as error:
-            await self._refuse(error, scope, request_id, sender)
-        finally:
-            if access_logger.isEnabledFor(logging.INFO):
-                _log(scope, sender.status or CLIENT_GONE, time.perf_counter() - began, request_id)
+        return Call(found, scope, headers, Writer(request_id, more))
 
-    async def _serve(self, call: _Call, receive: Receive, sender: Sender) -> None:
-        scope = call.scope
-        if b"%2" in scope["raw_path"] and b"%2f" in scope["raw_path"].lower():
-            raise InvalidArgument("path", scope["path"], "one whose names have no '/' in them")
-        method = scope["method"]
-        self.guard.admit(method, scope["path"], call.header)
-        if method not in call.found.route.methods:
-            await self._answer_method(call, sender)
+    async def _serving(self, call: Call, sender: Sender, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            await sender.error(self.refuse(error, call), for_kserve=is_kserves(call.scope["path"]))
+        finally:
+            call.log(sender.status or CLIENT_GONE)
+
+    async def _answer(self, call: Call, receive: Receive, sender: Sender) -> None:
+        self._admit(call)
+        if call.scope["method"] == "OPTIONS":
+            more = () if self.cors is None else self.cors.preflight_headers(call.headers, call.allowed)
+            await sender.whole(call.writer.empty([(b"allow", ", ".join(call.allowed).encode()), *more]))
             return
         content = await self._body(call, receive)
-        if content is None:
-            return  # the client is gone
+        if content is not None:  # else the client is gone
+            await self._send_answer(self._ask(call, content), receive, sender)
+
+    async def _send_answer(self, stream: AnswerStream, receive: Receive, sender: Sender) -> None:
         task = asyncio.current_task()
         assert task is not None  # an ASGI server calls from one
         watcher = None if sender.on_disconnect(task.cancel) else asyncio.create_task(_watch(receive, task.cancel))
-        stream = self._ask(call, content)
         try:
-            first = await stream.next_body()
-            if first is not None and stream.is_complete and not sender.streams_always:
-                await sender.whole(first)
-            else:
-                await _send_parts(first, stream, sender)
+            await sender.answer(stream)
         except BaseException:
             stream.close()
             raise
@@ -155,18 +192,23 @@ class Predictions:
             if watcher is not None:
                 watcher.cancel()
 
-    async def _answer_method(self, call: _Call, sender: Sender) -> None:
-        allowed = [*call.found.route.methods, "OPTIONS"]
-        if call.scope["method"] != "OPTIONS":
-            raise falcon.HTTPMethodNotAllowed(allowed)
-        more = () if self.cors is None else self.cors.preflight_headers(call.headers, allowed)
-        await sender.empty([(b"allow", ", ".join(allowed).encode()), *more])
+    def _admit(self, call: Call) -> None:
+        scope = call.scope
+        if b"%2" in scope["raw_path"] and b"%2f" in scope["raw_path"].lower():
+            raise InvalidArgument("path", scope["path"], "one whose names have no '/' in them")
+        method = scope["method"]
+        self.guard.admit(method, scope["path"], call.headers.get)
+        if method not in call.found.route.methods and method != "OPTIONS":
+            raise falcon.HTTPMethodNotAllowed(call.allowed)
 
-    async def _body(self, call: _Call, receive: Receive) -> bytes | bytearray | None:
+    def _is_of_size(self, call: Call) -> bool:
+        length = call.headers.get("content-length")
+        return length is None or int(length) <= self.settings.max_request_size
+
+    async def _body(self, call: Call, receive: Receive) -> bytes | bytearray | None:
         """Return the body; None if the client went while it came."""
         limit = self.settings.max_request_size
-        length = call.headers.get("content-length")
-        if length is not None and int(length) > limit:
+        if not self._is_of_size(call):
             raise BodyTooLarge(limit)
         message = await receive()
         content: bytes | bytearray = message.get("body", b"")
@@ -182,7 +224,7 @@ class Predictions:
             raise BodyTooLarge(limit)
         return content
 
-    def _ask(self, call: _Call, content: bytes | bytearray) -> AnswerStream:
+    def _ask(self, call: Call, content: bytes | bytearray) -> AnswerStream:
         """Queue the request."""
         headers, route = call.headers, call.found.route
         timeout_s, priority = wishes_of(headers)
@@ -224,33 +266,35 @@ class Predictions:
         held = f"{len(names)} models are" if names else "no model is"
         raise ParameterRequired("model_name", f" It may be left out only where one model is registered; here {held}.")
 
-    async def _refuse(self, error: Exception, scope: Scope, request_id: str, sender: Sender) -> None:
-        answer = answer_for_caller(error, shows_all=self.settings.show_handler_errors)
-        line = answer.message.partition("\n")[0]
-        if not is_known(error):
-            logger.error("%s %r failed (request %s)", scope["method"], scope["path"], request_id, exc_info=error)
-        elif answer.code >= 500:
-            # The rest of it, a worker's traceback, has been logged where it happened.
-            logger.warning("%s %r: %s (request %s)", scope["method"], scope["path"], line, request_id)
-        await sender.error(answer, for_kserve=is_kserves(scope["path"]))
-
 
 _KSERVES = frozenset({Form.V1, Form.V1_EXPLAIN, Form.V2})
 
 
 @define(eq=False)
-class _Call:
+class Call:
     """One request."""
 
     found: Found
     scope: Scope
     headers: Mapping[str, str]
     """By their names in lower case; of several of one name the last."""
-    request_id: str
+    writer: Writer
+    began: float = field(factory=time.perf_counter, init=False)
 
-    def header(self, name: str) -> str | None:
-        """Return a header by its name in any case; None if it is not there."""
-        return self.headers.get(name.lower())
+    @property
+    def request_id(self) -> str:
+        """The caller's, or one of ours."""
+        return self.writer.request_id
+
+    @property
+    def wants_events(self) -> bool:
+        """Whether the client asks for server-sent events."""
+        return wants_events(self.headers.get("accept"))
+
+    @property
+    def allowed(self) -> Sequence[str]:
+        """The methods that its path is served for."""
+        return [*self.found.route.methods, "OPTIONS"]
 
     def query(self) -> Sequence[tuple[str, str]]:
         """Return the fields of the query."""
@@ -263,36 +307,80 @@ class _Call:
         except ValueError:
             raise BadRequest(f"There are more than {MOST_PARAMETERS} parameters") from None
 
+    def log(self, code: int) -> None:
+        """Write its line of the access log."""
+        scope = self.scope
+        seconds = time.perf_counter() - self.began
+        path, query = scope["raw_path"], scope["query_string"]
+        log_request(scope.get("client"), scope["method"], path, query, code, seconds, self.request_id)
+
+
+class AtOnce:
+    """A request that is served without a task: from the callback that has the end of it to that which has its answer.
+
+    A task, the coroutines in it and its wake-up cost as much as all the rest of a small request.
+    """
+
+    __slots__ = ("_call", "_exchange", "_is_over", "_predictions", "_stream")
+
+    def __init__(self, predictions: Predictions, call: Call) -> None:
+        self._predictions = predictions
+        self._call = call
+        self._is_over = False
+
+    @property
+    def max_body_bytes(self) -> int:
+        """How large the body may be; a larger one is for a task."""
+        return self._predictions.settings.max_request_size
+
+    def serve(self, content: bytes | bytearray, exchange: Exchange) -> None:
+        """Queue the request, and have it answered when that is possible."""
+        self._exchange = exchange
+        try:
+            self._stream = self._predictions.ask_at_once(self._call, content)
+        except Exception as error:
+            self._refuse(error)
+            return
+        exchange.on_disconnect(self._leave)
+        if self._stream.call_when_due(self._answer):
+            self._answer()
+
+    def _leave(self) -> None:
+        """Have nothing more of it: the client has gone."""
+        if not self._is_over:
+            self._is_over = True
+            self._stream.close()
+            self._call.log(CLIENT_GONE)
+
+    def _answer(self) -> None:
+        if self._is_over:
+            return
+        try:
+            whole = None if self._call.wants_events else self._stream.whole_body()
+            if whole is not None:
+                self._respond(self._call.writer.whole(whole))
+                return
+        except Exception as error:
+            self._refuse(error)
+            return
+        self._is_over = True
+        self._exchange.hand_over(partial(self._predictions.finish, self._call, self._stream))
+
+    def _refuse(self, error: Exception) -> None:
+        answer = self._predictions.refuse(error, self._call)
+        self._respond(self._call.writer.error(answer, for_kserve=is_kserves(self._call.scope["path"])))
+
+    def _respond(self, message: Message) -> None:
+        self._is_over = True
+        self._exchange.respond(*message)
+        self._call.log(message[0])
+
 
 async def _watch(receive: Receive, on_disconnect: Callable[[], Any]) -> None:
     """Call ``on_disconnect`` when the client is gone: the way of servers that tell nobody by themselves."""
     while (await receive())["type"] != "http.disconnect":
         pass
     on_disconnect()
-
-
-async def _send_parts(first: Response | None, stream: AnswerStream, sender: Sender) -> None:
-    if first is None:  # an answer in parts that has none
-        first = Response()
-    if not sender.takes_parts:
-        await sender.whole(await _joined(first, stream))
-        return
-    await sender.begin(first)
-    part: Response | None = first
-    while part is not None:
-        await sender.part(part.body)
-        part = await stream.next_body()
-    await sender.end()
-
-
-async def _joined(first: Response, stream: AnswerStream) -> Response:
-    """Return a whole answer, for a client that takes no other."""
-    bodies = [first.body]
-    while (part := await stream.next_body()) is not None:
-        bodies.append(part.body)
-    if len(bodies) > 1:
-        first.body = b"".join(bodies)
-    return first
 
 
 def _header_length(headers: Mapping[str, str]) -> int:
@@ -308,9 +396,3 @@ def _attributes(text: str) -> dict[str, str]:
     """Return the attributes of SageMaker's header: ``name=value``, separated by commas."""
     pairs = (pair.partition("=") for pair in text.split(","))
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _log(scope: Scope, code: int, seconds: float, request_id: str) -> None:
-    host, port = scope.get("client") or ("-", "-")
-    path, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
-    log_request(f"{host}:{port}", scope["method"], path, query, code, seconds, request_id)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from attrs import define
 
 from torchmgmt import Response
+from torchmgmt.http.asgi import Scope, Send
 from torchmgmt.http.errors import Answer, AnswerNotSendable
 from torchmgmt.http.middleware import NO_CACHE
-from torchmgmt.http.mount import Scope, Send
 from torchmgmt.http.uvicorn_parts import EXCHANGE, Exchange
 
-__all__ = ["EVENT_STREAM", "Sender", "wants_events"]
+if TYPE_CHECKING:
+    from torchmgmt import AnswerStream
+
+__all__ = ["EVENT_STREAM", "Message", "Sender", "Writer", "takes_parts", "wants_events"]
 
 EVENT_STREAM = "text/event-stream"
 
@@ -26,20 +32,56 @@ _OF_THE_CONNECTION = frozenset(
 _WITHOUT_BODY = frozenset({204, 205, 304})
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
+Message: TypeAlias = "tuple[int, str, list[tuple[bytes, bytes]], bytes | bytearray | memoryview]"
+"""A whole answer: status, phrase ("": the usual one), all headers of its own, body."""
+
+
+@define
+class Writer:
+    """Writes whole answers to one request."""
+
+    request_id: str
+    more_headers: Sequence[tuple[bytes, bytes]] = ()
+
+    def whole(self, response: Response) -> Message:
+        """Return an answer that is complete.
+
+        Raises:
+            AnswerNotSendable: the handler has set a status or a header that cannot be sent.
+        """
+        headers = [*self.headers(), (b"content-type", _content_type(response))]
+        if response.headers or response.phrase or response.status != 200:
+            headers = _merged(headers, response)
+        return _message(response.status, response.phrase, headers, response.body)
+
+    def error(self, answer: Answer, *, for_kserve: bool) -> Message:
+        """Return an error."""
+        headers = [*self.headers(), (b"content-type", b"application/json")]
+        headers += [
+            (name.lower().encode(), value.encode("latin-1", "replace")) for name, value in answer.headers.items()
+        ]
+        return _message(answer.code, "", headers, answer.body(for_kserve=for_kserve))
+
+    def empty(self, headers: Sequence[tuple[bytes, bytes]]) -> Message:
+        """Return 200 without a body."""
+        return _message(200, "", [*self.headers(), *headers], b"")
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that every answer has."""
+        return [(b"x-request-id", self.request_id.encode("latin-1")), *_NO_CACHE, *self.more_headers]
+
 
 class Sender:
     """Sends the answer to one request. ``status`` is what was sent, 0 before that. For the event loop's thread."""
 
-    def __init__(
-        self, scope: Scope, send: Send, request_id: str, more_headers: Sequence[tuple[bytes, bytes]], *, as_events: bool
-    ) -> None:
+    def __init__(self, scope: Scope, send: Send, writer: Writer, *, as_events: bool) -> None:
         self.status = 0
         self.is_streaming = False
         self._send = send
         self._exchange: Exchange | None = scope.get(EXCHANGE)
-        self._own = [(b"x-request-id", request_id.encode("latin-1")), *_NO_CACHE, *more_headers]
+        self._writer = writer
         self._as_events = as_events
-        self.takes_parts: bool = scope["http_version"] != "1.0"  # which has no chunks
+        self._takes_parts = takes_parts(scope)
 
     def on_disconnect(self, callback: Callable[[], object] | None) -> bool:
         """Have ``callback`` called if the client goes; return whether this connection can tell."""
@@ -48,59 +90,61 @@ class Sender:
         self._exchange.on_disconnect(callback)
         return True
 
-    @property
-    def streams_always(self) -> bool:
-        """Whether the client wants events, be there one part or many."""
-        return self._as_events and self.takes_parts
+    async def answer(self, stream: AnswerStream) -> None:
+        """Send an answer as it comes: whole, or in parts.
 
-    async def whole(self, response: Response) -> None:
-        """Send an answer that is complete.
-
-        Raises:
-            AnswerNotSendable: the handler has set a status or a header that cannot be sent.
+        Raises what ended the request, and AnswerNotSendable as :meth:`Writer.whole` does.
         """
-        headers = [*self._own, (b"content-type", _content_type(response))]
-        if response.headers or response.phrase or response.status != 200:
-            headers = _merged(headers, response)
-        await self._respond(response.status, response.phrase, headers, response.body)
+        first = await stream.next_body()
+        if first is not None and stream.is_complete and not (self._as_events and self._takes_parts):
+            await self.whole(self._writer.whole(first))
+            return
+        first = first or Response()  # an answer in parts that has none
+        if not self._takes_parts:
+            await self.whole(self._writer.whole(await _joined(first, stream)))
+            return
+        await self._begin(first)
+        part: Response | None = first
+        while part is not None:
+            await self._part(part.body)
+            part = await stream.next_body()
+        await self._end()
 
     async def error(self, answer: Answer, *, for_kserve: bool) -> None:
         """Send an error; where the answer has begun already, end it so that the error is seen."""
         if self.is_streaming:
             await self._break_off(answer, for_kserve=for_kserve)
+        else:
+            await self.whole(self._writer.error(answer, for_kserve=for_kserve))
+
+    async def whole(self, message: Message) -> None:
+        """Send an answer that is complete."""
+        self.status, _phrase, headers, body = message
+        if self._exchange is not None:
+            await self._exchange.has_room()
+            self._exchange.respond(*message)
             return
-        headers = [*self._own, (b"content-type", b"application/json")]
-        headers += [
-            (name.lower().encode(), value.encode("latin-1", "replace")) for name, value in answer.headers.items()
-        ]
-        await self._respond(answer.code, "", headers, answer.body(for_kserve=for_kserve))
+        await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
-    async def empty(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Send 200 without a body."""
-        await self._respond(200, "", [*self._own, *headers], b"")
-
-    async def begin(self, first: Response) -> None:
-        """Begin an answer in parts, with the first one's status and headers; send that with :meth:`part`.
-
-        Raises:
-            AnswerNotSendable: as :meth:`whole`.
-        """
+    async def _begin(self, first: Response) -> None:
+        """Begin an answer in parts, with the first one's status and headers; send that with :meth:`_part`."""
         content_type = EVENT_STREAM.encode() if self._as_events else _content_type(first)
-        headers = [*self._own, (b"content-type", content_type)]
+        headers = [*self._writer.headers(), (b"content-type", content_type)]
         headers.append((b"x-accel-buffering", b"no"))  # a proxy that collects the parts would make them one
         if first.headers or first.phrase or first.status != 200:
             headers = _merged(headers, first)
         self.status, self.is_streaming = first.status, True
         await self._send({"type": "http.response.start", "status": first.status, "headers": headers})
 
-    async def part(self, body: bytes | bytearray | memoryview) -> None:
+    async def _part(self, body: bytes | bytearray | memoryview) -> None:
         """Send a part; waits while the client takes nothing."""
         if self._as_events:
             body = _event(bytes(body).decode("utf-8", "replace"))
         if body:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def end(self) -> None:
+    async def _end(self) -> None:
         """End an answer in parts."""
         await self._send({"type": "http.response.body", "body": _event("", "end") if self._as_events else b""})
 
@@ -113,19 +157,25 @@ class Sender:
         else:  # whatever server this is, it must not end the body well
             raise ConnectionAbortedError(answer.message)
 
-    async def _respond(
-        self, status: int, phrase: str, headers: list[tuple[bytes, bytes]], body: bytes | bytearray | memoryview
-    ) -> None:
-        self.status = status
-        if status in _WITHOUT_BODY:
-            body = b""
-        if status not in {204, 304}:
-            headers.append((b"content-length", b"%d" % len(body)))
-        if self._exchange is not None:
-            await self._exchange.respond(status, phrase, headers, body)
-            return
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+
+async def _joined(first: Response, stream: AnswerStream) -> Response:
+    """Return a whole answer, for a client that takes no other."""
+    bodies = [first.body]
+    while (part := await stream.next_body()) is not None:
+        bodies.append(part.body)
+    if len(bodies) > 1:
+        first.body = b"".join(bodies)
+    return first
+
+
+def _message(
+    status: int, phrase: str, headers: list[tuple[bytes, bytes]], body: bytes | bytearray | memoryview
+) -> Message:
+    if status in _WITHOUT_BODY:
+        body = b""
+    if status not in {204, 304}:
+        headers.append((b"content-length", b"%d" % len(body)))
+    return status, phrase, headers, body
 
 
 def _content_type(response: Response) -> bytes:
@@ -161,6 +211,11 @@ def _event(text: str, kind: str = "") -> bytes:
     lines = [f"event: {kind}"] if kind else []
     lines += [f"data: {line}" for line in _LINE_END.split(text)]
     return ("\n".join(lines) + "\n\n").encode()
+
+
+def takes_parts(scope: Scope) -> bool:
+    """Whether a client takes an answer in parts: HTTP 1.0 has no chunks."""
+    return bool(scope["http_version"] != "1.0")
 
 
 def wants_events(accept: str | None) -> bool:

@@ -14,21 +14,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import frozen
 
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.http import operations as ops
 from torchmgmt.http.addresses import Addresses, BoundAddress, Role
+from torchmgmt.http.asgi import ASGIApp
 from torchmgmt.http.asgi_server import ASGIServer, no_work
 from torchmgmt.http.callers import log_who_may_call
 from torchmgmt.http.contract import contract_of
-from torchmgmt.http.inference import create_inference_app
+from torchmgmt.http.inference import InferenceApp, create_inference_app
 from torchmgmt.http.limits import Limits, connection_limit
 from torchmgmt.http.management import create_app
 from torchmgmt.http.management_server import CLOSE_TIMEOUT_S, THREADS, ManagementServer
-from torchmgmt.http.mount import ASGIApp, MountedWSGI, Paths, counted
+from torchmgmt.http.mount import MountedWSGI, Paths, counted
 from torchmgmt.http.operations import Operation
 from torchmgmt.http.sockets import address_of, bind
 from torchmgmt.http.tls import tls_context
@@ -172,14 +173,24 @@ def start_server(
             max_body_bytes=settings.max_request_size,
         )
     draining = threading.Event()
-    app = _application(manager, bound, settings, keys, mounted, metrics, is_loading, draining.is_set)
+    inference = None
+    if Role.INFERENCE in bound.roles:
+        inference = create_inference_app(
+            manager,
+            settings=settings,
+            keys=keys,
+            is_loading=is_loading,
+            is_draining=draining.is_set,
+            **({} if mounted is None else _of_both_apis(settings)),
+        )
     return ASGIServer(
-        app,
+        _application(bound, inference, mounted, metrics),
         bound.sock,
         name=name,
         tls=bound.tls,
         mounted=mounted,
         limits=limits,
+        begin=None if inference is None else inference.begin,
         on_drain=draining.set,
         on_response=on_response,
         run_on=manager.run_on if Role.INFERENCE in bound.roles else no_work,
@@ -187,41 +198,28 @@ def start_server(
 
 
 def _application(
-    manager: ModelManager,
-    bound: BoundAddress,
-    settings: Settings,
-    keys: Keys,
-    mounted: MountedWSGI | None,
-    metrics: ASGIApp | None,
-    is_loading: Callable[[], bool],
-    is_draining: Callable[[], bool],
+    bound: BoundAddress, inference: InferenceApp | None, mounted: MountedWSGI | None, metrics: ASGIApp | None
 ) -> ASGIApp:
     by_segment: dict[str, ASGIApp] = {}
     if metrics is not None and Role.METRICS in bound.roles:
         by_segment["metrics"] = metrics
-    if Role.INFERENCE not in bound.roles:
+    if inference is None:
         default = mounted or metrics
         if default is None:
             raise ValueError("nothing is to be served")
         return Paths(by_segment, default)
-    operations: tuple[Operation, ...] = ops.INFERENCE
-    title = "torchmgmt Inference API"
-    if mounted is not None:
-        by_segment.update(dict.fromkeys(_segments(ops.MANAGEMENT) - INFERENCE_SEGMENTS, mounted))
-        operations = (*contract_of(settings).operations().values(), *ops.INFERENCE)
-        title = "torchmgmt Management and Inference API"
-    inference = create_inference_app(
-        manager,
-        settings=settings,
-        keys=keys,
-        is_loading=is_loading,
-        is_draining=is_draining,
-        title=title,
-        operations=operations,
-    )
     if mounted is None:
         return Paths(by_segment, inference) if by_segment else inference
+    by_segment.update(dict.fromkeys(_segments(ops.MANAGEMENT) - INFERENCE_SEGMENTS, mounted))
     return Paths(by_segment, inference, ((INVOKE, inference), (REPOSITORY, mounted)))
+
+
+def _of_both_apis(settings: Settings) -> dict[str, Any]:
+    """Return how the API description names, and lists, what one address serves."""
+    return {
+        "title": "torchmgmt Management and Inference API",
+        "operations": (*contract_of(settings).operations().values(), *ops.INFERENCE),
+    }
 
 
 def _segments(operations: tuple[Operation, ...]) -> set[str]:

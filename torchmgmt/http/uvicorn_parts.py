@@ -10,14 +10,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import httptools
 import uvicorn
+from attrs import frozen
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from torchmgmt.http.asgi import ASGIApp, Scope
 from torchmgmt.http.errors import Answer, answer_for_code
 from torchmgmt.http.limits import MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
 from torchmgmt.http.middleware import request_id_of, response_headers
@@ -36,6 +38,28 @@ OVERHEAD_PER_BODY_BYTE = 8
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 EXCHANGE = "torchmgmt.exchange"
 """Where in the scope of a request its :class:`Exchange` is."""
+
+
+class WholeRequest(Protocol):
+    """Serves a request once all of it is there."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """How large the body may be; a larger one is served as other requests are."""
+
+    def serve(self, content: bytearray, exchange: Exchange, /) -> None:
+        """Serve it. On the event loop; must not block, nor raise."""
+
+
+@frozen
+class Serving:
+    """How an application is called for each request: ``begin`` may return what serves it without a task."""
+
+    begin: Callable[[Scope], WholeRequest | None]
+    on_answer: Callable[[int], object]
+    """Told the code of each answer to these."""
+    guard: Callable[[ASGIApp], ASGIApp]
+    """What is called in a task is called through this."""
 
 
 class Exchange:
@@ -60,11 +84,18 @@ class Exchange:
         if callback is not None and self._cycle.disconnected:
             callback()
 
-    async def respond(self, status: int, phrase: str, headers: Headers, body: bytes | bytearray | memoryview) -> None:
-        """Send a whole answer at once. ``headers`` have its length, and nothing in them that HTTP forbids."""
+    def hand_over(self, app: ASGIApp) -> None:
+        """Have ``app`` answer, in a task, what was to be answered without one."""
+        self._protocol.hand_over(self._cycle, app)
+
+    async def has_room(self) -> None:
+        """Wait until the client has taken most of what it was sent before, or is gone."""
+        if self._cycle.flow.write_paused and not self._cycle.disconnected:
+            await self._cycle.flow.drain()
+
+    def respond(self, status: int, phrase: str, headers: Headers, body: bytes | bytearray | memoryview) -> None:
+        """Send a whole answer. ``headers`` have its length, and nothing in them that HTTP forbids."""
         cycle = self._cycle
-        if cycle.flow.write_paused and not cycle.disconnected:
-            await cycle.flow.drain()
         if cycle.disconnected:
             return
         if cycle.response_started:
@@ -92,13 +123,18 @@ class Exchange:
         cycle.message_event.set()
         if not cycle.keep_alive:
             cycle.transport.close()
-        cycle.on_response()
+        on_response, cycle.on_response = cycle.on_response, _nothing  # which refers to what has the cycle
+        on_response()
 
     def cut(self) -> None:
         """End the connection in the middle of the answer, so that nobody takes it for a whole one."""
         self._protocol.on_disconnect = None
         self._cycle.disconnected = True
         self._cycle.transport.close()
+
+
+def _nothing() -> None:
+    """Do what is to be done a second time."""
 
 
 # Two writes cost a system call more, joining them a copy.
@@ -151,17 +187,22 @@ class LimitedProtocol(HttpToolsProtocol):
         limits: Limits,
         on_lost: Callable[[], None],
         half_sent_grace_s: float,
+        serving: Serving | None = None,
     ) -> None:
         super().__init__(config, server_state, {})
         self.logger = logger
         self.limits = limits
+        self._serving = serving
+        self._held: WholeRequest | None = None  # what serves the request whose body comes, if that needs no task
+        self._whole: tuple[WholeRequest, RequestResponseCycle] | None = None  # the same once all of it has come
         self._on_lost = on_lost
         self._half_sent_grace_s = half_sent_grace_s
         self._phase = Phase.NOTHING
         self._began = 0.0  # the phase, or else the last moment at which something of ours was awaited
         self._requests = 0
         self._unanswered = 0
-        self._head_bytes = 0
+        self._head_bytes = 0  # that came while nothing of it could be told apart
+        self._head_size = 0  # of what was told apart, but for the first line
         self._hosts = 0
         self._framed_bytes = self._body_bytes = 0
         self._write_paused_at = 0.0
@@ -183,6 +224,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         super().connection_lost(exc)
+        self._release()
         self.pipeline.clear()
         self._on_lost()
         if self.on_disconnect is not None:
@@ -199,7 +241,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._began = self.loop.time()
         if self._ends_at < float("inf"):
             self._end_within(self._half_sent_grace_s)
-        elif self._is_answering:
+        elif self.is_answering:
             if self._refusal is None:
                 self.cycle.keep_alive = False
         elif self._phase is Phase.NOTHING:
@@ -228,6 +270,15 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             if requests == self._requests and phase is self._phase:
                 self._count(phase, len(data))
+        if self._whole is not None:  # only now: the parser is not to be in the middle of something
+            self._serve_whole(*self._whole)
+
+    def _serve_whole(self, request: WholeRequest, cycle: RequestResponseCycle) -> None:
+        self._whole = None
+        body, cycle.body = cycle.body, bytearray()
+        exchange = Exchange(self, cycle)
+        exchange.on_answer = self._serving.on_answer if self._serving is not None else None
+        request.serve(body, exchange)
 
     def _count(self, phase: Phase, received: int) -> None:
         """Count what the parser may be holding back, having called nobody."""
@@ -246,19 +297,23 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._requests += 1
         self._phase, self._began = Phase.HEAD, self.loop.time()
-        self._head_bytes = self._hosts = 0
+        self._head_bytes = self._head_size = self._hosts = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header has come, or a trailer; trailers are dropped, as nobody may take them for headers."""
         if self._phase is Phase.BODY:
             return
-        super().on_header(name, value)
-        self._hosts += self.headers[-1][0] == b"host"
+        name = name.lower()
+        self._head_size += len(name) + len(value) + 4
+        if name == b"host":
+            self._hosts += 1
+        elif name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Refuse what must not be served, and begin to serve the rest."""
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self.limits.head_bytes:
+        if len(self.url) + self._head_size > self.limits.head_bytes:
             self._refuse_head()
         elif self.parser.get_http_version() not in {"1.1", "1.0"}:
             self._refuse(answer_for_code(400, NOT_HTTP_1))
@@ -269,22 +324,52 @@ class LimitedProtocol(HttpToolsProtocol):
         self._phase, self._began = Phase.BODY, self.loop.time()
         self._framed_bytes = self._body_bytes = 0
         super().on_headers_complete()
-        # The cycle's task has not begun yet, so it finds this.
-        scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]  # ASGI allows more keys than its TypedDict has
-        scope[EXCHANGE] = Exchange(self, self.cycle)
         self._unanswered += 1
         if self._is_stopping or self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Begin to serve a request whose head has come, if it is not one that waits for its body first."""
+        scope: dict[str, Any] = cycle.scope  # type: ignore[assignment]  # ASGI allows more keys than its TypedDict has
+        # Not one that is told to send its body: it must be read first.
+        if self._serving is not None and not (self.flow.write_paused or self.expect_100_continue):
+            self._held = self._serving.begin(scope)
+        if self._held is None:
+            self._start_task(cycle, app)
+
+    def _start_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        # The task has not begun yet, so it finds this.
+        scope: dict[str, Any] = cycle.scope  # type: ignore[assignment]  # ASGI allows more keys than its TypedDict has
+        scope[EXCHANGE] = Exchange(self, cycle)
+        super()._start_asgi_task(cycle, app)
+
+    def _release(self) -> None:
+        """Have a task serve, or refuse, the request whose body comes."""
+        if self._held is not None:
+            self._held = None
+            self._start_task(self.cycle, self.app)
+
+    def hand_over(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
+        """Have ``app`` answer, in a task, a request that is there."""
+        self.on_disconnect = None
+        self._start_task(cycle, self._serving.guard(app) if self._serving is not None else app)
+
     def on_body(self, body: bytes) -> None:
         """Part of the body has come."""
         self._body_bytes += len(body)
-        super().on_body(body)
+        if self._held is None:
+            super().on_body(body)
+            return
+        self.cycle.body += body
+        if self._body_bytes > self._held.max_body_bytes:
+            self._release()
 
     def on_message_complete(self) -> None:
         """All of a request has come."""
         super().on_message_complete()
         self._phase, self._began = Phase.NOTHING, self.loop.time()
+        if self._held is not None:
+            self._whole, self._held = (self._held, self.cycle), None
         if len(self.pipeline) >= MOST_WAITING_REQUESTS:
             self.cycle.keep_alive = False
             self._is_deaf = True
@@ -305,13 +390,14 @@ class LimitedProtocol(HttpToolsProtocol):
             self._give_up_request()
         self._phase = Phase.NOTHING
         self._refusal = answer
-        if not self._is_answering:
+        if not self.is_answering:
             self._send_refusal()
 
     def _give_up_request(self) -> None:
         """Tell the application, if it was called already, that the rest of the request will not come."""
         if self.pipeline:
             self.pipeline.popleft()
+        self._release()
         self._unanswered -= 1
         self.cycle.disconnected = True
         self.cycle.response_complete = True
@@ -342,7 +428,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # --- what is answered, and what takes too long --------------------------------------------------------------------
 
     @property
-    def _is_answering(self) -> bool:
+    def is_answering(self) -> bool:
         """Whether there is a request, all of which has come, without its answer."""
         is_receiving = self._phase is Phase.BODY and not self.cycle.response_complete
         return self._unanswered > is_receiving
@@ -357,9 +443,8 @@ class LimitedProtocol(HttpToolsProtocol):
             # As uvicorn has it, but for its timer: check_deadlines ends idle connections, and a timer for each request is dear.
             self.flow.resume_reading()
             if self.pipeline:
-                cycle, app = self.pipeline.pop()
-                self._start_asgi_task(cycle, app)
-        if self._refusal is not None and not self._is_answering:
+                self._start_task(*self.pipeline.pop())
+        if self._refusal is not None and not self.is_answering:
             self._send_refusal()
 
     def check_deadlines(self, now: float) -> None:
@@ -368,7 +453,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._check_closing(now)
         elif now >= self._ends_at or (self.flow.write_paused and now - self._write_paused_at >= self.limits.write_s):
             self.transport.abort()
-        elif self.flow.write_paused or self._is_answering or self._is_deaf:
+        elif self.flow.write_paused or self.is_answering or self._is_deaf:
             self._began = now
         elif self._phase is Phase.NOTHING:
             if now - self._began >= (self.limits.idle_s if self._requests else self.limits.head_s):

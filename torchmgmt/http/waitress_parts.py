@@ -78,9 +78,11 @@ class JSONErrorTask(ErrorTask):
         self._log(request, answer.code, request_id)
 
     def _log(self, request: Any, code: int, request_id: str) -> None:
-        client = ":".join(str(part) for part in cast("Any", self.channel).addr[:2])
+        client = cast("Any", self.channel).addr[:2]
         method, path, query = (getattr(request, name, "") for name in ("command", "path", "query"))
-        log_request(client, method or "-", quote(path or "-"), query, code, time.time() - self.start_time, request_id)
+        seconds = time.time() - self.start_time
+        raw_path, raw_query = quote(path or "-").encode(), (query or "").encode("latin-1", "replace")
+        log_request(client, method or "-", raw_path, raw_query, code, seconds, request_id)
 
 
 def _answer_for(error: Any, max_body_bytes: int, max_head_bytes: int) -> Answer:
