@@ -128,7 +128,7 @@ class AnswerStream:
         with self._lock:
             if self._parts or self._is_read:
                 return None
-            last = self._last if self._error is None else self._fail()
+            last = self._last if self._error is None else self._fail_locked()
             if last is None or not last.segments:
                 return None
             self._is_read = True
@@ -179,7 +179,7 @@ class AnswerStream:
         return self._state is _CANCELLED
 
     def exception(self) -> BaseException | None:
-        """Return what ended it, if that was an error. It has ended."""
+        """Return what ended it, if that was an error that nobody has read. It has ended."""
         return self._error
 
     def set_running_or_notify_cancel(self) -> bool:
@@ -271,16 +271,17 @@ class AnswerStream:
             if self._is_read:
                 return None
             self._is_read = True
-            last = self._last if self._error is None else self._fail()
+            last = self._last if self._error is None else self._fail_locked()
         return last if last is not None and last.segments else None
 
-    def _fail(self) -> NoReturn:
-        """Raise what ended it."""
-        assert self._error is not None  # whoever calls this has looked
+    def _fail_locked(self) -> NoReturn:
+        """Raise what ended it, once: the error refers to frames that have the stream, so the stream lets go of it."""
+        error, self._error = self._error, None
+        self._is_read = True
         try:
-            raise self._error
+            raise error or InvalidStateError("it has not ended")
         finally:
-            del self  # the error refers to this frame, which may not refer to the error
+            del error  # it refers to this frame
 
     def _check_process(self) -> None:
         if forks.depth() != self._depth:

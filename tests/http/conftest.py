@@ -102,13 +102,15 @@ def serving() -> Iterator[Callable[..., Client]]:
         yield lambda manager, **more: Client(stack.enter_context(serve(manager, **more)).url)
 
 
-@pytest.fixture
-def serving_inference() -> Iterator[Callable[..., Client]]:
-    """Serve the inference address as settings have it that need not say where it really is."""
+@pytest.fixture(params=["at once", "in a task"])
+def serving_inference(request) -> Iterator[Callable[..., Client]]:
+    """Serve the inference address as settings have it that need not say where it really is, in both ways that there are."""
     with contextlib.ExitStack() as stack:
 
         def start(manager: FakeManager, **more: Any) -> Client:
-            server = ASGIServer(create_inference_app(manager, **more), bind(Address("http", "127.0.0.1", 0)))
+            app = create_inference_app(manager, **more)
+            begin = app.begin if request.param == "at once" else None
+            server = ASGIServer(app, bind(Address("http", "127.0.0.1", 0)), begin=begin)
             stack.callback(server.close)
             return Client(server.url)
 

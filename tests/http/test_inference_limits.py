@@ -7,6 +7,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 
 from tests.handlers import until
 from torchmgmt.http.limits import Limits
@@ -178,6 +179,20 @@ def test_the_end_of_the_server_answers_all_that_it_accepted(predicting, gate):
         gate.open()
         assert closing.result() is True
         assert [future.result().text for future in asked] == ["null", "7", "7", "7"]
+
+
+def test_a_server_that_may_not_wait_says_that_it_cut_something_off(predicting, gate):
+    """What runs has no answer then, and its connection is closed; what waited is not run."""
+    made = predicting(**ONE_BY_ONE)
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(made.ask, gate.expression)]
+        until(gate.reached)
+        asked.append(threads.submit(made.ask, "7"))
+        until(lambda: waiting(made) == 1)
+        assert made.server.close(0) is False
+        until(lambda: waiting(made) == 0)
+        gate.open()
+        assert [type(future.exception()) for future in asked] == [requests.ConnectionError] * 2
 
 
 def test_readiness_falls_while_the_server_drains(predicting, gate):

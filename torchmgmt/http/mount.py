@@ -16,8 +16,9 @@ from attrs import define, field, frozen
 
 from torchmgmt.http.asgi import ASGIApp, Receive, Scope, Send
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
+from torchmgmt.http.exchange import EXCHANGE, Exchange
 from torchmgmt.http.middleware import request_id_of
-from torchmgmt.http.uvicorn_parts import EXCHANGE, Exchange, raw_headers
+from torchmgmt.http.uvicorn_parts import raw_headers
 from torchmgmt.http.waitress_parts import Dispatcher
 
 __all__ = ["LastResort", "MountedWSGI", "Paths", "counted"]

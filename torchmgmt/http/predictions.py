@@ -36,11 +36,11 @@ from torchmgmt.http.errors import (
     is_known,
     is_kserves,
 )
+from torchmgmt.http.exchange import Exchange
 from torchmgmt.http.middleware import request_id_of
 from torchmgmt.http.operation import Operation
 from torchmgmt.http.parameters import MOST_PARAMETERS
 from torchmgmt.http.sending import Message, Sender, Writer, wants_events
-from torchmgmt.http.uvicorn_parts import Exchange
 from torchmgmt.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ HEADER_LENGTH = "inference-header-content-length"
 CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 MOST_KNOWN_PATHS = 1024
 """Whose meaning is kept: callers use few, and to find it anew takes longer than much else of a request."""
+LONGEST_KNOWN_PATH = 256
 CLIENT_GONE = 499
 """What the access log has for a client that did not wait for its answer; nginx's number for that."""
 
@@ -103,21 +104,21 @@ class Predictions:
     settings: Settings
     guard: Guard
     cors: CORS | None = None
-    find: Callable[[str], Found | None] = field(init=False)
-    """Path -> what it means; None if it is none of these."""
+    _router: CompiledRouter = field(factory=CompiledRouter, init=False)
+    _find_known: Callable[[str], Found | None] = field(init=False)
 
-    @find.default
-    def _default_find(self) -> Callable[[str], Found | None]:
-        router = CompiledRouter()
+    def __attrs_post_init__(self) -> None:
         for path, route in _routes().items():
-            router.add_route(path, route)
+            self._router.add_route(path, route)
+        self._find_known = lru_cache(MOST_KNOWN_PATHS)(self._find)
 
-        @lru_cache(MOST_KNOWN_PATHS)
-        def find(path: str) -> Found | None:
-            found = router.find(path[:-1] if path[-1:] == "/" else path)
-            return None if found is None else Found(cast("Route", found[0]), found[2])
+    def find(self, path: str) -> Found | None:
+        """Return what a path means; None if it is none of these."""
+        return self._find_known(path) if len(path) <= LONGEST_KNOWN_PATH else self._find(path)
 
-        return find
+    def _find(self, path: str) -> Found | None:
+        found = self._router.find(path[:-1] if path[-1:] == "/" else path)
+        return None if found is None else Found(cast("Route", found[0]), found[2])
 
     async def serve(self, found: Found, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, from its beginning to its end."""
@@ -359,16 +360,19 @@ class AtOnce:
             whole = None if self._call.wants_events else self._stream.whole_body()
             if whole is not None:
                 self._respond(self._call.writer.whole(whole))
-                return
+            else:
+                self._is_over = True
+                self._exchange.hand_over(partial(self._predictions.finish, self._call, self._stream))
         except Exception as error:
             self._refuse(error)
-            return
-        self._is_over = True
-        self._exchange.hand_over(partial(self._predictions.finish, self._call, self._stream))
 
     def _refuse(self, error: Exception) -> None:
-        answer = self._predictions.refuse(error, self._call)
-        self._respond(self._call.writer.error(answer, for_kserve=is_kserves(self._call.scope["path"])))
+        try:
+            answer = self._predictions.refuse(error, self._call)
+            self._respond(self._call.writer.error(answer, for_kserve=is_kserves(self._call.scope["path"])))
+        except Exception:  # others have their answers from the same callback: it must end well
+            logger.exception("An answer could not be sent (request %s)", self._call.request_id)
+            self._exchange.cut()
 
     def _respond(self, message: Message) -> None:
         self._is_over = True

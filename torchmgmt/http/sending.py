@@ -12,8 +12,8 @@ from attrs import define
 from torchmgmt import Response
 from torchmgmt.http.asgi import Scope, Send
 from torchmgmt.http.errors import Answer, AnswerNotSendable
+from torchmgmt.http.exchange import EXCHANGE, Exchange
 from torchmgmt.http.middleware import NO_CACHE
-from torchmgmt.http.uvicorn_parts import EXCHANGE, Exchange
 
 if TYPE_CHECKING:
     from torchmgmt import AnswerStream
