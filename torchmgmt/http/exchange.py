@@ -24,7 +24,7 @@ class WholeRequest(Protocol):
     def max_body_bytes(self) -> int:
         """How large the body may be; a larger one is served as other requests are."""
 
-    def serve(self, content: bytearray, exchange: Exchange, /) -> None:
+    def serve(self, content: bytes, exchange: Exchange, /) -> None:
         """Serve it. On the event loop; must not block, nor raise."""
 
 

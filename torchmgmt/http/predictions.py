@@ -134,7 +134,7 @@ class Predictions:
         call = self._call(found, scope)
         return AtOnce(self, call) if self._is_of_size(call) else None
 
-    def ask_at_once(self, call: Call, content: bytes | bytearray) -> AnswerStream:
+    def ask_at_once(self, call: Call, content: bytes) -> AnswerStream:
         """Queue a request, all of which is there; raise why it is refused."""
         self._admit(call)
         return self._ask(call, content)
@@ -334,7 +334,7 @@ class AtOnce:
         """How large the body may be; a larger one is for a task."""
         return self._predictions.settings.max_request_size
 
-    def serve(self, content: bytes | bytearray, exchange: Exchange) -> None:
+    def serve(self, content: bytes, exchange: Exchange) -> None:
         """Queue the request, and have it answered when that is possible."""
         self._exchange = exchange
         try:

@@ -89,6 +89,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._serving = serving
         self._held: WholeRequest | None = None  # what serves the request whose body comes, if that needs no task
         self._whole: tuple[WholeRequest, RequestResponseCycle] | None = None  # the same once all of it has come
+        self._chunks: list[bytes] = []  # of its body
         self._on_lost = on_lost
         self._half_sent_grace_s = half_sent_grace_s
         self._phase = Phase.NOTHING
@@ -169,10 +170,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _serve_whole(self, request: WholeRequest, cycle: RequestResponseCycle) -> None:
         self._whole = None
-        body, cycle.body = cycle.body, bytearray()
+        chunks, self._chunks = self._chunks, []
         exchange = Exchange(self, cycle)
         exchange.on_answer = self._serving.on_answer if self._serving is not None else None
-        request.serve(body, exchange)
+        request.serve(chunks[0] if len(chunks) == 1 else b"".join(chunks), exchange)
 
     def _count(self, phase: Phase, received: int) -> None:
         """Count what the parser may be holding back, having called nobody."""
@@ -241,6 +242,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Have a task serve, or refuse, the request whose body comes."""
         if self._held is not None:
             self._held = None
+            self.cycle.body += b"".join(self._chunks)
+            self._chunks.clear()
             self._start_task(self.cycle, self.app)
 
     def hand_over(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
@@ -254,7 +257,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._held is None:
             super().on_body(body)
             return
-        self.cycle.body += body
+        self._chunks.append(body)
         if self._body_bytes > self._held.max_body_bytes:
             self._release()
 
