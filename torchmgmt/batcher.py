@@ -170,9 +170,11 @@ class Batcher(Generic[T, R]):
             if timeout is not None or wait_timeout is not None:
                 entry.start_by = self._deadlines.add(entry.future, now, timeout, wait_timeout)
             ready, wake_at = self._outlook_locked(now)
+            # A full batch was announced when it became full; whoever could not take it then comes back for it.
+            is_news = ready and (len(self._queue) <= self.batch_size or self._draining)
         if wake_at is not None:
             self._arm(wake_at)
-        if ready:
+        if is_news:
             self._on_ready()
 
     def may_have_some(self) -> bool:
