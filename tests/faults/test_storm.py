@@ -51,7 +51,7 @@ def samples(seconds: int = 100, **slopes: float) -> list[Sample]:
         "threads": 10,
         "processes": 12,
         "latency_ms": 2.0,
-        "http_latency_ms": 3.0,
+        "http_latency_ms": 2.0,
     }
     return [
         Sample(at_s=at, **{name: value + slopes.get(name, 0) * at for name, value in start.items()})  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def test_a_soak_in_which_nothing_grows_is_well() -> None:
         ("threads", 0.2, "threads"),
         ("processes", 0.3, "processes"),
         ("latency_ms", 0.05, "latency, median"),
-        ("http_latency_ms", 0.05, "latency over HTTP, median"),
+        ("http_latency_ms", 0.1, "latency over HTTP, median"),
     ],
 )
 def test_what_grows_is_told(figure: str, slope: float, what: str) -> None:
