@@ -1,8 +1,8 @@
 """soak: ``python -m benchmarks.soak [--seconds 3600] [--seed N]``: whether it runs for as long as it has to.
 
-Clients ask all the time, in process and over HTTP, with payloads of 10 bytes to 4 MB, while models are scaled (also over
-HTTP), registered and unregistered and processes are killed and stopped at random: the storm of ``tests/faults``. Those over
-HTTP keep their connections, and leave one in ten requests in the middle. At the end stands a verdict: no request was lost,
+Clients ask all the time, in process (with payloads of 10 bytes to 4 MB) and over HTTP (to 2 MB), while models are scaled (also
+over HTTP), registered and unregistered and processes are killed and stopped at random: the storm of ``tests/faults``. Those
+over HTTP keep their connections, and leave one in ten requests in the middle. At the end stands a verdict: no request was lost,
 nothing is left, and memory, descriptors, threads, processes and latency were at the end what they were after warming up.
 The exit status is 1 if one of that is not so.
 """
