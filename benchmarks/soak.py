@@ -1,7 +1,8 @@
 """soak: ``python -m benchmarks.soak [--seconds 3600] [--seed N]``: whether it runs for as long as it has to.
 
-Clients ask all the time, with payloads of 10 bytes to 4 MB, while models are scaled (also over HTTP), registered and
-unregistered and processes are killed and stopped at random: the storm of ``tests/faults``. At the end stands a verdict: no request was lost,
+Clients ask all the time, in process (with payloads of 10 bytes to 4 MB) and over HTTP (to 2 MB), while models are scaled (also
+over HTTP), registered and unregistered and processes are killed and stopped at random: the storm of ``tests/faults``. Those
+over HTTP keep their connections, and leave one in ten requests in the middle. At the end stands a verdict: no request was lost,
 nothing is left, and memory, descriptors, threads, processes and latency were at the end what they were after warming up.
 The exit status is 1 if one of that is not so.
 """
@@ -16,6 +17,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +56,8 @@ class Sample:
     processes: int
     latency_ms: float | None
     """The median of what small requests took that were answered since the sample before; None if they were few."""
+    http_latency_ms: float | None
+    """The same of those over HTTP."""
 
 
 @attrs.define
@@ -69,7 +73,6 @@ class Gauge:
         """Take a sample. When the storm is over there is none to take: what rests is not what rages."""
         if left_s <= 0:
             return
-        took_s = [world.took_s.popleft() for _ in range(len(world.took_s))]
         self.samples.append(
             Sample(
                 at_s=time.monotonic() - self._began_at,
@@ -78,7 +81,8 @@ class Gauge:
                 descriptors=len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - their number is enough
                 threads=threading.active_count(),
                 processes=sum(carries(pid, world.run) for pid in psutil.pids() if pid != os.getpid()),
-                latency_ms=statistics.median(took_s) * 1e3 if len(took_s) >= _FEW else None,
+                latency_ms=_median_ms(world.took_s),
+                http_latency_ms=_median_ms(world.http_took_s),
             )
         )
 
@@ -88,6 +92,12 @@ class Gauge:
             if carries(child.pid, run) and now - self._settled.setdefault(child.pid, now) > 5.0:
                 return _own_mb(child.pid)
         return None
+
+
+def _median_ms(took_s: deque[float]) -> float | None:
+    """Take what has come, which is more all the time, and return its median."""
+    new = [took_s.popleft() for _ in range(len(took_s))]
+    return statistics.median(new) * 1e3 if len(new) >= _FEW else None
 
 
 def _own_mb(pid: int) -> float | None:
@@ -142,6 +152,12 @@ _FIGURES: Mapping[str, tuple[str, Callable[[Sample], float | None], str]] = {
 }
 
 
+_LATENCIES: Mapping[str, tuple[str, Callable[[Sample], float | None]]] = {
+    "latency, median": ("latency", lambda sample: sample.latency_ms),
+    "latency over HTTP, median": ("http_latency", lambda sample: sample.http_latency_ms),
+}
+
+
 @attrs.frozen
 class Limits:
     """By how much the figures may grow while it rages: what is normal unrest, and far from a leak at each kill."""
@@ -153,9 +169,11 @@ class Limits:
     processes: float = 12.0
     latency: float = 1.5
     """The most that the latency may become of what it was."""
+    http_latency: float = 2.0
+    """The same over HTTP, where fewer ask, and now and then."""
 
 
-SHORT = Limits(parent=48.0, descriptors=100.0, processes=24.0, latency=4.0)
+SHORT = Limits(parent=48.0, descriptors=100.0, processes=24.0, latency=4.0, http_latency=6.0)
 """For half a minute, in which all is still warming up, beside other tests on a busy machine."""
 SHORT_S = 120.0
 
@@ -168,9 +186,10 @@ def trends_of(samples: Sequence[Sample], limits: Limits) -> list[Trend]:
         points = [(each.at_s, value) for each in samples if (value := value_of(each)) is not None]
         if trend := _trend(what, points, end, getattr(limits, name), unit):
             trends.append(trend)
-    latencies = [(each.at_s, each.latency_ms) for each in samples if each.latency_ms is not None]
-    if latency := _trend("latency, median", latencies, end, limits.latency, "ms", is_ratio=True):
-        trends.append(latency)
+    for what, (name, value_of) in _LATENCIES.items():
+        points = [(each.at_s, value) for each in samples if (value := value_of(each)) is not None]
+        if trend := _trend(what, points, end, getattr(limits, name), "ms", is_ratio=True):
+            trends.append(trend)
     return trends
 
 
@@ -209,11 +228,13 @@ class Verdict:
         widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
         verdict = "all is well" if not self.complaints else f"NOT WELL: {len(self.complaints)} complaints"
-        ends = f"requests: {self.report.requests}, each ended once: {'BAD' if self.report.complaints else 'ok'}"
+        over_http = sum(self.report.predictions.values())
+        well = "BAD" if self.report.complaints else "ok"
+        ends = f"requests: {self.report.requests}, {over_http} of them over HTTP, each ended once: {well}"
         return "\n".join([str(self.report), "", *(line.rstrip() for line in lines), ends, verdict])
 
 
-_MUST_BE_SEEN = {"memory of the program", "descriptors", "threads", "processes", "latency, median"}
+_MUST_BE_SEEN = {"memory of the program", "descriptors", "threads", "processes", *_LATENCIES}
 
 
 def soak(seconds: float, seed: int) -> Verdict:

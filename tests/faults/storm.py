@@ -9,6 +9,7 @@ and is begun at most once; the pools come to what was wanted; nothing is left.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import TypeAlias
@@ -27,17 +28,28 @@ import psutil
 
 from tests.faults.storm_actors import Assassin, Caller, Client, Steward, World, write_models
 from tests.faults.storm_audit import Audit
+from tests.faults.storm_http import HTTPClient
 from tests.leaks import MARK, carries, our_descriptors
 from torchmgmt import ModelManager
 from torchmgmt.errors import TorchmgmtError
 from torchmgmt.http import serve
+from torchmgmt.http.server import start_inference
+from torchmgmt.http.sockets import address_of, bind
+from torchmgmt.settings import Address
 
-__all__ = ["Look", "Remains", "Report", "storm"]
+__all__ = ["DefectsLogged", "Look", "Remains", "Report", "storm"]
 
 CLIENTS = 6
+HTTP_CLIENTS = 3
 REST_S = 60.0
 """How long the pools may take to come to what is wanted, once nobody disturbs them."""
 
+
+# libuv opens a pipe for signals with the first loop of a process and keeps it: no leak of the storm's.
+with suppress(ImportError):
+    import uvloop
+
+    uvloop.new_event_loop().close()
 
 Look: TypeAlias = Callable[[World, float], object]
 
@@ -94,9 +106,13 @@ class Report:
     requests: int
     begun: int
     outcomes: Mapping[str, int]
+    """How those in process ended."""
+    predictions: Mapping[str, int]
+    """How those over HTTP did."""
     kills: Mapping[str, int]
     steps: Mapping[str, int]
     calls: Mapping[str, int]
+    """Of the Management API."""
     before: Remains
     after: Remains
     complaints: list[str]
@@ -104,10 +120,11 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"storm of {self.seconds:g} s, seed {self.seed}: {self.requests} requests, {self.begun} begun",
-            f"  ends: {_listed(self.outcomes)}",
+            f"  in process: {_listed(self.outcomes)}",
+            f"  {sum(self.predictions.values())} predictions over HTTP: {_listed(self.predictions)}",
             f"  kills: {_listed(self.kills)}",
             f"  steps: {_listed(self.steps)}",
-            f"  over HTTP: {_listed(self.calls)}",
+            f"  management over HTTP: {_listed(self.calls)}",
             f"  before: {_fields(self.before)}",
             f"  after: {_fields(self.after)}",
         ]
@@ -160,6 +177,7 @@ def storm(
             audit.ended,
             audit.begun,
             audit.outcomes,
+            audit.predictions,
             world.kills,
             world.steps,
             world.calls,
@@ -199,12 +217,17 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
 def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
     """Let everybody loose, then see whether all comes to rest; return what is wrong."""
     wrong: list[str] = []
-    with world.manager, serve(world.manager, port=0) as server:
+    defects = DefectsLogged(wrong)
+    with defects.watched(), world.manager, serve(world.manager, port=0) as server, _inference(world, wrong) as address:
         steward = Steward(world, Random(f"{seed} steward"))
         steward.begin()
         actors = [Client(world, Random(f"{seed} client {number}"), number) for number in range(CLIENTS)]
+        over_http = [
+            HTTPClient.of(world, Random(f"{seed} HTTP client {number}"), address.host, address.port)
+            for number in range(HTTP_CLIENTS)
+        ]
         caller = Caller(world, Random(f"{seed} caller"), server.url)
-        threads = [threading.Thread(target=actor.run) for actor in (*actors, steward, caller)]
+        threads = [threading.Thread(target=actor.run) for actor in (*actors, *over_http, steward, caller)]
         assassin = threading.Thread(target=Assassin(world, Random(f"{seed} assassin")).run)
         for thread in (*threads, assassin):
             thread.start()
@@ -224,6 +247,45 @@ def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
         if report.failed_requests:
             wrong.append(f"closing found {report.failed_requests} requests that nobody waits for")
     return wrong
+
+
+@contextmanager
+def _inference(world: World, wrong: list[str]) -> Iterator[Address]:
+    """Serve predictions over HTTP; note if somebody is still waiting for an answer at the end."""
+    sock = bind(Address("http", "127.0.0.1", 0))
+    address = address_of(sock)
+    server = start_inference(world.manager, sock)
+    try:
+        yield address
+    finally:
+        if not server.close():
+            wrong.append("closing the inference address cut off requests that nobody waits for")
+
+
+class DefectsLogged(logging.Handler):
+    """Takes what only a defect is logged for: that an exception came to where none may come."""
+
+    def __init__(self, wrong: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._wrong = wrong
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._wrong.append(f"{record.name} logged: {self.format(record)}")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch who serves HTTP, and event loops, even where the rest of the log is off."""
+        loggers = [logging.getLogger(name) for name in ("torchmgmt.http", "asyncio")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(min(logger.getEffectiveLevel(), logging.ERROR))
+            logger.addHandler(self)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.removeHandler(self)
+                logger.setLevel(level)
 
 
 def _restless(world: World) -> list[str]:

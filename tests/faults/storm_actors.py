@@ -36,7 +36,21 @@ from torchmgmt.errors import (
     WorkerStartFailed,
 )
 
-__all__ = ["LONG_S", "STEADY", "Assassin", "Caller", "Client", "Request", "Steward", "World", "write_models"]
+__all__ = [
+    "GUESTS",
+    "LONG_S",
+    "SMALL",
+    "STEADY",
+    "Assassin",
+    "Caller",
+    "Client",
+    "Request",
+    "Steward",
+    "World",
+    "end",
+    "payload_of",
+    "write_models",
+]
 
 HANDLER = """
 import os, time, zlib
@@ -45,10 +59,23 @@ def handle(data, context):
     if data is None:
         return None
     fd = os.open({begun!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(fd, "".join(f"{{row['number']}} {{time.monotonic()}}\\n" for row in data).encode())
+    os.write(fd, "".join(f"{{int(row['number'])}} {{time.monotonic()}}\\n" for row in data).encode())
     os.close(fd)
-    time.sleep(max(row["pause_s"] for row in data))
-    return [(row["number"], zlib.crc32(row["payload"]), bytes(row["payload"])[::-1]) for row in data]
+    time.sleep(max(float(row["pause_s"]) for row in data))
+    return [over_http(row) if "body" in row else in_process(row) for row in data]
+
+def in_process(row):
+    return row["number"], zlib.crc32(row["payload"]), bytes(row["payload"])[::-1]
+
+def over_http(row):
+    answer = b"%d %d " % (int(row["number"]), zlib.crc32(row["body"])) + bytes(row["body"])[::-1]
+    return in_parts(answer, int(row["parts"])) if "parts" in row else answer
+
+def in_parts(answer, count):
+    step = -(-len(answer) // count)
+    for start in range(0, len(answer), step):
+        yield answer[start : start + step]
+        time.sleep(0.002)
 """
 """Notes which requests it begins and when, in one write, and answers with what only this request can be answered with."""
 
@@ -61,6 +88,8 @@ STEADY: Mapping[str, Mapping[str, Any]] = {
 LIMITS: Mapping[str, Any] = {"startup_timeout": 30, "response_timeout": 30}
 SIZES = (*[10, 100, 1000] * 30, *[100_000] * 7, *[4_000_000] * 2, 1 << 17)
 """In bytes, each as often as it is there."""
+SMALL = 1000
+"""Up to so many bytes are small: how long they take is the latency."""
 GUESTS = ("guest0", "guest1", "guest2")
 """Models that come and go, from an archive."""
 MOST_WORKERS = 3
@@ -86,6 +115,9 @@ class Request:
     is_right: bool = False
     closed_at: float = math.inf
     """When who asked has seen how it ended."""
+    is_over_http: bool = False
+    parts: int = 0
+    """In how many parts the answer is wanted; 0: whole."""
 
     @property
     def allowed(self) -> tuple[type[BaseException], ...]:
@@ -113,12 +145,14 @@ class World:
     """Those that were not checked yet."""
     took_s: deque[float] = attrs.field(factory=deque)
     """How long it took to answer each small request to a model that is always there, less what its handler slept."""
+    http_took_s: deque[float] = attrs.field(factory=deque)
+    """The same of those over HTTP."""
     unasked: set[int] = attrs.field(factory=set)
     """The numbers of rows that belong to no request of a client."""
     kills: Counter[str] = attrs.field(factory=Counter)
     steps: Counter[str] = attrs.field(factory=Counter)
     calls: Counter[str] = attrs.field(factory=Counter)
-    """Over HTTP, by their method and the status of the answer."""
+    """Of the Management API, by their method and the status of the answer."""
     wrong: list[str] = attrs.field(factory=list)
     _numbers: itertools.count[int] = attrs.field(factory=itertools.count)
 
@@ -182,9 +216,9 @@ class Client:
         try:
             answer = self.world.manager.predict(request.model, fields=row, timeout=request.limit_s)
         except BaseException as error:
-            _end(request, error)
+            end(request, error)
         else:
-            _end(request, None)
+            end(request, None)
             self._answered(request, answer)
         request.closed_at = time.monotonic()
 
@@ -193,10 +227,10 @@ class Client:
         try:
             future = self.world.manager.submit(request.model, fields=row, timeout=request.limit_s)
         except BaseException as error:
-            _end(request, error)
+            end(request, error)
             request.closed_at = time.monotonic()
             return
-        future.add_done_callback(lambda done: _end(request, done.exception()))
+        future.add_done_callback(lambda done: end(request, done.exception()))
         self._open.append((request, future))
         if len(self._open) >= 4:
             self._collect()
@@ -211,11 +245,12 @@ class Client:
 
     def _answered(self, request: Request, answer: object) -> None:
         request.is_right = _is_right(request, answer)
-        if request.size <= 1000 and request.model in STEADY:
+        if request.size <= SMALL and request.model in STEADY:
             self.world.took_s.append((request.ended_at or time.monotonic()) - request.asked_at - request.pause_s)
 
 
-def _end(request: Request, error: BaseException | None) -> None:
+def end(request: Request, error: BaseException | None) -> None:
+    """Note how a request has ended; None: with an answer."""
     request.ended_at = time.monotonic()
     request.ends += 1
     request.outcome = None if error is None else error.with_traceback(None)

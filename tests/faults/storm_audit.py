@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 
 from tests.faults.storm_actors import LONG_S, STEADY, Request, World
+from tests.faults.storm_http import BrokenOff, Left, Refused
 from torchmgmt.errors import DeadlineExceeded, WorkerDied
 
 __all__ = ["MARGIN_S", "Audit", "complaints"]
@@ -27,6 +28,9 @@ class Audit:
     ended: int = 0
     begun: int = 0
     outcomes: Counter[str] = attrs.field(factory=Counter)
+    """Of requests in process."""
+    predictions: Counter[str] = attrs.field(factory=Counter)
+    """Of requests over HTTP: the codes that they were answered with, and where their clients left."""
     steady: int = 0
     """How many asked a model that is always there."""
     steady_answered: int = 0
@@ -56,8 +60,8 @@ class Audit:
         self.wrong += complaints([request], {request.number: begun})
         self.ended += 1
         self.begun += bool(begun)
-        self.outcomes[type(request.outcome).__name__ if request.outcome else "answer"] += 1
-        if request.model in STEADY:
+        (self.predictions if request.is_over_http else self.outcomes)[_end_of(request)] += 1
+        if request.model in STEADY and not isinstance(request.outcome, Left):
             self.steady += 1
             self.steady_answered += request.is_right
 
@@ -72,6 +76,20 @@ class Audit:
             self._times.setdefault(int(number), []).append(float(when))
 
 
+def _end_of(request: Request) -> str:
+    match request.outcome:
+        case None:
+            return "200" if request.is_over_http else "answer"
+        case Refused(code=code):
+            return str(code)
+        case Left():
+            return f"left in its {request.outcome}"
+        case BrokenOff():
+            return "broken off"
+        case other:
+            return type(other).__name__
+
+
 def complaints(requests: Sequence[Request], begun: Mapping[int, list[float]]) -> Iterator[str]:
     """Say what is wrong with how requests ended; ``begun`` has the times at which each was begun, by its number."""
     for request in requests:
@@ -79,23 +97,36 @@ def complaints(requests: Sequence[Request], begun: Mapping[int, list[float]]) ->
 
 
 def _complaints_of(request: Request, begun: list[float]) -> Iterator[str]:
-    outcome = request.outcome
     if request.ends != 1:
         yield f"{request} ended {request.ends} times"
         return
     took_s = request.ended_at - request.asked_at
     if took_s > request.limit_s + MARGIN_S:
         yield f"{request} ended after {took_s:.1f} s"
+    yield from _complaints_of_beginnings(request, begun)
+    yield from _complaints_of_end(request, took_s)
+
+
+def _complaints_of_beginnings(request: Request, begun: list[float]) -> Iterator[str]:
+    outcome = request.outcome
     if len(begun) > 1:
         yield f"{request} was begun {len(begun)} times"
-    if begun and begun[0] > request.asked_at + request.limit_s + MARGIN_S:
+    # Who leaves is known to be gone at once; whose time is over is so at its end.
+    waited_until = request.ended_at if isinstance(outcome, Left) else request.asked_at + request.limit_s
+    if begun and begun[0] > waited_until + MARGIN_S:
         yield f"{request} was begun when nobody waited for it any more"
+    if (outcome is None or isinstance(outcome, BrokenOff)) and not begun:
+        yield f"{request} was answered without having been begun"
+    if begun and isinstance(outcome, Left) and str(outcome) == "body":
+        yield f"{request} was begun although not all of it had come"
+
+
+def _complaints_of_end(request: Request, took_s: float) -> Iterator[str]:
+    outcome = request.outcome
     if outcome is None:
         if not request.is_right:
             yield f"{request} got a wrong answer"
-        if not begun:
-            yield f"{request} was answered without having been begun"
-    elif isinstance(outcome, DeadlineExceeded):
+    elif isinstance(outcome, DeadlineExceeded) or (isinstance(outcome, Refused) and outcome.is_late):
         if took_s < request.limit_s - 0.05:
             yield f"{request} failed too early, after {took_s:.3f} s: {outcome}"
         elif request.limit_s >= LONG_S and request.model in STEADY:
@@ -103,5 +134,11 @@ def _complaints_of(request: Request, begun: list[float]) -> Iterator[str]:
     elif isinstance(outcome, WorkerDied):
         if not (outcome.pid and outcome.reason):
             yield f"{request} failed with a death that does not say whose and why: {outcome}"
-    elif not isinstance(outcome, request.allowed):
+    elif isinstance(outcome, BrokenOff):
+        if not request.parts:
+            yield f"{request} got half an answer that could have been whole: {outcome}"
+    elif isinstance(outcome, Refused):
+        if not outcome.may_end(request):
+            yield f"{request} was answered with {outcome}"
+    elif not isinstance(outcome, (Left, *request.allowed)):
         yield f"{request} failed with {type(outcome).__name__}: {outcome}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from random import Random
 
 import pytest
 
 from benchmarks.soak import Limits, Sample, Verdict, soak, trends_of
-from tests.faults.storm import Remains, Report
+from tests.faults.storm import DefectsLogged, Remains, Report
 from tests.faults.storm_actors import LONG_S, Request
 from tests.faults.storm_audit import MARGIN_S, complaints
+from tests.faults.storm_http import AnswerOfAnother, BrokenOff, Left, Refused
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, NoWorker, WorkerDied
 
 SECONDS = 30.0
@@ -32,6 +34,12 @@ def test_a_short_soak_is_survived(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.requests > 10 * SECONDS
     assert report.outcomes["WorkerDied"] > 0
     assert report.calls["PUT 202"] > 0
+    assert report.predictions["200"] > SECONDS
+    assert {end for end in report.predictions if end.startswith("left")} == {
+        "left in its body",
+        "left in its wait",
+        "left in its answer",
+    }
 
 
 def samples(seconds: int = 100, **slopes: float) -> list[Sample]:
@@ -43,6 +51,7 @@ def samples(seconds: int = 100, **slopes: float) -> list[Sample]:
         "threads": 10,
         "processes": 12,
         "latency_ms": 2.0,
+        "http_latency_ms": 2.0,
     }
     return [
         Sample(at_s=at, **{name: value + slopes.get(name, 0) * at for name, value in start.items()})  # type: ignore[arg-type]
@@ -52,13 +61,15 @@ def samples(seconds: int = 100, **slopes: float) -> list[Sample]:
 
 def report_with(*wrong: str) -> Report:
     remains = Remains(0, 5, 0, 0)
-    return Report(15.0, 42, 10, 9, {"answer": 10}, {"worker SIGKILL": 3}, {}, {}, remains, remains, list(wrong))
+    return Report(
+        15.0, 42, 10, 9, {"answer": 7}, {"200": 3}, {"worker SIGKILL": 3}, {}, {}, remains, remains, list(wrong)
+    )
 
 
 def test_a_soak_in_which_nothing_grows_is_well() -> None:
     """What is at last as it was at first is no complaint, and the verdict says so."""
     verdict = Verdict(report_with(), trends_of(samples(), Limits()), samples())
-    assert len(verdict.trends) == 6
+    assert len(verdict.trends) == 7
     assert verdict.complaints == []
     assert "all is well" in str(verdict)
 
@@ -72,6 +83,7 @@ def test_a_soak_in_which_nothing_grows_is_well() -> None:
         ("threads", 0.2, "threads"),
         ("processes", 0.3, "processes"),
         ("latency_ms", 0.05, "latency, median"),
+        ("http_latency_ms", 0.1, "latency over HTTP, median"),
     ],
 )
 def test_what_grows_is_told(figure: str, slope: float, what: str) -> None:
@@ -105,8 +117,19 @@ def answered(**changes: object) -> Request:
     return request
 
 
+def over_http(**changes: object) -> Request:
+    """The same over HTTP."""
+    return answered(is_over_http=True, **changes)
+
+
 DIED = WorkerDied("forked", "1.0", 4711, -9, "it was ended by SIGKILL")
 LATE = DeadlineExceeded("The request", 1.0)
+UNAVAILABLE = "ServiceUnavailableException"
+HTTP_DIED = Refused(500, "InternalServerException", str(DIED))
+HTTP_LATE = Refused(504, "RequestTimeoutException", str(LATE))
+HTTP_FULL = Refused(503, UNAVAILABLE, "full", retry_after="1")
+HTTP_NOBODY = Refused(503, UNAVAILABLE, "no worker")
+HTTP_UNKNOWN = Refused(404, "ModelNotFoundException", "Model not found: guest0")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +141,16 @@ LATE = DeadlineExceeded("The request", 1.0)
         (answered(outcome=LATE, ended_at=101.0), []),
         (answered(outcome=LATE, ended_at=101.0), [100.9]),
         (answered(outcome=NoWorker("guest0", "1.0", "none"), model="guest0"), []),
+        (over_http(), [100.1]),
+        (over_http(outcome=HTTP_DIED), [100.1]),
+        (over_http(outcome=HTTP_LATE, ended_at=101.0), []),
+        (over_http(outcome=HTTP_FULL), []),
+        (over_http(outcome=HTTP_NOBODY, model="guest0"), []),
+        (over_http(outcome=HTTP_UNKNOWN, model="guest0"), []),
+        (over_http(outcome=Left("body")), []),
+        (over_http(outcome=Left("wait")), []),
+        (over_http(outcome=Left("answer")), [100.1]),
+        (over_http(outcome=BrokenOff("after 7 bytes"), parts=2), [100.1]),
     ],
 )
 def test_what_may_happen_is_no_complaint(request_: Request, begun: list[float]) -> None:
@@ -143,11 +176,40 @@ def test_what_may_happen_is_no_complaint(request_: Request, begun: list[float]) 
         (answered(outcome=HandlerFailed("forked", "1.0", "a bug")), [100.1], "HandlerFailed"),
         (answered(outcome=RuntimeError("ours")), [], "RuntimeError"),
         (answered(outcome=HandlerFailed("guest0", "1.0", "a bug"), model="guest0"), [100.1], "HandlerFailed"),
+        (over_http(is_right=False), [100.1], "wrong answer"),
+        (over_http(outcome=TimeoutError("timed out"), ended_at=135.0), [], "TimeoutError"),
+        (over_http(outcome=ConnectionResetError("reset")), [], "ConnectionResetError"),
+        (over_http(outcome=AnswerOfAnother("storm-8")), [100.1], "AnswerOfAnother"),
+        (over_http(outcome=HTTP_LATE), [], "too early"),
+        (over_http(outcome=HTTP_LATE, limit_s=LONG_S, ended_at=100.0 + LONG_S), [], "lost"),
+        (over_http(outcome=HTTP_NOBODY), [], "503"),
+        (over_http(outcome=HTTP_UNKNOWN), [], "404"),
+        (over_http(outcome=Refused(500, "InternalServerException", "a defect")), [], "500"),
+        (over_http(outcome=Refused(503, "InternalServerException", "a bug"), model="guest0"), [], "503"),
+        (over_http(outcome=Refused(400, "BadRequestException", "not HTTP")), [], "400"),
+        (over_http(outcome=Left("wait")), [100.6 + MARGIN_S], "nobody waited"),
+        (over_http(outcome=Left("body")), [100.1], "although not all"),
+        (over_http(outcome=BrokenOff("after 7 bytes")), [100.1], "half an answer"),
     ],
 )
 def test_what_must_not_happen_is_told(request_: Request, begun: list[float], words: str) -> None:
     """Each way in which a request may end wrongly is found."""
     assert words in " ".join(complaints([request_], {7: begun}))
+
+
+def test_a_defect_that_is_logged_is_told() -> None:
+    """What serves HTTP, or an event loop, logs as an error is a complaint, even where the log is off; a warning is none."""
+    wrong: list[str] = []
+    ours, before = logging.getLogger("torchmgmt"), logging.getLogger("torchmgmt").level
+    ours.setLevel(logging.CRITICAL)
+    try:
+        with DefectsLogged(wrong).watched():
+            logging.getLogger("torchmgmt.http.predictions").error("POST failed")
+            logging.getLogger("torchmgmt.http.predictions").warning("POST was refused")
+        logging.getLogger("torchmgmt.http.predictions").error("nobody looks any more")
+    finally:
+        ours.setLevel(before)
+    assert wrong == ["torchmgmt.http.predictions logged: POST failed"]
 
 
 def test_what_is_left_is_seen() -> None:
