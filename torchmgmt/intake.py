@@ -6,14 +6,13 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchmgmt.announcer import Announcer
 from torchmgmt.answer_future import AnswerFuture
-from torchmgmt.batch import Promise
 from torchmgmt.catalogue import Catalogue
 from torchmgmt.errors import InvalidArgument, ManagerClosed, ModelNotFound, NoWorker, QueueFull, TorchmgmtError
-from torchmgmt.exchange import Encoded, WorkerRequest
+from torchmgmt.exchange import WorkerRequest
 from torchmgmt.request import new_request
 from torchmgmt.served import ServedVersion
 from torchmgmt.streams import AnswerStream
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from torchmgmt.tracing import Tracing
 
 __all__ = ["Intake", "tracing_for"]
+
+P = TypeVar("P", AnswerFuture, AnswerStream)
 
 
 class Intake:
@@ -55,6 +56,7 @@ class Intake:
 
     def submit(
         self,
+        kind: type[P],
         owner: object,
         name: str,
         version: str | None,
@@ -62,42 +64,15 @@ class Intake:
         timeout: float | None,
         wait_timeout: float | None,
         priority: int,
-    ) -> AnswerFuture:
-        """Queue a request and return the future of its answer; see :meth:`torchmgmt.ModelManager.submit`.
+    ) -> P:
+        """Queue a request and return the future, or the stream, of its answer; see :meth:`torchmgmt.ModelManager.submit`.
 
-        The future keeps ``owner`` alive: a caller may hold nothing else.
+        It keeps ``owner`` alive: a caller may hold nothing else.
         """
         served = self._catalogue.get(name, version)
-        future = AnswerFuture(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
-        self._queue(served, request, future, timeout, wait_timeout, priority)
-        return future
-
-    def stream(
-        self,
-        owner: object,
-        name: str,
-        version: str | None,
-        request: WorkerRequest,
-        timeout: float | None,
-        wait_timeout: float | None,
-        priority: int,
-    ) -> AnswerStream:
-        """Queue a request and return the stream of its answer, as :meth:`submit` does."""
-        served = self._catalogue.get(name, version)
-        stream = AnswerStream(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
-        request.on_part = stream.take_part
-        self._queue(served, request, stream, timeout, wait_timeout, priority)
-        return stream
-
-    def _queue(
-        self,
-        served: ServedVersion,
-        request: WorkerRequest,
-        promise: Promise[Encoded],
-        timeout: float | None,
-        wait_timeout: float | None,
-        priority: int,
-    ) -> None:
+        promise = kind(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
+        if isinstance(promise, AnswerStream):
+            request.on_part = promise.take_part
         if self.tracing is not None:
             self.tracing.begin(served.spec.key, request, promise)
         try:
@@ -107,6 +82,7 @@ class Intake:
             if isinstance(error, (ManagerClosed, ModelNotFound)):
                 raise self._catalogue.not_found(served) from None
             raise
+        return promise
 
     def _note_refused(self, served: ServedVersion, request: WorkerRequest, error: TorchmgmtError) -> None:
         if isinstance(error, (NoWorker, QueueFull)):  # else the version is gone, and what was counted of it, too

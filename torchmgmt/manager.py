@@ -485,7 +485,7 @@ class ModelManager:
         """
         self._backends.check_may_wait("predict")
         request = self._intake.request(data, fields, headers)
-        future = self._intake.submit(self, name, version, request, timeout, wait_timeout, priority)
+        future = self._intake.submit(AnswerFuture, self, name, version, request, timeout, wait_timeout, priority)
         try:
             return future.result()
         except BaseException:
@@ -509,7 +509,7 @@ class ModelManager:
         Arguments and errors are those of :meth:`predict`. A task that is cancelled takes its request back.
         """
         request = self._intake.request(data, fields, headers)
-        return await self._intake.submit(self, name, version, request, timeout, wait_timeout, priority)
+        return await self._intake.submit(AnswerFuture, self, name, version, request, timeout, wait_timeout, priority)
 
     def submit(
         self,
@@ -552,7 +552,7 @@ class ModelManager:
             InvalidArgument: the data cannot be pickled, or an argument has the wrong type or range.
         """
         request = self._intake.request(data, fields, headers, request_id)
-        return self._intake.submit(self, name, version, request, timeout, wait_timeout, priority)
+        return self._intake.submit(AnswerFuture, self, name, version, request, timeout, wait_timeout, priority)
 
     def stream(
         self,
@@ -573,7 +573,7 @@ class ModelManager:
         anew with each part.
         """
         request = self._intake.request(data, fields, headers, request_id)
-        return self._intake.stream(self, name, version, request, timeout, wait_timeout, priority)
+        return self._intake.submit(AnswerStream, self, name, version, request, timeout, wait_timeout, priority)
 
     def add_listener(self, listener: Listener) -> None:
         """Have ``listener`` called with each event from now on; see :mod:`torchmgmt.events`. Does not block; any thread.
