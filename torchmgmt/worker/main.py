@@ -11,9 +11,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import FrameType, ModuleType
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -161,33 +160,13 @@ def load_model(spec: ModelSpec, threads: int | None = None) -> Handler:
     if spec.packages is not None:
         add_packages(spec.packages)
     sys.path.insert(0, spec.model_dir)
-    before = _namesakes(spec)
+    before = dict(sys.modules)
     try:
         return load_handler(spec, context)
     finally:
         keep_standard_streams_open()
         # A handler's file may be called like a module that was imported before, and that others import later.
         sys.modules.update(before)
-
-
-def _namesakes(spec: ModelSpec) -> dict[str, ModuleType]:
-    """Return the modules that are imported already and called like the handler, or like a file beside it.
-
-    Of these only: to hold each module that there is would copy its page, for this process and all that are forked from it.
-    """
-    names = {file.stem for file in Path(spec.model_dir).glob("*.py")}
-    names |= {name.partition(":")[0].removesuffix(".py").replace("/", ".") for name in _files_of(spec)}
-    names |= {Path(name).stem for name in _files_of(spec)}
-    return {name: sys.modules[name] for name in names if name in sys.modules}
-
-
-def _files_of(spec: ModelSpec) -> Iterator[str]:
-    """The files that are imported by name, wherever they lie."""
-    yield spec.handler
-    model = spec.manifest.get("model")
-    model_file = model.get("modelFile") if isinstance(model, Mapping) else None
-    if isinstance(model_file, str):
-        yield model_file
 
 
 def _prove_threads(threads: int) -> None:
