@@ -40,9 +40,9 @@ class Subject:
     item: Path
     """The body of a request."""
 
-    def bare_loop(self, batch_size: int) -> BareLoop:
-        """Return a process that does nothing but answer batches of this many requests."""
-        return BareLoop(self.handler, self.handler_class, self.item, batch_size=batch_size)
+    def bare_loop(self, batch_size: int, *, is_frozen: bool = True) -> BareLoop:
+        """Return a process that does nothing but answer batches of this many requests; see :class:`BareLoop`."""
+        return BareLoop(self.handler, self.handler_class, self.item, batch_size=batch_size, is_frozen=is_frozen)
 
 
 def table(setup: Setup) -> Table:
@@ -87,7 +87,7 @@ def _notes(default: int) -> list[str]:
         ),
         (
             "The bare loop is one process that runs the same handler on the same requests: it unpickles each request and"
-            " pickles each answer, as a worker does, and has no queue and nobody to talk to."
+            " pickles each answer, and calls gc.freeze() after loading, as a worker does. It has no queue and nobody to talk to."
         ),
         (
             "With as many threads as cores, whatever else runs holds up all of them at the end of each layer: on a busy"

@@ -26,7 +26,7 @@ def default_versions(
     """Return the default version of every model, sorted by name, or one that failed where nothing is registered."""
     end = None if limit is None else start + limit
     names = registry.names()
-    missing = failed.names() - registry.keys()
+    missing = {name for name in failed.names() if name not in registry}  # a set minus all keys looks at each of them
     page = (sorted([*names, *missing]) if missing else names)[start:end]
     return [failed.versions(name)[0] if name in missing else (registry.get(name), True) for name in page]
 

@@ -159,7 +159,7 @@ class WorkerPool:
     def info(self) -> tuple[WorkerInfo, ...]:
         """Return what is known of each worker, oldest first. Does not block."""
         with self._lock:
-            return tuple(worker.info() for worker in self._workers)
+            return tuple([worker.info() for worker in self._workers]) if self._workers else ()
 
     def feed_from(self, source: JobSource) -> None:
         """Have idle workers take batches from ``source``, after what was submitted. To be called before :meth:`scale`.

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from benchmarks.script import READY, end, start, wait_ready
 
-# What a worker does with each request and with each answer is done here, too: unpickling and pickling.
+# What a worker does with each request and with each answer is done here, too: unpickling and pickling. So is what it does
+# with the 176,000 objects that torch's import and the model leave, which the collector would look at again and again.
 _LOOP = f"""
-import importlib.util, json, pathlib, pickle, sys, time
+import gc, importlib.util, json, pathlib, pickle, sys, time
 import torch, yaml
 from torchmgmt.compat import install_ts
 
-folder, file, handler_class, item, batch_size = sys.argv[1:]
+folder, file, handler_class, item, batch_size, frozen = sys.argv[1:]
 install_ts()
 sys.path.insert(0, folder)
 spec = importlib.util.spec_from_file_location("handler", pathlib.Path(folder, file))
@@ -34,6 +35,9 @@ def run_batch():
     return [pickle.dumps(answer, protocol=5) for answer in answers]
 
 run_batch()
+if frozen == "True":
+    gc.collect()
+    gc.freeze()
 print({READY!r}, flush=True)
 for line in sys.stdin:
     batches, started = 0, time.perf_counter()
@@ -53,10 +57,13 @@ class BareLoop:
         handler_class: the class in it.
         item: a file with the body that each request of a batch has.
         batch_size: the requests of a batch.
+        is_frozen: whether ``gc.freeze()`` is called once the model is loaded, as in a worker; a plain script does not.
     """
 
-    def __init__(self, handler: Path, handler_class: str, item: Path, *, batch_size: int) -> None:
-        self._arguments = (handler.parent, handler.name, handler_class, item, str(batch_size))
+    def __init__(
+        self, handler: Path, handler_class: str, item: Path, *, batch_size: int, is_frozen: bool = True
+    ) -> None:
+        self._arguments = (handler.parent, handler.name, handler_class, item, str(batch_size), str(is_frozen))
 
     def __enter__(self) -> BareLoop:
         self._process: subprocess.Popen[str] = start(_LOOP, *self._arguments)
