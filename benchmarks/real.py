@@ -25,11 +25,11 @@ from tests.compat.real import EMBEDDER, PNET_MAP, TOKENIZER, VAD, classes_of
 from torchmgmt import ModelManager
 
 _LOOP_S = 0.5
-_FREEZING = (
-    "A worker takes what is there after loading out of Python's garbage collection (gc.freeze), and so does the bare loop;"
-    " the plain loop, with one request at a time, shows what a script has that does not. P-Net's answer holds 9,800 lists,"
-    " for which the collector runs about 15 times, now and then over all that torch's import left: half of the time and more"
-    " of a plain loop. The other models make few objects, and a plain loop is as fast."
+_TUNING = (
+    "A worker takes what is there after loading out of Python's garbage collection (gc.freeze), and keeps the memory that a"
+    " batch has used for the next one instead of having the system clear it anew; the bare loop does the same, and the plain"
+    " loop, with one request at a time, shows what a script has that does not. P-Net's answer holds 9,800 lists, for which the"
+    " collector runs about 15 times, now and then over all that torch's import left."
 )
 _TEXT = "A cat sits on the mat, and there is a kitten on the rug that nobody has seen since yesterday."
 # A name that BareLoop can take out of the handler's file, for a handler that ships.
@@ -63,13 +63,13 @@ def run(setup: Setup) -> list[Table]:
                 f" 1 worker, batch_size {BATCH_SIZE}. The bare loop runs the same handler on the same requests in a process that"
                 " does nothing else. torch computes with 1 thread in both: with more, whatever else runs moves them by factors."
             ),
-            _FREEZING,
+            _TUNING,
             *missing,
         ]
         single = _one_at_a_time(subjects, setup.runs)
         return [
             Table("Real models at saturation: answers a second", rows, notes),
-            Table(*single, [_FREEZING, *missing]),
+            Table(*single, [_TUNING, *missing]),
         ]
 
 
@@ -77,7 +77,7 @@ def _one_at_a_time(subjects: dict[str, Subject], runs: int) -> tuple[str, list[R
     variants: dict[str, Callable[[], Sample]] = {}
     with ModelManager() as manager, ExitStack() as stack:
         for number, (name, subject) in enumerate(subjects.items()):
-            plain = stack.enter_context(subject.bare_loop(1, is_frozen=False))
+            plain = stack.enter_context(subject.bare_loop(1, is_tuned=False))
             loop = stack.enter_context(subject.bare_loop(1))
             model = manager.register(subject.handler.parent, model_name=f"model{number}")
             predict = partial(model.predict, subject.item.read_bytes())

@@ -40,9 +40,9 @@ class Subject:
     item: Path
     """The body of a request."""
 
-    def bare_loop(self, batch_size: int, *, is_frozen: bool = True) -> BareLoop:
+    def bare_loop(self, batch_size: int, *, is_tuned: bool = True) -> BareLoop:
         """Return a process that does nothing but answer batches of this many requests; see :class:`BareLoop`."""
-        return BareLoop(self.handler, self.handler_class, self.item, batch_size=batch_size, is_frozen=is_frozen)
+        return BareLoop(self.handler, self.handler_class, self.item, batch_size=batch_size, is_tuned=is_tuned)
 
 
 def table(setup: Setup) -> Table:
@@ -87,7 +87,8 @@ def _notes(default: int) -> list[str]:
         ),
         (
             "The bare loop is one process that runs the same handler on the same requests: it unpickles each request and"
-            " pickles each answer, and calls gc.freeze() after loading, as a worker does. It has no queue and nobody to talk to."
+            " pickles each answer, and after loading it calls gc.freeze() and has freed memory kept, as a worker does. It has no"
+            " queue and nobody to talk to."
         ),
         (
             "With as many threads as cores, whatever else runs holds up all of them at the end of each layer: on a busy"

@@ -8,13 +8,15 @@ from pathlib import Path
 from benchmarks.script import READY, end, start, wait_ready
 
 # What a worker does with each request and with each answer is done here, too: unpickling and pickling. So is what it does
-# with the 176,000 objects that torch's import and the model leave, which the collector would look at again and again.
+# for itself: the collector does not look again and again at the 176,000 objects that torch's import and the model leave, and
+# what the layers need for one batch is kept for the next.
 _LOOP = f"""
 import gc, importlib.util, json, pathlib, pickle, sys, time
 import torch, yaml
+from torchmgmt.allocator import keep_freed_memory
 from torchmgmt.compat import install_ts
 
-folder, file, handler_class, item, batch_size, frozen = sys.argv[1:]
+folder, file, handler_class, item, batch_size, tuned = sys.argv[1:]
 install_ts()
 sys.path.insert(0, folder)
 spec = importlib.util.spec_from_file_location("handler", pathlib.Path(folder, file))
@@ -35,9 +37,10 @@ def run_batch():
     return [pickle.dumps(answer, protocol=5) for answer in answers]
 
 run_batch()
-if frozen == "True":
+if tuned == "True":
     gc.collect()
     gc.freeze()
+    keep_freed_memory()
 print({READY!r}, flush=True)
 for line in sys.stdin:
     batches, started = 0, time.perf_counter()
@@ -57,13 +60,14 @@ class BareLoop:
         handler_class: the class in it.
         item: a file with the body that each request of a batch has.
         batch_size: the requests of a batch.
-        is_frozen: whether ``gc.freeze()`` is called once the model is loaded, as in a worker; a plain script does not.
+        is_tuned: whether it does for itself, once the model is loaded, what a worker does: ``gc.freeze()`` and
+            :func:`torchmgmt.allocator.keep_freed_memory`. A plain script does neither.
     """
 
     def __init__(
-        self, handler: Path, handler_class: str, item: Path, *, batch_size: int, is_frozen: bool = True
+        self, handler: Path, handler_class: str, item: Path, *, batch_size: int, is_tuned: bool = True
     ) -> None:
-        self._arguments = (handler.parent, handler.name, handler_class, item, str(batch_size), str(is_frozen))
+        self._arguments = (handler.parent, handler.name, handler_class, item, str(batch_size), str(is_tuned))
 
     def __enter__(self) -> BareLoop:
         self._process: subprocess.Popen[str] = start(_LOOP, *self._arguments)

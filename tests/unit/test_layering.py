@@ -14,7 +14,20 @@ PACKAGE = "torchmgmt"
 
 # A room is a module or sub-package directly under torchmgmt/. A new one belongs here before it may be imported.
 LAYERS: dict[int, frozenset[str]] = {
-    1: frozenset({"errors", "checks", "lifecycle", "records", "exchange", "events", "forks", "redaction", "variables"}),
+    1: frozenset(
+        {
+            "allocator",
+            "checks",
+            "errors",
+            "events",
+            "exchange",
+            "forks",
+            "lifecycle",
+            "records",
+            "redaction",
+            "variables",
+        }
+    ),
     2: frozenset(
         {
             "settings",
@@ -139,7 +152,9 @@ NEIGHBOURS = {
 
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
-PUBLIC = frozenset({FACE, "checks", "errors", "events", "exchange", "metrics", "records", "redaction", "settings"})
+PUBLIC = frozenset(
+    {FACE, "allocator", "checks", "errors", "events", "exchange", "metrics", "records", "redaction", "settings"}
+)
 
 # The package face hands these on, but only when they are asked for.
 LAZY_IN_FACE = frozenset({"launcher"})

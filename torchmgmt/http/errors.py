@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
@@ -10,7 +11,6 @@ import falcon
 from attrs import frozen
 
 from torchmgmt import errors
-from torchmgmt.http.pretty import pretty_json
 from torchmgmt.redaction import redacted_text
 
 __all__ = [
@@ -283,7 +283,7 @@ def is_kserves(path: str) -> bool:
 
 def to_json(item: object) -> bytes:
     """Write JSON as the Management API does: pretty-printed, with a newline at the end."""
-    text = pretty_json(item) + "\n"
+    text = json.dumps(item, indent=2, ensure_ascii=False, default=str) + "\n"
     # Half a surrogate pair, which a JSON body may smuggle in, has no UTF-8; escaped it stays JSON.
     return text.encode("utf-8", "backslashreplace")
 

@@ -6,7 +6,6 @@ Its exit codes stand in ``--help``, which is :mod:`torchmgmt.http.command_line`'
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -22,6 +21,7 @@ import attrs
 from attrs import define, field
 
 from torchmgmt import ModelManager, VersionState
+from torchmgmt.allocator import keep_freed_memory
 from torchmgmt.errors import InvalidArgument, TorchmgmtError
 from torchmgmt.events import Event, VersionStateChanged
 from torchmgmt.http.access_log import LineFormatter, written_in_background
@@ -45,10 +45,8 @@ logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.001
 YOUNG_OBJECTS = 20_000
-# From <malloc.h>, and what they are set to: all bodies but the largest come from the heap, which keeps so much that is free.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 128 << 20
-_MMAP_FROM_BYTES = 32 << 20
+KEPT_BYTES = 128 << 20
+"""Of freed memory: for the bodies of the next requests."""
 """So many new objects the collector lets be before it looks at them: requests in flight are not worth a look."""
 """How long a thread may keep the others waiting; with Python's 5 ms a flood of requests slows management four times."""
 DRAIN_TIMEOUT_S = 20.0
@@ -148,7 +146,7 @@ class Program:
         )
         self._print_start_lines()
         _collect_less_garbage()
-        _keep_freed_memory()
+        keep_freed_memory(KEPT_BYTES)
         loader.start()
         reason = self._signals.get()
         notify_systemd("STOPPING=1")
@@ -251,19 +249,6 @@ def _collect_less_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
-
-
-def _keep_freed_memory() -> None:
-    """Have the allocator keep what a large body has used for the next one.
-
-    glibc gives each megabyte back to the system and asks for it again, and the system clears it page by page: for a body of
-    1 MB that is more than half of the server's time. See mallopt(3); who sets its variables knows better.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _roles(settings: Settings) -> list[Role]:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from attrs import frozen
 
+from torchmgmt.allocator import keep_freed_memory
 from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.compat import install_ts
 from torchmgmt.exchange import AnswerHead, Encoded
@@ -105,6 +106,8 @@ class WorkerProcess:
         os.register_at_fork(after_in_child=channel.close)
         try:
             handler = self._handler()
+            # What the layers need for one batch they need for the next one again; what loading has left nobody needs.
+            keep_freed_memory()
             if has_warm_up(self._job.spec):
                 channel.send(Frame(Kind.ALIVE))
                 warm_up(handler, self._job.spec)
