@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from torchmgmt.announcer import Announcer, check_listeners
 from torchmgmt.answer_future import AnswerFuture
-from torchmgmt.archive import ModelSources
 from torchmgmt.backends import Backend
 from torchmgmt.backends.backend_set import BackendSet
 from torchmgmt.catalogue import Catalogue
@@ -32,6 +31,8 @@ from torchmgmt.streams import AnswerStream
 
 if TYPE_CHECKING:
     import asyncio
+
+    from torchmgmt.archive import ModelSources
 
 __all__ = ["ModelManager"]
 

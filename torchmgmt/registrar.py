@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+from typing import TYPE_CHECKING
 
 from attrs import evolve
 
 from torchmgmt.announcer import Announcer
-from torchmgmt.archive import ModelFolder, ModelSources
 from torchmgmt.backends.backend_set import BackendSet
 from torchmgmt.catalogue import Catalogue
 from torchmgmt.errors import AlreadyRegistered, ManagerClosed
@@ -22,6 +22,9 @@ from torchmgmt.restoring import RESTORED_AT_ONCE, check_is_same, failed_restore,
 from torchmgmt.served import ServedVersion, new_served
 from torchmgmt.settings import Settings
 from torchmgmt.state import StoredVersion
+
+if TYPE_CHECKING:
+    from torchmgmt.archive import ModelFolder, ModelSources
 
 __all__ = ["Registrar"]
 

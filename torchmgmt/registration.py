@@ -12,19 +12,21 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
-from torchmgmt.archive import DownloadLimits, Installing, ModelFolder, ModelSources
 from torchmgmt.checks import check_number, number, text, truth
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
 from torchmgmt.live import HANDLER, MODEL_FILES, Batching, live_file, live_object
 from torchmgmt.records import ModelKey, ModelSpec, Scale, ShareWeights, backend_name, share_weights_of
 from torchmgmt.settings import Settings
+
+if TYPE_CHECKING:
+    from torchmgmt.archive import ModelFolder, ModelSources
 
 __all__ = ["Wishes", "key_of", "open_source", "scale_of", "shown", "sources_of", "spec_of"]
 
@@ -113,6 +115,12 @@ class Wishes:
 
 def sources_of(model_store: str | os.PathLike[str] | None, settings: Settings, listener: Listener) -> ModelSources:
     """Return where models come from; raise InvalidArgument if ``model_store``, or that of the settings, is no path."""
+    from torchmgmt.archive import (  # a fifth of what importing all of this costs
+        DownloadLimits,
+        Installing,
+        ModelSources,
+    )
+
     return ModelSources(
         settings.model_store if model_store is None else model_store,
         cache_dir=settings.cache_dir,
@@ -136,6 +144,8 @@ def open_source(sources: ModelSources, url: object, wishes: Wishes) -> ModelFold
     The caller releases it. Blocks and raises as :meth:`ModelSources.open` does; raises InvalidArgument, too, for a live
     object that is none, or arguments that do not go with it.
     """
+    from torchmgmt.archive import ModelFolder
+
     if wishes.trusted and not isinstance(url, (str, bytes, os.PathLike)):
         live = live_object(url, wishes.batching)
         _check_goes_with_live(wishes)

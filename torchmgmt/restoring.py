@@ -7,16 +7,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from torchmgmt.archive import ModelFolder
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.failed_loads import failed_load
 from torchmgmt.records import ModelInfo, Scale
 from torchmgmt.registration import Wishes, key_of
 from torchmgmt.state import StoredVersion
+
+if TYPE_CHECKING:
+    from torchmgmt.archive import ModelFolder
 
 __all__ = ["RESTORED_AT_ONCE", "check_is_same", "failed_restore", "in_parallel", "stored_of", "wishes_of"]
 

@@ -6,12 +6,11 @@ import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from torchmgmt.announcer import Announcer
-from torchmgmt.archive import ModelFolder
 from torchmgmt.backends import Backend
 from torchmgmt.batch import Promise
 from torchmgmt.batcher import Batcher
@@ -21,6 +20,9 @@ from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.lifecycle import VersionState
 from torchmgmt.pool import WorkerPool
 from torchmgmt.records import CloseReport, ModelInfo, ModelSpec
+
+if TYPE_CHECKING:
+    from torchmgmt.archive import ModelFolder
 
 __all__ = ["ServedVersion", "close_all", "new_served", "total_of"]
 
