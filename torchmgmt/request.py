@@ -11,6 +11,8 @@ from torchmgmt.exchange import Encoded, HttpBody, WorkerRequest
 
 __all__ = ["new_request"]
 
+_TEXT = frozenset({str})
+
 
 def new_request(
     data: object,
@@ -46,6 +48,3 @@ def _are_headers(value: object) -> bool:
         return False
     kinds = {*map(type, value), *map(type, value.values())}
     return kinds <= _TEXT or all(issubclass(kind, str) for kind in kinds)
-
-
-_TEXT = frozenset({str})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import io
+import socket
 
 import pytest
 import torch
@@ -286,6 +287,17 @@ def test_keys_guard_predictions(serving_inference, manager):
         200,
         401,
     ]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 6000000", b"Transfer-Encoding: chunked"])
+def test_who_may_not_ask_need_not_send(serving_inference, manager, framing):
+    """A large body is not waited for where its sender is refused."""
+    settings = Settings(disable_token_authorization=False)
+    keys = fixed_keys({"TORCHMGMT_INFERENCE_KEY": "inference-key"})
+    client = serving_inference(manager, settings=settings, keys=keys)
+    with socket.create_connection(client.address, timeout=30) as connection:
+        connection.sendall(b"POST /predictions/noop HTTP/1.1\r\nHost: localhost\r\n" + framing + b"\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
 
 
 def test_a_page_may_ask_if_the_settings_let_it(serving_inference, manager):

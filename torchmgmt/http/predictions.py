@@ -55,6 +55,7 @@ CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 MOST_KNOWN_PATHS = 1024
 """Whose meaning is kept: callers use few, and to find it anew takes longer than much else of a request."""
 LONGEST_KNOWN_PATH = 256
+LARGE_BODY = 1 << 16
 CLIENT_GONE = 499
 """What the access log has for a client that did not wait for its answer; nginx's number for that."""
 
@@ -132,7 +133,9 @@ class Predictions:
         if found is None:
             return None
         call = self._call(found, scope)
-        return AtOnce(self, call) if self._is_of_size(call) else None
+        is_small = int(call.headers.get("content-length", LARGE_BODY)) < LARGE_BODY
+        # Who sends too much, or much and may not, hears it from a task before all of that has come.
+        return AtOnce(self, call) if self._is_of_size(call) and (is_small or self._is_admitted(call)) else None
 
     def ask_at_once(self, call: Call, content: bytes) -> AnswerStream:
         """Queue a request, all of which is there; raise why it is refused."""
@@ -201,6 +204,13 @@ class Predictions:
         self.guard.admit(method, scope["path"], call.headers.get)
         if method not in call.found.route.methods and method != "OPTIONS":
             raise falcon.HTTPMethodNotAllowed(call.allowed)
+
+    def _is_admitted(self, call: Call) -> bool:
+        try:
+            self._admit(call)
+        except Exception:  # whoever serves it then finds it again, and says it
+            return False
+        return True
 
     def _is_of_size(self, call: Call) -> bool:
         length = call.headers.get("content-length")
