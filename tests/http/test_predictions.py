@@ -54,6 +54,13 @@ def test_a_body_reaches_the_handler_as_its_content_type_says(rows, content_type,
     assert eval(rows.post("/predictions/model", data=sent, headers=headers).text) == row
 
 
+def test_a_body_may_come_in_many_pieces(rows):
+    """However small they are: the handler gets all of them, in their order."""
+    sent = bytes(range(256)) * 16
+    pieces = (sent[at : at + 1] for at in range(len(sent)))
+    assert eval(rows.post("/predictions/model", data=pieces).text) == {"body": sent}
+
+
 def test_the_parts_of_a_multipart_body_are_fields(rows):
     """Files are read as bodies of their content type are, other parts are bytes; no byte of them is touched."""
     data = b"\r\n--x\x00\xff\r\n"

@@ -33,6 +33,8 @@ MOST_WAITING_REQUESTS = 100
 """Of one connection; who sends more of them ahead is told to close, and sends them again on another."""
 OVERHEAD_PER_BODY_BYTE = 8
 """A body sent in chunks of one byte takes five bytes of framing for each."""
+MOST_PIECES = 1000
+"""Of a body, that are kept one by one: an object for each byte would take forty times as much memory as its sender has sent."""
 
 
 class Phase(Enum):
@@ -89,7 +91,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._serving = serving
         self._held: WholeRequest | None = None  # what serves the request whose body comes, if that needs no task
         self._whole: tuple[WholeRequest, RequestResponseCycle] | None = None  # the same once all of it has come
-        self._chunks: list[bytes] = []  # of its body
+        self._chunks: list[bytes | bytearray] = []  # of its body
         self._on_lost = on_lost
         self._half_sent_grace_s = half_sent_grace_s
         self._phase = Phase.NOTHING
@@ -173,7 +175,7 @@ class LimitedProtocol(HttpToolsProtocol):
         chunks, self._chunks = self._chunks, []
         exchange = Exchange(self, cycle)
         exchange.on_answer = self._serving.on_answer if self._serving is not None else None
-        request.serve(chunks[0] if len(chunks) == 1 else b"".join(chunks), exchange)
+        request.serve(b"".join(chunks), exchange)  # which copies nothing if there is one
 
     def _count(self, phase: Phase, received: int) -> None:
         """Count what the parser may be holding back, having called nobody."""
@@ -257,7 +259,12 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._held is None:
             super().on_body(body)
             return
-        self._chunks.append(body)
+        if len(self._chunks) < MOST_PIECES:
+            self._chunks.append(body)
+        elif isinstance(last := self._chunks[-1], bytearray):
+            last += body
+        else:
+            self._chunks.append(bytearray(body))
         if self._body_bytes > self._held.max_body_bytes:
             self._release()
 
