@@ -227,6 +227,7 @@ class _Uvicorn(uvicorn.Server):
                 await asyncio.sleep(RETRY_ACCEPT_S)
             else:
                 self._take(connection)
+                self._take_waiting()  # one for each turn of the loop would be few where others ask without end
 
     def _take_waiting(self) -> None:
         """Take what the system has accepted already: these clients believe that they are connected."""
