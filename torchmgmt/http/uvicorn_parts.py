@@ -155,7 +155,6 @@ class LimitedProtocol(HttpToolsProtocol):
         """Take what came."""
         if self._is_deaf:
             return
-        self._unset_keepalive_if_required()
         phase, requests = self._phase, self._requests
         try:
             self.parser.feed_data(data)
@@ -270,10 +269,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All of a request has come."""
-        super().on_message_complete()
         self._phase, self._began = Phase.NOTHING, self.loop.time()
         if self._held is not None:
+            self.cycle.more_body = False
             self._whole, self._held = (self._held, self.cycle), None
+            return
+        super().on_message_complete()
         if len(self.pipeline) >= MOST_WAITING_REQUESTS:
             self.cycle.keep_alive = False
             self._is_deaf = True
@@ -345,7 +346,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if not self.transport.is_closing():
             # As uvicorn has it, but for its timer: check_deadlines ends idle connections, and a timer for each request is dear.
-            self.flow.resume_reading()
+            if self.flow.read_paused:
+                self.flow.resume_reading()
             if self.pipeline:
                 self._start_task(*self.pipeline.pop())
         if self._refusal is not None and not self.is_answering:
