@@ -33,6 +33,10 @@ SUITES: Mapping[str, Callable[[Setup], list[Table]]] = {
 }
 
 
+_INTERRUPTED = 130
+"""What a shell says of a command that Ctrl-C ended."""
+
+
 def main() -> int:
     """Run the suites that the command line names, print their tables, write the files that it asks for."""
     signal.signal(signal.SIGTERM, _stop)
@@ -44,13 +48,18 @@ def main() -> int:
     suites = dict.fromkeys(given.suites or SUITES)
     facts = {**machine.facts(), **_peers(setup), "load before": machine.load()}
     report = Report(facts, command(list(suites), setup))
-    for name in suites:
-        started = time.monotonic()
-        report.tables.extend(SUITES[name](setup))
-        facts[f"suite {name} took"] = f"{time.monotonic() - started:.0f} s"
+    status = 0
+    try:
+        for name in suites:
+            started = time.monotonic()
+            report.tables.extend(SUITES[name](setup))
+            facts[f"suite {name} took"] = f"{time.monotonic() - started:.0f} s"
+    except KeyboardInterrupt:  # what was measured took its time, and is not lost
+        facts["ended"] = f"early, in the suite {name}, which is not here"
+        status = _INTERRUPTED
     facts["load after"] = machine.load()
     print(report.text())
-    return _write(report, given)
+    return _write(report, given) or status
 
 
 def _write(report: Report, given: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import __main__ as program
 from benchmarks import control, pictures, wrk
 from benchmarks.__main__ import command, lacks
 from benchmarks.http import beside
@@ -351,3 +353,21 @@ def test_quick_suites_say_so_in_the_command_of_their_report(tmp_path: Path) -> N
 def test_a_device_that_is_not_there_is_refused_with_what_torch_says() -> None:
     assert not lacks("cpu")
     assert "nothing_such" in lacks("nothing_such")
+
+
+def test_what_was_measured_before_it_was_ended_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The suites that were whole, and which one was not; the exit status is that of Ctrl-C."""
+
+    def ended(_setup: Setup) -> list[Table]:
+        raise KeyboardInterrupt
+
+    whole = Table("whole", [Row("a", Series("s", [1.0]))], [])
+    monkeypatch.setattr(program, "SUITES", {"first": lambda _setup: [whole], "second": ended})
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "first", "second", "--markdown", str(tmp_path / "r.md")])
+    monkeypatch.setattr(signal, "signal", lambda *_args: None)
+    assert program.main() == 130
+    assert "| ended | early, in the suite second, which is not here |" in (tmp_path / "r.md").read_text("utf-8")
+    assert "### whole" in (tmp_path / "r.md").read_text("utf-8")
+    assert "whole" in capsys.readouterr().out
