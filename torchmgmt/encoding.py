@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -14,6 +15,8 @@ __all__ = ["decode", "encode"]
 
 # Where pickling bytes begins to cost more than a segment of its own does.
 _DETACHED_FROM = 1 << 16
+# From here on a pickle may hold so many objects that collecting garbage among them takes its time.
+_MANY_OBJECTS_FROM = 1 << 14
 # A row has some fields; the answer that is a large dictionary is of numbers, and not worth looking through.
 _FEW = 16
 # In these there is no tensor, and to pickle them as always takes a quarter of the time.
@@ -76,5 +79,16 @@ def _detached(item: object) -> object:
 
 
 def decode(encoded: Encoded) -> Any:
-    """Return the value that :func:`encode` was given. Runs whatever code its pickle names."""
-    return pickle.loads(encoded.segments[0], buffers=encoded.segments[1:])
+    """Return the value that :func:`encode` was given. Runs whatever code its pickle names.
+
+    Meanwhile, if that is much, the garbage collector rests: a pickle of many small objects, none of which is garbage, would have
+    it go through all objects of the program again and again, which takes longer than the unpickling.
+    """
+    data, *buffers = encoded.segments
+    if len(data) < _MANY_OBJECTS_FROM or not gc.isenabled():
+        return pickle.loads(data, buffers=buffers)
+    gc.disable()
+    try:
+        return pickle.loads(data, buffers=buffers)
+    finally:
+        gc.enable()

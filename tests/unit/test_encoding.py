@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 from typing import Any
 
@@ -78,3 +79,28 @@ def test_a_fortran_array_keeps_its_order():
     array = np.asfortranarray(np.arange(12).reshape(3, 4))
     again = decode(encode(array))
     assert np.array_equal(again, array)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_the_collector_rests_while_much_is_unpickled(is_enabled: bool) -> None:
+    """It is not asked to look for garbage among what is just being made, and is afterwards what it was before."""
+    encoded = encode([[number] for number in range(50_000)])
+    collected: list[str] = []
+    gc.collect()
+    gc.callbacks.append(note := lambda phase, _info: collected.append(phase))
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        value = decode(encoded)
+        assert len(collected) <= 2 * is_enabled  # the one that is due when it goes on
+        assert gc.isenabled() is is_enabled
+    finally:
+        gc.enable()
+        gc.callbacks.remove(note)
+    assert len(value) == 50_000
+
+
+def test_the_collector_goes_on_when_a_pickle_is_broken() -> None:
+    """Whatever unpickling raises."""
+    with pytest.raises(pickle.UnpicklingError):
+        decode(Encoded([b"nonsense" * 10_000]))
+    assert gc.isenabled()
