@@ -163,18 +163,22 @@ class Batcher(Generic[T, R]):
         now = self.clock()
         entry = Waiting(item, promise, now, now - priority * _PRIORITY_IS_WORTH_S)
         with self._lock:
-            self._check_room_locked()
+            if self._closed is not None or len(self._queue) >= self.capacity:
+                self._make_room_locked()
             self._queue_locked(entry)
+            waiting = len(self._queue)
             if self._arrivals is not None:
-                self._arrivals.came(now, len(self._queue) + self._running)
+                self._arrivals.came(now, waiting + self._running)
             if timeout is not None or wait_timeout is not None:
                 entry.start_by = self._deadlines.add(entry.future, now, timeout, wait_timeout)
-            ready, wake_at = self._outlook_locked(now)
+            ready, wake_at = False, None
             # A full batch was announced when it became full; whoever could not take it then comes back for it.
-            is_news = ready and (len(self._queue) <= self.batch_size or self._draining)
+            if waiting <= self.batch_size or self._draining or self._deadlines:
+                ready, wake_at = self._outlook_locked(now)
+                ready = ready and (waiting <= self.batch_size or self._draining)
         if wake_at is not None:
             self._arm(wake_at)
-        if is_news:
+        if ready:
             self._on_ready()
 
     def may_have_some(self) -> bool:
@@ -255,13 +259,13 @@ class Batcher(Generic[T, R]):
         if count and self._on_expired is not None:
             self._on_expired(count)
 
-    def _check_room_locked(self) -> None:
+    def _make_room_locked(self) -> None:
+        """Raise why nothing is taken, if that is so."""
         if self._closed is not None:
             # The same error every time: without this it would collect the frames, and so the items, of all callers.
             raise self._closed.with_traceback(None)
-        if len(self._queue) >= self.capacity:
-            # What was cancelled while it waited takes no place.
-            self._queue = deque(entry for entry in self._queue if not entry.future.done())
+        # What was cancelled while it waited takes no place.
+        self._queue = deque(entry for entry in self._queue if not entry.future.done())
         if len(self._queue) >= self.capacity:
             raise QueueFull(self.name, self.capacity, max(1.0, self._delay_s))
 

@@ -381,7 +381,10 @@ class _Visit:
             self._timer = None
         if when < math.inf:
             self._timer_at = when
-            self._timer = self._loop.call_later(max(0.0, when - self._dispatcher.clock()), self._on_timer)
+            # Loops count in whole milliseconds, and uvloop takes what is left of the last one for none: until that is over
+            # it would look again and again, and take the time from who is waited for.
+            delay_ms = math.ceil((when - self._dispatcher.clock()) * 1000)
+            self._timer = self._loop.call_later(max(0, delay_ms) / 1000, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None  # perhaps a little early: then the round sets it again

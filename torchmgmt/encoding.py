@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +88,29 @@ def decode(encoded: Encoded) -> Any:
     data, *buffers = encoded.segments
     if len(data) < _MANY_OBJECTS_FROM or not gc.isenabled():
         return pickle.loads(data, buffers=buffers)
+    _rest.is_on = True
     gc.disable()
     try:
         return pickle.loads(data, buffers=buffers)
     finally:
         gc.enable()
+        _rest.is_on = False
+
+
+class _Rest:
+    """Whether the garbage collector rests for us."""
+
+    is_on = False
+
+
+_rest = _Rest()
+
+
+def _end_rest() -> None:
+    """Have the garbage collector on in a process that another thread forked meanwhile: there nobody else ends its rest."""
+    if _rest.is_on:
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_rest)

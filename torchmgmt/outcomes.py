@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torchmgmt.backends import Outcome
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
@@ -34,10 +34,14 @@ class Outcomes:
 
     def answer(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome], ran: Ran) -> None:
         """Give the requests of a batch what its worker says became of them."""
-        has_faults = any(isinstance(outcome, WorkerFault) for outcome in outcomes)
-        lines = worker.handle.last_lines() if has_faults and worker.handle is not None else ()
+        has_faults = WorkerFault in map(type, outcomes)
         items = job.items
-        answers = answers_of(self._key, items, outcomes, lines)
+        answers: Sequence[Encoded | BaseException]
+        if has_faults:
+            lines = worker.handle.last_lines() if worker.handle is not None else ()
+            answers = answers_of(self._key, items, outcomes, lines)
+        else:
+            answers = cast("Sequence[Encoded]", outcomes)
         abandoned = job.finish(answers)
         if self._listener and items:
             failed = _failures_of(answers, abandoned) if has_faults else NO_FAILURES

@@ -86,9 +86,10 @@ class Registry(Generic[V]):
         """
         entry = self._entry(name)
         wanted = entry.default if version is None else version
-        if wanted not in entry.versions:
-            raise ModelVersionNotFound(name, wanted)
-        return entry.versions[wanted]
+        try:
+            return entry.versions[wanted]
+        except KeyError:
+            raise ModelVersionNotFound(name, wanted) from None
 
     def find(self, name: str, version: str | None = None) -> V | None:
         """Return a version, the default one unless given; None if it is not registered."""
@@ -161,6 +162,7 @@ class Registry(Generic[V]):
             del self._names[bisect.bisect_left(self._names, name)]
 
     def _entry(self, name: str) -> _Entry[V]:
-        if name not in self._entries:
+        entry = self._entries.get(name)
+        if entry is None:
             raise ModelNotFound(name)
-        return self._entries[name]
+        return entry

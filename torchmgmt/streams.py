@@ -31,6 +31,7 @@ _WAITING = "waiting"
 _RUNNING = "running"
 _CANCELLED = "cancelled"
 _ENDED = "ended"
+_OVER = (_ENDED, _CANCELLED)
 
 
 class AnswerStream:
@@ -110,7 +111,9 @@ class AnswerStream:
             raise StopAsyncIteration
         if not is_slow_to_read(part):
             return value_of(self._key, part)
-        return await _asyncio().to_thread(value_of, self._key, part)
+        import asyncio  # for 30 ms that a program without an event loop need not pay
+
+        return await asyncio.to_thread(value_of, self._key, part)
 
     async def next_body(self) -> Response | None:
         """Return the next part of the answer to an :class:`~torchmgmt.HttpBody`; None after the last. It unpickles nothing.
@@ -139,17 +142,17 @@ class AnswerStream:
 
         ``wake`` runs on the thread that brings it, so it must not block, nor raise. For one reader at a time.
         """
-        self._check_process()
+        if forks.depth() != self._depth:
+            raise ManagerClosed("This stream", "belongs to the process that this one was forked from")
         with self._lock:
-            if self._parts or self._is_read or self.done():
+            if self._parts or self._is_read or self._state in _OVER:
                 return True
             self._wake = wake
             return False
 
     def call_when_due(self, callback: Callable[[], object]) -> bool:
         """As :meth:`when_due`, with a callback that is to be called on the event loop that runs now."""
-        loops = _loops()
-        return self.when_due(functools.partial(loops.running_bridge().post, callback))
+        return self.when_due(functools.partial(_loops().running_bridge().post, callback))
 
     @property
     def is_complete(self) -> bool:
@@ -172,7 +175,7 @@ class AnswerStream:
 
     def done(self) -> bool:
         """Whether it has ended, all of it read or not."""
-        return self._state is _ENDED or self._state is _CANCELLED
+        return self._state in _OVER
 
     def cancelled(self) -> bool:
         """Whether it was taken back before it was begun."""
@@ -243,7 +246,7 @@ class AnswerStream:
         """End it; return whether it was begun. Raises InvalidStateError if it has ended."""
         with self._lock:
             before = self._state
-            if self.done():
+            if before in _OVER:
                 raise InvalidStateError(f"it is {before} already")
             self._state = _CANCELLED if takes_back and before is _WAITING else _ENDED
             self._last, self._error = last, error
@@ -283,10 +286,6 @@ class AnswerStream:
         finally:
             del error  # it refers to this frame
 
-    def _check_process(self) -> None:
-        if forks.depth() != self._depth:
-            raise ManagerClosed("This stream", "belongs to the process that this one was forked from")
-
 
 def _bytes_of(part: Encoded) -> int:
     return sum(map(size_of, part.segments))
@@ -297,9 +296,3 @@ def _loops() -> ModuleType:
     from torchmgmt import loops  # it imports asyncio: 30 ms that a program without an event loop need not pay
 
     return loops
-
-
-def _asyncio() -> ModuleType:
-    import asyncio
-
-    return asyncio

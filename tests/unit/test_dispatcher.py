@@ -554,6 +554,24 @@ def test_a_loop_that_visits_runs_all_and_gives_it_back(kind: str, pair):
     dispatcher.close()
 
 
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_loop_sleeps_until_a_timer_that_is_close(kind: str, monkeypatch):
+    """Loops count in milliseconds: what is left of the last one is no reason to look again and again."""
+    dispatcher = Dispatcher()
+    rounds: list[float | None] = []
+    run_round = Dispatcher.run_round
+    monkeypatch.setattr(
+        Dispatcher, "run_round", lambda self, timeout: (rounds.append(timeout), run_round(self, timeout))
+    )
+    came = threading.Semaphore(0)
+    with visiting(dispatcher, LOOPS[kind]):
+        for _ in range(20):
+            dispatcher.call_soon(lambda: dispatcher.call_at(dispatcher.clock() + 0.0004, came.release))
+            assert came.acquire(timeout=WAIT_S)
+    assert len(rounds) < 200
+    dispatcher.close()
+
+
 def test_only_one_loop_visits_at_a_time():
     """A second one is told so by nothing: it changes nothing, and undoing it does not either."""
     dispatcher = Dispatcher()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 from typing import Any
 
@@ -103,4 +104,25 @@ def test_the_collector_goes_on_when_a_pickle_is_broken() -> None:
     """Whatever unpickling raises."""
     with pytest.raises(pickle.UnpicklingError):
         decode(Encoded([b"nonsense" * 10_000]))
+    assert gc.isenabled()
+
+
+def exit_code_of_fork() -> int:
+    """Fork, and return whether the garbage collector of the new process is on."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(gc.isenabled())
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Forking:
+    """Forks when it is unpickled, as another thread may at that moment."""
+
+    def __reduce__(self):
+        return exit_code_of_fork, ()
+
+
+def test_who_is_forked_while_much_is_unpickled_collects_garbage():
+    """Though the collector rests meanwhile in the process that unpickles."""
+    assert decode(encode([Forking(), *range(20_000)]))[0] == 1
     assert gc.isenabled()

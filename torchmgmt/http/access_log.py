@@ -16,7 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import falcon
@@ -30,6 +31,7 @@ logger = logging.getLogger("torchmgmt.access")
 _own_log = logging.getLogger(__name__)
 
 LONGEST_SHOWN = 2000
+_LONGEST_KNOWN = 256
 MOST_WAITING_LINES = 10_000
 
 _COLLECTED_S = 0.05
@@ -80,33 +82,33 @@ Client: TypeAlias = "Sequence[str | int] | None"
 """Host and port of who asks; None if that is not known."""
 
 
-class _Line(NamedTuple):
-    """What there is to say of one request, before anybody has written it."""
+_Line: TypeAlias = "tuple[float, Client, str, bytes, bytes, int, float, str]"
+"""What there is to say of one request, before anybody has written it: when, who, method, path, query, code, seconds, id."""
 
-    when: float
-    client: Client
-    method: str
-    path: bytes
-    query: bytes
-    code: int
-    seconds: float
-    request_id: str
 
-    def text(self) -> str:
-        target = self.path.decode("latin-1")
-        if self.query:
-            target += f"?{masked_query(self.query.decode('latin-1'))}"
-        shown = target if len(target) <= LONGEST_SHOWN else target[:LONGEST_SHOWN] + "..."
-        if _NOT_FOR_A_LOG.search(shown):
-            shown = _NOT_FOR_A_LOG.sub(lambda match: quote(match.group(), errors="replace"), shown)
-        rest = f"{self.code} {self.seconds * 1000:.1f} {self.request_id}"
-        host, port = self.client or ("-", "-")
-        return f'{host}:{port} "{self.method} {shown} HTTP/1.1" {rest}'
+def _text_of(line: _Line) -> str:
+    _, client, method, path, query, code, seconds, request_id = line
+    target = _known_target if len(path) + len(query) <= _LONGEST_KNOWN else _target
+    host, port = client or ("-", "-")
+    return f'{host}:{port} "{method} {target(path, query)} HTTP/1.1" {code} {seconds * 1000:.1f} {request_id}'
 
-    def record(self) -> logging.LogRecord:
-        record = logger.makeRecord(logger.name, logging.INFO, "", 0, self.text(), (), None)
-        record.created, record.msecs = self.when, self.when % 1 * 1000
-        return record
+
+def _target(path: bytes, query: bytes) -> str:
+    """Return what was asked for as it may stand in a log."""
+    target = path.decode("latin-1")
+    if query:
+        target += f"?{masked_query(query.decode('latin-1'))}"
+    shown = target if len(target) <= LONGEST_SHOWN else target[:LONGEST_SHOWN] + "..."
+    return _NOT_FOR_A_LOG.sub(lambda match: quote(match.group(), errors="replace"), shown)
+
+
+_known_target = lru_cache(maxsize=1024)(_target)  # callers use few
+
+
+def _record_of(line: _Line) -> logging.LogRecord:
+    record = logger.makeRecord(logger.name, logging.INFO, "", 0, _text_of(line), (), None)
+    record.created, record.msecs = line[0], line[0] % 1 * 1000
+    return record
 
 
 def log_request(
@@ -115,9 +117,9 @@ def log_request(
     """Write the line of one request, if such lines are wanted; ``path`` and ``query`` are percent-encoded."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    line = _Line(time.time(), client, method, path, query, code, seconds, request_id)
+    line = time.time(), client, method, path, query, code, seconds, request_id
     if _background.writer is None:
-        logger.handle(line.record())
+        logger.handle(_record_of(line))
     else:
         _background.writer.put(line)
 
@@ -132,10 +134,11 @@ class LineFormatter(logging.Formatter):
         """Return what many lines come to: the same as to format a record of each, at a tenth of the cost."""
         parts, second, prefix = [], -1, ""
         for line in lines:
-            if int(line.when) != second:
-                second = int(line.when)
+            when = line[0]
+            if int(when) != second:
+                second = int(when)
                 prefix = time.strftime(self.default_time_format, self.converter(second))
-            parts.append(f"{prefix},{int(line.when % 1 * 1000):03d} INFO {logger.name}: {line.text()}\n")
+            parts.append(f"{prefix},{int(when % 1 * 1000):03d} INFO {logger.name}: {_text_of(line)}\n")
         return "".join(parts)
 
 
@@ -180,7 +183,7 @@ class _Writer(threading.Thread):
                 continue
             for line in lines:
                 if handler.level <= logging.INFO:
-                    handler.handle(line.record())
+                    handler.handle(_record_of(line))
 
     def _write_together(self, handler: logging.StreamHandler[Any], text: str) -> None:
         if not text or handler.level > logging.INFO:

@@ -15,12 +15,12 @@ from collections.abc import Callable
 import uvicorn
 
 from torchmgmt.http.asgi import ASGIApp, Scope
-from torchmgmt.http.exchange import Serving, WholeRequest
+from torchmgmt.http.exchange import WholeRequest
 from torchmgmt.http.limits import Limits
 from torchmgmt.http.management_server import CLOSE_TIMEOUT_S, HALF_SENT_GRACE_S
 from torchmgmt.http.mount import LastResort, MountedWSGI
 from torchmgmt.http.sockets import BACKLOG, address_of
-from torchmgmt.http.uvicorn_parts import LimitedProtocol
+from torchmgmt.http.uvicorn_parts import LimitedProtocol, Serving
 
 __all__ = ["ASGIServer", "no_work"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from attrs import frozen
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from torchmgmt.http.asgi import ASGIApp, Scope
 
-__all__ = ["EXCHANGE", "Connection", "Exchange", "Serving", "WholeRequest"]
+__all__ = ["EXCHANGE", "Connection", "Exchange", "WholeRequest"]
 
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 EXCHANGE = "torchmgmt.exchange"
@@ -27,16 +26,8 @@ class WholeRequest(Protocol):
     def serve(self, content: bytes, exchange: Exchange, /) -> None:
         """Serve it. On the event loop; must not block, nor raise."""
 
-
-@frozen
-class Serving:
-    """How an application is called for each request: ``begin`` may return what serves it without a task."""
-
-    begin: Callable[[Scope], WholeRequest | None]
-    on_answer: Callable[[int], object]
-    """Told the code of each answer to these."""
-    guard: Callable[[ASGIApp], ASGIApp]
-    """What is called in a task is called through this."""
+    def again(self, scope: Scope, /) -> WholeRequest:
+        """Return what serves another request, which has the same head."""
 
 
 class Connection(Protocol):
@@ -54,10 +45,12 @@ class Exchange:
 
     __slots__ = ("_connection", "_cycle", "on_answer")
 
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+    def __init__(
+        self, connection: Connection, cycle: RequestResponseCycle, on_answer: Callable[[int], object] | None = None
+    ) -> None:
         self._connection = connection
         self._cycle = cycle
-        self.on_answer: Callable[[int], object] | None = None
+        self.on_answer = on_answer
         """Told the code of a whole answer."""
 
     @property
@@ -93,16 +86,12 @@ class Exchange:
         if cycle.scope["method"] == "HEAD":
             body = b""
         first = f"HTTP/1.1 {status} {phrase}\r\n".encode("latin-1") if phrase else STATUS_LINE[status]
-        lines: list[bytes | bytearray | memoryview] = [
-            first,
-            *[b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)],
-        ]
-        lines.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        head = (first, *map(_line_of, cycle.default_headers), *map(_line_of, headers), end)
         if len(body) <= _JOINED_UP_TO:
-            lines.append(body)
-            cycle.transport.write(b"".join(lines))
+            cycle.transport.write(b"".join((*head, body)))
         else:
-            cycle.transport.write(b"".join(lines))
+            cycle.transport.write(b"".join(head))
             cycle.transport.write(body)
         cycle.response_started = cycle.response_complete = True
         if self.on_answer is not None:
@@ -124,5 +113,6 @@ def _nothing() -> None:
     """Do what is to be done a second time."""
 
 
+_line_of = b"%b: %b\r\n".__mod__
 # Two writes cost a system call more, joining them a copy.
 _JOINED_UP_TO = 1 << 16

@@ -133,9 +133,11 @@ class Predictions:
         if found is None:
             return None
         call = self._call(found, scope)
-        is_small = int(call.headers.get("content-length", LARGE_BODY)) < LARGE_BODY
+        size = int(call.headers.get("content-length", LARGE_BODY))
         # Who sends too much, or much and may not, hears it from a task before all of that has come.
-        return AtOnce(self, call) if self._is_of_size(call) and (is_small or self._is_admitted(call)) else None
+        if size > self.settings.max_request_size or (size >= LARGE_BODY and not self._is_admitted(call)):
+            return None
+        return AtOnce(self, call)
 
     def ask_at_once(self, call: Call, content: bytes) -> AnswerStream:
         """Queue a request, all of which is there; raise why it is refused."""
@@ -184,8 +186,7 @@ class Predictions:
             await self._send_answer(self._ask(call, content), receive, sender)
 
     async def _send_answer(self, stream: AnswerStream, receive: Receive, sender: Sender) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # an ASGI server calls from one
+        task = cast("asyncio.Task[None]", asyncio.current_task())  # an ASGI server calls from one
         watcher = None if sender.on_disconnect(task.cancel) else asyncio.create_task(_watch(receive, task.cancel))
         try:
             await sender.answer(stream)
@@ -297,6 +298,11 @@ class Call:
         """The caller's, or one of ours."""
         return self.writer.request_id
 
+    def again(self, scope: Scope) -> Call:
+        """Return another one with the same head."""
+        request_id = request_id_of(self.headers.get("x-request-id"))
+        return Call(self.found, scope, self.headers, Writer(request_id, self.writer.more_headers))
+
     @property
     def wants_events(self) -> bool:
         """Whether the client asks for server-sent events."""
@@ -355,6 +361,10 @@ class AtOnce:
         exchange.on_disconnect(self._leave)
         if self._stream.call_when_due(self._answer):
             self._answer()
+
+    def again(self, scope: Scope) -> AtOnce:
+        """Return what serves another request, which has the same head."""
+        return AtOnce(self._predictions, self._call.again(scope))
 
     def _leave(self) -> None:
         """Have nothing more of it: the client has gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 from attrs import define
@@ -49,7 +50,7 @@ class Writer:
         Raises:
             AnswerNotSendable: the handler has set a status or a header that cannot be sent.
         """
-        headers = [*self.headers(), (b"content-type", _content_type(response))]
+        headers = [*self.headers(), (b"content-type", _content_type(response.content_type))]
         if response.headers or response.phrase or response.status != 200:
             headers = _merged(headers, response)
         return _message(response.status, response.phrase, headers, response.body)
@@ -129,7 +130,7 @@ class Sender:
 
     async def _begin(self, first: Response) -> None:
         """Begin an answer in parts, with the first one's status and headers; send that with :meth:`_part`."""
-        content_type = EVENT_STREAM.encode() if self._as_events else _content_type(first)
+        content_type = EVENT_STREAM.encode() if self._as_events else _content_type(first.content_type)
         headers = [*self._writer.headers(), (b"content-type", content_type)]
         headers.append((b"x-accel-buffering", b"no"))  # a proxy that collects the parts would make them one
         if first.headers or first.phrase or first.status != 200:
@@ -178,12 +179,11 @@ def _message(
     return status, phrase, headers, body
 
 
-def _content_type(response: Response) -> bytes:
-    raw = response.content_type.encode("latin-1", "replace")
+@lru_cache(maxsize=64)
+def _content_type(text: str) -> bytes:
+    raw = text.encode("latin-1", "replace")
     if _NOT_IN_A_VALUE.search(raw):
-        raise AnswerNotSendable(
-            f"The handler has set a content type that HTTP does not have: {response.content_type!r}"
-        )
+        raise AnswerNotSendable(f"The handler has set a content type that HTTP does not have: {text!r}")
     return raw
 
 

@@ -14,17 +14,19 @@ from typing import Any
 
 import httptools
 import uvicorn
+from attrs import field, frozen
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from torchmgmt.http.asgi import ASGIApp
+from torchmgmt.http.asgi import ASGIApp, Scope
 from torchmgmt.http.errors import Answer, answer_for_code
-from torchmgmt.http.exchange import EXCHANGE, Exchange, Serving, WholeRequest
+from torchmgmt.http.exchange import EXCHANGE, Exchange, WholeRequest
+from torchmgmt.http.known_heads import KnownHead, KnownHeads
 from torchmgmt.http.limits import MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
 from torchmgmt.http.middleware import request_id_of, response_headers
 
-__all__ = ["LimitedProtocol", "raw_headers"]
+__all__ = ["LimitedProtocol", "Serving", "raw_headers"]
 
 # uvicorn's own loggers would print through logging's last resort in a program that configured none.
 logger = logging.getLogger("torchmgmt.http.server")
@@ -71,6 +73,18 @@ def raw_headers(answer: Answer, request_id: str, length: int) -> list[tuple[byte
         **answer.headers,
     }
     return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+@frozen
+class Serving:
+    """How an application is called for each request: ``begin`` may return what serves it without a task."""
+
+    begin: Callable[[Scope], WholeRequest | None]
+    on_answer: Callable[[int], object]
+    """Told the code of each answer to these."""
+    guard: Callable[[ASGIApp], ASGIApp]
+    """What is called in a task is called through this."""
+    known_heads: KnownHeads = field(factory=KnownHeads, init=False)
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -155,6 +169,11 @@ class LimitedProtocol(HttpToolsProtocol):
         """Take what came."""
         if self._is_deaf:
             return
+        if self._serving is not None and self._is_free:
+            known = self._serving.known_heads.find(data)
+            if known is not None:
+                self._serve_known(known, data)
+                return
         phase, requests = self._phase, self._requests
         try:
             self.parser.feed_data(data)
@@ -167,14 +186,50 @@ class LimitedProtocol(HttpToolsProtocol):
             if requests == self._requests and phase is self._phase:
                 self._count(phase, len(data))
         if self._whole is not None:  # only now: the parser is not to be in the middle of something
-            self._serve_whole(*self._whole)
+            if phase is self._phase is Phase.NOTHING and self._requests == requests + 1:
+                self._learn(data, *self._whole)
+            chunks, self._chunks = self._chunks, []
+            self._serve_whole(*self._whole, b"".join(chunks))  # which copies nothing if there is one
 
-    def _serve_whole(self, request: WholeRequest, cycle: RequestResponseCycle) -> None:
+    @property
+    def _is_free(self) -> bool:
+        """Whether nothing has come that is not answered, so that what comes now is the beginning of a request."""
+        return not (self._unanswered or self._phase is not Phase.NOTHING or self._is_stopping or self.flow.write_paused)
+
+    def _serve_known(self, known: KnownHead, data: bytes) -> None:
+        """Serve a request that the parser need not see: it is between two messages, before this one and after it."""
+        super().on_message_begin()
+        self._requests += 1
+        self._began = self.loop.time()
+        self.headers += known.headers
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]  # ASGI allows more keys than its TypedDict has
+        scope.update(known.fields)
+        self.cycle = RequestResponseCycle(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,
+            on_response=self.on_response_complete,
+        )
+        self.cycle.more_body = False
+        self._unanswered += 1
+        self._serve_whole(known.request.again(scope), self.cycle, data[known.head_bytes :])
+
+    def _learn(self, data: bytes, request: WholeRequest, cycle: RequestResponseCycle) -> None:
+        """Keep what the parser has found in ``data``, which is one request."""
+        if self._serving is not None and cycle.keep_alive:
+            self._serving.known_heads.add(data, cycle.scope, request)
+
+    def _serve_whole(self, request: WholeRequest, cycle: RequestResponseCycle, content: bytes) -> None:
         self._whole = None
-        chunks, self._chunks = self._chunks, []
-        exchange = Exchange(self, cycle)
-        exchange.on_answer = self._serving.on_answer if self._serving is not None else None
-        request.serve(b"".join(chunks), exchange)  # which copies nothing if there is one
+        on_answer = self._serving.on_answer if self._serving is not None else None
+        request.serve(content, Exchange(self, cycle, on_answer))
 
     def _count(self, phase: Phase, received: int) -> None:
         """Count what the parser may be holding back, having called nobody."""
