@@ -60,8 +60,11 @@ class LoopBridge:
 class _Bridges:
     lock: threading.Lock
     by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBridge]
-    last: LoopBridge | None = None
-    """That was asked for: most programs have one loop, and to look into the dictionary takes five times as long."""
+    last: Callable[[], LoopBridge | None] = lambda: None
+    """Returns the one that was asked for last: most programs have one loop, and the dictionary is slow to look into.
+
+    It does not keep that alive, nor what it was to run: the answers of a loop that was closed go with it.
+    """
 
 
 _bridges = _Bridges(threading.Lock(), weakref.WeakKeyDictionary())
@@ -69,14 +72,14 @@ _bridges = _Bridges(threading.Lock(), weakref.WeakKeyDictionary())
 
 def bridge_to(loop: asyncio.AbstractEventLoop) -> LoopBridge:
     """Return the one bridge to ``loop``. Any thread."""
-    bridge = _bridges.last
+    bridge = _bridges.last()
     if bridge is not None and bridge.loop() is loop:
         return bridge
     bridge = _bridges.by_loop.get(loop)
     if bridge is None:
         with _bridges.lock:
             bridge = _bridges.by_loop.setdefault(loop, LoopBridge(loop))
-    _bridges.last = bridge
+    _bridges.last = weakref.ref(bridge)
     return bridge
 
 

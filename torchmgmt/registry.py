@@ -86,10 +86,9 @@ class Registry(Generic[V]):
         """
         entry = self._entry(name)
         wanted = entry.default if version is None else version
-        try:
-            return entry.versions[wanted]
-        except KeyError:
-            raise ModelVersionNotFound(name, wanted) from None
+        if wanted not in entry.versions:
+            raise ModelVersionNotFound(name, wanted)
+        return entry.versions[wanted]
 
     def find(self, name: str, version: str | None = None) -> V | None:
         """Return a version, the default one unless given; None if it is not registered."""
