@@ -25,6 +25,7 @@ _AT_LEAST = {1: Goal(4, at_least=True, of_ratio=True), 8: Goal(3, at_least=True,
 # MB (1e6 bytes) -> connections
 _BODIES = {1: 4, 16: 2}
 _MIXED = (10, 100, 1_000, 10_000, 100_000)
+_NUMBERED = f"{OURS}, {_CONNECTIONS[-1]} connections, no two heads the same"
 
 FAIRNESS = (
     (
@@ -76,6 +77,9 @@ def _no_op(setup: Setup, store: Path, batch_size: int) -> list[Table]:
             for count in _CONNECTIONS
             for name, endpoint in endpoints.items()
         }
+        if OURS in endpoints:
+            numbered = wrk.Requests(is_numbered=True)
+            variants[_NUMBERED] = partial(_load, endpoints[OURS], _CONNECTIONS[-1], setup.seconds, numbered)
         # Two rounds of warming up: Java compiles what is used often while it runs.
         budget_s = 2.0 * (setup.runs + 2) * len(variants) * setup.seconds
         result = interleave(f"http, batch_size {batch_size}", variants, setup.runs, warm_ups=2, budget_s=budget_s)
@@ -107,10 +111,17 @@ def _no_op_tables(result: Result, names: list[str], batch_size: int) -> list[Tab
         for figure, what in (("p50", "median"), ("p99", "99th percentile")):
             alone = Goal(0.4) if (count, batch_size, figure) == (1, 1, "p50") else None
             latencies += beside(result, names, f", {count}", figure, "ms", f"{where}, {what}", alone)
+    if result.has(_NUMBERED):
+        own = next(row for row in rates if row.what == f"{OURS}: {where}")
+        rates.append(Row(_NUMBERED, result.series(_NUMBERED, "rate", "/s"), own))
     notes = [
         (
             f"wrk, POST of {len(wrk.Requests().body)} bytes of JSON, which each server decodes, hands to a Python worker that"
             " gives it back, and encodes; median over the rounds."
+        ),
+        (
+            "wrk sends the same head each time, as a client does that asks again and again with bodies of one size. torchmgmt"
+            " recognizes such heads; the last row has another X-Request-Id in each, so that each is parsed."
         ),
         *FAIRNESS,
         *result.notes,

@@ -27,6 +27,10 @@ function init(args)
 end
 function request()
   sent = sent + 1
+  if {is_numbered} then
+    wrk.headers["X-Request-Id"] = tostring(sent)
+    return wrk.format(nil, nil, nil, {body})
+  end
   return requests[sent % #requests + 1]
 end
 """
@@ -52,6 +56,8 @@ class Requests:
     body: str = '{"x": 1}'
     sizes: tuple[int, ...] = (0,)
     content_type: str = "application/json"
+    is_numbered: bool = False
+    """Whether each has a number in its head (X-Request-Id), so that no two heads are the same; with ``body`` only."""
 
     @classmethod
     def of_sizes(cls, *sizes: int) -> Requests:
@@ -61,7 +67,12 @@ class Requests:
     def script(self) -> str:
         """Return it as a script for wrk."""
         sizes = ", ".join(map(str, self.sizes))
-        return _LUA.format(content_type=self.content_type, sizes=sizes, body=f"[==[{self.body}]==]")
+        return _LUA.format(
+            content_type=self.content_type,
+            sizes=sizes,
+            body=f"[==[{self.body}]==]",
+            is_numbered=str(self.is_numbered).lower(),
+        )
 
 
 def run(url: str, connections: int, seconds: int, requests: Requests | None = None) -> Load:
