@@ -264,7 +264,7 @@ class Predictions:
             headers=headers,
             timeout=timeout_s,
             priority=priority,
-            request_id=call.request_id,
+            request_id=call.writer.request_id,
         )
 
     def _name_of(self, headers: Mapping[str, str], query: Sequence[tuple[str, str]]) -> str:
@@ -329,7 +329,7 @@ class Call:
         scope = self.scope
         seconds = time.perf_counter() - self.began
         path, query = scope["raw_path"], scope["query_string"]
-        log_request(scope.get("client"), scope["method"], path, query, code, seconds, self.request_id)
+        log_request(scope.get("client"), scope["method"], path, query, code, seconds, self.writer.request_id)
 
 
 class AtOnce:

@@ -50,10 +50,13 @@ class Writer:
         Raises:
             AnswerNotSendable: the handler has set a status or a header that cannot be sent.
         """
-        headers = [*self.headers(), (b"content-type", _content_type(response.content_type))]
-        if response.headers or response.phrase or response.status != 200:
-            headers = _merged(headers, response)
-        return _message(response.status, response.phrase, headers, response.body)
+        status, body = response.status, response.body
+        headers = self.headers()
+        headers.append((b"content-type", _content_type(response.content_type)))
+        if response.headers or response.phrase or status != 200:
+            return _message(status, response.phrase, _merged(headers, response), body)
+        headers.append((b"content-length", b"%d" % len(body)))
+        return status, "", headers, body
 
     def error(self, answer: Answer, *, for_kserve: bool) -> Message:
         """Return an error."""
