@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any, Generic, Protocol, TypeVar
 
-from attrs import define, frozen
+from attrs import define, field
 
 from torchmgmt.errors import WrongNumberOfAnswers
 
@@ -67,17 +67,17 @@ class Waiting(Generic[T, R]):
             return False
 
 
-@frozen(eq=False)
+@define(eq=False)
 class Batch(Generic[T, R]):
     """Items that are run together. Exactly one of :meth:`finish` and :meth:`fail` is to be called, once, on any thread."""
 
     _entries: Sequence[Waiting[T, R]]
     _on_end: Callable[[int], object]
+    items: list[T] = field(init=False)
+    """The items in the order in which they were submitted."""
 
-    @property
-    def items(self) -> list[T]:
-        """The items in the order in which they were submitted."""
-        return [entry.item for entry in self._entries]
+    def __attrs_post_init__(self) -> None:
+        self.items = [entry.item for entry in self._entries]
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -187,11 +187,13 @@ class PoolWorkers:
 
     def busy_with_room(self, most: int) -> PoolWorker | None:
         """Return one that computes, and with which a further batch may lie meanwhile: the one with the fewest."""
-        most = min(most, 1 + int(_LYING_S / self._run_s)) if self._run_s else 1
-        if most < 2:
-            return None
-        busy = [each for each in self._by_id.values() if each.state is WorkerState.BUSY and len(each.jobs) < most]
-        return min(busy, key=lambda each: len(each.jobs), default=None)
+        fewest = min(most, 1 + int(_LYING_S / self._run_s)) if self._run_s else 1
+        found = None
+        if fewest > 1:
+            for worker in self._by_id.values():
+                if worker.state is WorkerState.BUSY and len(worker.jobs) < fewest:
+                    found, fewest = worker, len(worker.jobs)
+        return found
 
     def serving(self) -> int:
         """Return how many take batches now."""
