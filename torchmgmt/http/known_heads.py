@@ -50,9 +50,9 @@ class KnownHeads:
         return known if known is not None and known.message_bytes == len(data) else None
 
     def add(self, data: bytes, scope: Mapping[str, Any], request: WholeRequest) -> None:
-        """Keep what the head of ``data`` means, if that is one whole request whose head says how large it is.
+        """Keep what the head of ``data`` means, if that is one request whose head says how large it is, and nothing else.
 
-        ``scope`` and ``request`` are what the parser and the application have made of it.
+        ``data`` begins with the request of which the parser and the application have made ``scope`` and ``request``.
         """
         end = data.find(_END, 0, LONGEST) + len(_END)
         headers: list[tuple[bytes, bytes]] = scope["headers"]

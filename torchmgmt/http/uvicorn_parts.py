@@ -186,7 +186,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if requests == self._requests and phase is self._phase:
                 self._count(phase, len(data))
         if self._whole is not None:  # only now: the parser is not to be in the middle of something
-            if phase is self._phase is Phase.NOTHING and self._requests == requests + 1:
+            if phase is self._phase is Phase.NOTHING:
                 self._learn(data, *self._whole)
             chunks, self._chunks = self._chunks, []
             self._serve_whole(*self._whole, b"".join(chunks))  # which copies nothing if there is one
@@ -222,7 +222,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._serve_whole(known.request.again(scope), self.cycle, data[known.head_bytes :])
 
     def _learn(self, data: bytes, request: WholeRequest, cycle: RequestResponseCycle) -> None:
-        """Keep what the parser has found in ``data``, which is one request."""
+        """Keep what the parser has found in ``data``, which begins with the request and ends with it or another."""
         if self._serving is not None and cycle.keep_alive:
             self._serving.known_heads.add(data, cycle.scope, request)
 
