@@ -276,7 +276,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._framed_bytes = self._body_bytes = 0
         super().on_headers_complete()
         self._unanswered += 1
-        if self._is_stopping or self.parser.should_upgrade():
+        # The last of these uvicorn sees by itself from 0.53 on.
+        if self._is_stopping or self.parser.should_upgrade() or not self.parser.should_keep_alive():
             self.cycle.keep_alive = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
