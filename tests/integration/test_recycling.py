@@ -108,7 +108,8 @@ def test_a_worn_worker_finishes_what_it_runs(deploy: Deployer, gate: Gate, tmp_p
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have memory sampled several times a second."""
     monkeypatch.setattr(process_backend, "_LOOK_PERIOD_S", 0.05)
-    monkeypatch.setattr(process_backend, "_LOOKS_PER_SAMPLE", 3)
+    monkeypatch.setattr(process_backend, "_SETTLED_S", 0.1)
+    monkeypatch.setattr(process_backend, "_SAMPLE_PERIOD_S", 0.15)
 
 
 HOARDER = (

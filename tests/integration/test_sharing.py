@@ -370,6 +370,25 @@ def test_a_worker_that_hangs_after_the_fork_ends_the_forking(loading: Loading, m
     until(lambda: is_gone(template), "the template is gone")
 
 
+def test_a_fork_that_lost_computing_threads_is_found_out(loading: Loading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that has computed with several threads, and is to be forked nonetheless, leaves no worker that hangs."""
+    monkeypatch.setattr("torchmgmt.backends.process_worker.FORK_LIMIT_S", 1)
+    body = "torch._C.set_num_threads(2); torch.ones(1 << 20).sum()"
+    model = loading(body, imports="import torch", share_weights="always", threads_per_worker=2, synchronous=False)
+    assert model.predict("torch.ones(1 << 20).sum().item()", timeout=40) == 1 << 20
+    model.wait_ready(20)
+    assert model.describe().sharing.is_shared is False
+    assert "hung" in reason(model)
+
+
+def test_a_worker_makes_no_computing_threads_before_it_needs_them(loading: Loading) -> None:
+    """A forked worker has its first thread and the one that watches its parent: more are made at the first operation."""
+    model = loading(imports="import torch", threads_per_worker=2)
+    threads = "len(os.listdir('/proc/self/task'))"
+    assert model.predict(threads) == 2
+    assert model.predict(f"(torch.ones(1 << 20).sum(), {threads})[1]") == 3
+
+
 # -- at rest -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from torchmgmt.backends import WorkerListener
@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 worker_log = logging.getLogger("torchmgmt.workers")
 
 _LOOK_PERIOD_S = 0.5
-_LOOKS_PER_SAMPLE = 10  # of memory, which takes longer
+_SETTLED_S = 1.0  # after its start, the memory of a process is worth knowing
+_SAMPLE_PERIOD_S = 5.0
+_SAMPLING_S = 0.01  # at one look: it takes milliseconds for each process, of which there may be hundreds
 
 
 class _Looked(Protocol):
@@ -70,7 +72,7 @@ class ProcessBackend:
         self._close_lock = threading.Lock()
         self._lock = threading.Lock()
         # guarded by _lock
-        self._processes: dict[_Looked, int] = {}  # with how often each was looked at
+        self._processes: dict[_Looked, float] = {}  # with when its memory is to be sampled next, as of time.monotonic
         self._is_looking = False
 
     def __repr__(self) -> str:
@@ -112,7 +114,7 @@ class ProcessBackend:
     def look_after(self, process: _Looked) -> None:
         """Sample its memory and see that it is not stopped, until :meth:`forget`; for this backend's own parts."""
         with self._lock:
-            self._processes[process] = 0
+            self._processes[process] = time.monotonic() + _SETTLED_S
             was_looking, self._is_looking = self._is_looking, True
         if not was_looking:
             try:
@@ -132,19 +134,28 @@ class ProcessBackend:
 
     def _look(self) -> None:
         with self._lock:
-            for process in self._processes:
-                self._processes[process] += 1
             processes = dict(self._processes)
             self._is_looking = bool(processes)
         if not processes:
             return
         with contextlib.suppress(ManagerClosed):
             self._look_later()  # first: whatever goes wrong with one of them, the others are looked after
-        for process, looks in processes.items():
+        for process in processes:
             process.end_if_stopped()
-            if looks % _LOOKS_PER_SAMPLE == 2:  # the first time when it has settled
-                process.child.sample_memory()
         self.forkserver.end_if_stopped()
+        self._sample(processes)
+
+    def _sample(self, due: Mapping[_Looked, float]) -> None:
+        """Sample the memory of those whose turn it is, as many as there is time for; the others are the first next time."""
+        until = time.monotonic() + _SAMPLING_S
+        for process in sorted(due, key=due.__getitem__):
+            now = time.monotonic()
+            if due[process] > now or now > until:
+                return
+            process.child.sample_memory()
+            with self._lock:
+                if process in self._processes:
+                    self._processes[process] = now + _SAMPLE_PERIOD_S
 
     def _report_the_rest(self) -> None:
         """Tell of what ended with the torch-only process: nobody else does, and pools wait for it."""

@@ -316,6 +316,7 @@ def _import_file(file: Path, prefix: str = "") -> ModuleType:
     if spec is None or spec.loader is None:
         raise RuntimeError(f"the modelFile {file.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules.pop(name, None)  # one that is displaced comes back later: see worker.modules
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Context", "RequestProcessor"]
 
 SERVER_NAME = "torchmgmt"
+_VERSION = importlib.metadata.version(
+    "torchmgmt"
+)  # read once, for all that are forked from the process that imports this
 # What TorchServe hands to image handlers unless configured otherwise: Pillow's own bound on decompression bombs.
 _LIMIT_IMAGE_PIXELS = True
 
@@ -133,7 +136,7 @@ class Context:
             spec.manifest,
             spec.batch_size,
             gpu=None,
-            mms_version=importlib.metadata.version("torchmgmt"),
+            mms_version=_VERSION,
             model_yaml_config=spec.config,
             weights_only=spec.weights_only,
             is_sealed=spec.is_sealed,

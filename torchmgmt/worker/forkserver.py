@@ -17,6 +17,7 @@ from torchmgmt.channel import Frame, Kind, send
 from torchmgmt.records import TemplateJob, WorkerJob
 from torchmgmt.worker.forking import Body, Forker, become_subreaper
 from torchmgmt.worker.main import WorkerProcess
+from torchmgmt.worker.modules import ImportedModules
 from torchmgmt.worker.template import TemplateProcess
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def main() -> NoReturn:
     control, root_pidfd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     torch.set_num_threads(1)
     become_subreaper()
+    modules = ImportedModules()
     # A collection in a worker would otherwise touch, and so copy, every page of what was imported here. What is garbage of
     # it stays: to find it costs 0.1 s of every first start, and gains less than a megabyte.
     gc.freeze()
@@ -37,8 +39,8 @@ def main() -> NoReturn:
 
     def body_of(job: WorkerJob | TemplateJob, fds: Sequence[int]) -> Body:
         if isinstance(job, TemplateJob):
-            return TemplateProcess(job, fds, root_pidfd, forker.environment)
-        return WorkerProcess(job, fds, root_pidfd, forker.environment)
+            return TemplateProcess(job, fds, root_pidfd, forker.environment, modules)
+        return WorkerProcess(job, fds, root_pidfd, forker.environment, modules)
 
     forker = Forker(control, root_pidfd, body_of)
     try:

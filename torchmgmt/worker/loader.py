@@ -195,6 +195,7 @@ def load_file(name: str, file: Path) -> ModuleType:
     if loader is None or loader.loader is None:
         raise HandlerError(f"{file.name} cannot be imported as a module")
     module = importlib.util.module_from_spec(loader)
+    sys.modules.pop(name, None)  # one that is displaced comes back later: see worker.modules
     sys.modules[name] = module
     try:
         loader.loader.exec_module(module)

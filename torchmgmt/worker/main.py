@@ -30,6 +30,7 @@ from torchmgmt.variables import without_matching
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
 from torchmgmt.worker.loader import Handler, load_handler
+from torchmgmt.worker.modules import ImportedModules
 from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.process import (
     EXIT_NOT_LOADED,
@@ -63,6 +64,8 @@ class Loaded:
     handler: Handler
     threads: int | None
     """The number of threads that the handler asked for, if it did."""
+    is_doubtful: bool = False
+    """Whether the template is forked in spite of what it has, such as threads, so that a worker may hang."""
     on_child_end: Callable[[int, FrameType | None], Any] | int | None = signal.SIG_DFL
     """What the handler wants to happen at SIGCHLD, which the template needs for itself."""
 
@@ -76,6 +79,7 @@ class WorkerProcess:
             writes the number of the batch that it begins, and a live object that was written down.
         root_pidfd: the embedding process; -1 where there are no pidfds.
         environment: variables that the torch-only process needed otherwise than the program had them.
+        modules: what was imported before the fork.
         loaded: the model, if it was forked from a template; None: it loads the model itself.
     """
 
@@ -85,6 +89,7 @@ class WorkerProcess:
         fds: Sequence[int],
         root_pidfd: int,
         environment: Mapping[str, str | None],
+        modules: ImportedModules,
         loaded: Loaded | None = None,
     ) -> None:
         self._job = job
@@ -93,6 +98,7 @@ class WorkerProcess:
             job.spec.live.attach(tuple(snapshot))
         self._root_pidfd = root_pidfd
         self._environment = environment
+        self._modules = modules
         self._loaded = loaded
 
     def run(self) -> NoReturn:
@@ -143,16 +149,19 @@ class WorkerProcess:
         threads = self._job.threads
         if self._loaded is None:
             torch.set_num_threads(threads)
-            return load_model(self._job.spec, threads)
+            return load_model(self._job.spec, self._modules, threads)
         if self._job.spec.live is not None:
             self._job.spec.live.release()  # the template has loaded it
-        _prove_threads(self._loaded.threads or threads)
+        if self._loaded.is_doubtful:
+            _prove_threads()
+        torch.set_num_threads(self._loaded.threads or threads)
         return self._loaded.handler
 
 
-def load_model(spec: ModelSpec, threads: int | None = None) -> Handler:
+def load_model(spec: ModelSpec, modules: ImportedModules, threads: int | None = None) -> Handler:
     """Load the handler of ``spec`` in the way that archives expect: from its folder, with the ``ts`` names in place.
 
+    ``modules`` are imported afterwards as they were before.
     ``threads`` is how many threads an operation may use; None in a template, whose workers may have other numbers.
     """
     install_ts()
@@ -163,23 +172,22 @@ def load_model(spec: ModelSpec, threads: int | None = None) -> Handler:
     if spec.packages is not None:
         add_packages(spec.packages)
     sys.path.insert(0, spec.model_dir)
-    before = dict(sys.modules)
     try:
-        return load_handler(spec, context)
+        with modules.kept():
+            return load_handler(spec, context)
     finally:
         keep_standard_streams_open()
-        # A handler's file may be called like a module that was imported before, and that others import later.
-        sys.modules.update(before)
 
 
-def _prove_threads(threads: int) -> None:
-    """Compute with ``threads`` threads from now on, and show that this works: after a bad fork it hangs, for ever.
+def _prove_threads() -> None:
+    """Show that computing with several threads works: where those of OpenMP were lost in the fork it hangs, for ever.
 
-    Then the embedding process, which waits for a sign of life, ends this one and gives up forking the template.
+    Then the embedding process, which waits for a sign of life, ends this one and gives up forking the template. Of a
+    template that had no thread but its first none was lost; to prove that would take half the time of the start, as
+    threads of OpenMP wait awake for one another.
     """
-    torch.set_num_threads(max(2, threads))
+    torch.set_num_threads(2)
     torch.ones(_ENOUGH_TO_SHARE).sum()
-    torch.set_num_threads(threads)
 
 
 def _page(fd: int) -> mmap.mmap:

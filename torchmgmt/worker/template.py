@@ -22,6 +22,7 @@ from torchmgmt.worker import fitness
 from torchmgmt.worker.batch import fault_of
 from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper, dying_with
 from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
+from torchmgmt.worker.modules import ImportedModules
 from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, hide_variables, run_to_exit
 
 __all__ = ["TemplateProcess"]
@@ -38,10 +39,16 @@ class TemplateProcess:
         root_pidfd: the embedding process; -1 where there are no pidfds.
         environment: variables that the torch-only process needed otherwise than the program had them. They stay as they
             are while the model is loaded: what makes more than one thread makes a template unfit.
+        modules: what was imported before the fork.
     """
 
     def __init__(
-        self, job: TemplateJob, fds: Sequence[int], root_pidfd: int, environment: Mapping[str, str | None]
+        self,
+        job: TemplateJob,
+        fds: Sequence[int],
+        root_pidfd: int,
+        environment: Mapping[str, str | None],
+        modules: ImportedModules,
     ) -> None:
         self._spec = job.spec
         self._channel_fd, self._output_fd, *snapshot = fds
@@ -49,6 +56,7 @@ class TemplateProcess:
             self._spec.live.attach(tuple(snapshot))
         self._root_pidfd = root_pidfd
         self._environment = environment
+        self._modules = modules
         self._parent_pid = os.getpid()  # it is made before the fork
         self._loaded: Loaded | None = None
 
@@ -66,14 +74,17 @@ class TemplateProcess:
         before = fitness.marks() if fitness.can_tell() else None
         try:
             with dying_with(self._parent_pid), fitness.postponed_thread_settings() as threads:
-                handler = load_model(self._spec)
+                handler = load_model(self._spec, self._modules)
         except Exception as error:
             send(control, Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
-        self._loaded = Loaded(handler, threads[-1] if threads else None, signal.getsignal(signal.SIGCHLD))
+        objections, is_final = self._objections(before)
+        self._loaded = Loaded(
+            handler, threads[-1] if threads else None, bool(objections), signal.getsignal(signal.SIGCHLD)
+        )
         # What the handler has set itself, it has set for its workers.
         self._environment = {name: value for name, value in self._environment.items() if _is_still(name, variables)}
-        send(control, Frame(Kind.READY, self._objections(before)))
+        send(control, Frame(Kind.READY, (objections, is_final)))
         self._settle()
         successor = Forker(control, self._root_pidfd, self._worker).run()
         if successor is not None:
@@ -102,7 +113,7 @@ class TemplateProcess:
     def _worker(self, job: WorkerJob | TemplateJob, fds: Sequence[int]) -> Body:
         if not isinstance(job, WorkerJob):
             raise TypeError("a template forks workers only")
-        return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._loaded)
+        return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._modules, self._loaded)
 
 
 def _is_still(name: str, variables: Mapping[str, str | None]) -> bool:
