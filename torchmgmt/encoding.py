@@ -20,6 +20,8 @@ _DETACHED_FROM = 1 << 16
 _MANY_OBJECTS_FROM = 1 << 14
 # A row has some fields; the answer that is a large dictionary is of numbers, and not worth looking through.
 _FEW = 16
+# To look at so many numbers in a list takes half of what pickling as always would take more.
+_SOME = 64
 # In these there is no tensor, and to pickle them as always takes a quarter of the time.
 _PLAIN = frozenset({bytes, bytearray, str, int, float, bool, type(None)})
 
@@ -32,6 +34,8 @@ def encode(value: object, *, frozen: bool = False) -> Encoded:
     """
     buffers: list[pickle.PickleBuffer] = []
     data = _pickled(value, buffers.append)
+    if not buffers:
+        return Encoded([data])
     raw = [buffer.raw() for buffer in buffers]
     return Encoded([data, *(bytes(view) if frozen and not view.readonly else view for view in raw)])
 
@@ -47,11 +51,20 @@ def _pickled(value: object, take: Callable[[pickle.PickleBuffer], object]) -> by
     return file.getvalue()
 
 
-def _has_no_tensor(value: object) -> bool:
+def _has_no_tensor(value: Any) -> bool:
     """Whether a quick look is enough to say so."""
-    if type(value) is dict:
-        return len(value) <= _FEW and _PLAIN.issuperset(map(type, value.values()))
-    return type(value) in _PLAIN
+    if type(value) in _PLAIN:
+        return True
+    if type(value) is dict and len(value) <= _FEW:
+        items = value.values()
+        return _PLAIN.issuperset(map(type, items)) or all(
+            type(each) in _PLAIN or _is_plain_list(each) for each in items
+        )
+    return _is_plain_list(value)
+
+
+def _is_plain_list(value: Any) -> bool:
+    return type(value) is list and len(value) <= _SOME and _PLAIN.issuperset(map(type, value))
 
 
 class _LargeBytes:
