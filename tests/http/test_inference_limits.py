@@ -92,6 +92,30 @@ def test_priority_and_timeout_reach_the_library(serving_inference, manager):
     assert (call["priority"], call["timeout"]) == (-3, 1.5)
 
 
+BAD_TARGETS = [
+    b"GET http://localhost?x HTTP/1.1",
+    b"GET http://localhost HTTP/1.1",
+    b"GET http://localhost:99999999/ping HTTP/1.1",
+    b"CONNECT localhost:443 HTTP/1.1",
+]
+
+
+@pytest.mark.parametrize("line", BAD_TARGETS)
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_target_that_cannot_be_read_is_refused_in_its_turn(predicting, line, before):
+    """Requests that came before it on the connection have their own answers, in order, and it has the last."""
+    made = predicting(batch_size=1)
+    bodies = [b"time.sleep(0.2) or %d" % number for number in range(before)]
+    sent = b"".join(ASK % (len(body), body) for body in bodies) + line + b"\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(made.client.address, timeout=20) as connection:
+        connection.sendall(sent)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    answers = received.split(b"HTTP/1.1 ")[1:]
+    assert [answer[:3] for answer in answers] == [b"200"] * before + [b"400"]
+    assert [answer.rpartition(b"\r\n\r\n")[2] for answer in answers[:-1]] == [b"%d" % n for n in range(before)]
+    assert b'"type"' in answers[-1]
+
+
 def test_priority_goes_first(predicting, gate, tmp_path):
     """What was asked later, but matters more, is run before."""
     made = predicting(**ONE_BY_ONE)

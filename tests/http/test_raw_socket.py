@@ -100,6 +100,7 @@ def is_sound(received: bytes) -> bool:
         (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 400),
         (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n", 400),
         (b"POST /models HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"0" * 5000 + b"2\r\n\r\nab", 400),
         (b"GET /models HTTP/9.9\r\nHost: localhost\r\n\r\n", 400),
         (b"GET /models HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", 400),
         (b"GET /models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", 431),
@@ -122,6 +123,9 @@ def test_what_is_no_request_is_refused(patient, sent, code):
     "sent",
     [
         b"GET http://evil.example/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"GET http://evil.example HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"GET http://evil.example:99999999/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example:443\r\n\r\n",
         b"GET /models/%ff%00%zz?%zz=%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         b"GET /models HTTP/1.1\nHost: localhost\nConnection: close\n\n",
         b"GET /models/" + b"%2e%2e/" * 100 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",

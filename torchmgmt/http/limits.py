@@ -6,10 +6,11 @@ from typing import Any
 
 from attrs import field, frozen, validators
 
-__all__ = ["MANY_HOSTS", "NOT_HTTP_1", "SLOW", "TOO_MUCH_HEAD", "Limits", "connection_limit"]
+__all__ = ["LONG_LENGTH", "MANY_HOSTS", "NOT_HTTP_1", "SLOW", "TOO_MUCH_HEAD", "Limits", "connection_limit"]
 
 SLOW = "The request took too long to arrive"
 NOT_HTTP_1 = "The request is neither HTTP/1.1 nor HTTP/1.0"
+LONG_LENGTH = "The Content-Length has more digits than any length"
 MANY_HOSTS = "There is more than one Host"
 TOO_MUCH_HEAD = "The request line and the headers are larger than the {} bytes that are allowed"
 

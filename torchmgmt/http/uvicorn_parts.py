@@ -23,7 +23,7 @@ from torchmgmt.http.asgi import ASGIApp, Scope
 from torchmgmt.http.errors import Answer, answer_for_code
 from torchmgmt.http.exchange import EXCHANGE, Exchange, WholeRequest
 from torchmgmt.http.known_heads import KnownHead, KnownHeads
-from torchmgmt.http.limits import MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
+from torchmgmt.http.limits import LONG_LENGTH, MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
 from torchmgmt.http.middleware import request_id_of, response_headers
 
 __all__ = ["LimitedProtocol", "Serving", "raw_headers"]
@@ -35,6 +35,7 @@ MOST_WAITING_REQUESTS = 100
 """Of one connection; who sends more of them ahead is told to close, and sends them again on another."""
 OVERHEAD_PER_BODY_BYTE = 8
 """A body sent in chunks of one byte takes five bytes of framing for each."""
+_MOST_LENGTH_DIGITS = 20  # of 2**64; what begins with zeros has more, of which ``int`` takes 4300
 MOST_PIECES = 1000
 """Of a body, that are kept one by one: an object for each byte would take forty times as much memory as its sender has sent."""
 
@@ -115,6 +116,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = 0  # that came while nothing of it could be told apart
         self._head_size = 0  # of what was told apart, but for the first line
         self._hosts = 0
+        self._length_digits = 0
         self._framed_bytes = self._body_bytes = 0
         self._write_paused_at = 0.0
         self._is_deaf = False  # what still comes is thrown away
@@ -248,7 +250,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._requests += 1
         self._phase, self._began = Phase.HEAD, self.loop.time()
-        self._head_bytes = self._head_size = self._hosts = 0
+        self._head_bytes = self._head_size = self._hosts = self._length_digits = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header has come, or a trailer; trailers are dropped, as nobody may take them for headers."""
@@ -260,6 +262,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._hosts += 1
         elif name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
+        elif name == b"content-length":
+            self._length_digits = len(value)
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -270,11 +274,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(answer_for_code(400, NOT_HTTP_1))
         elif self._hosts > 1:
             self._refuse(answer_for_code(400, MANY_HOSTS))
+        elif self._length_digits > _MOST_LENGTH_DIGITS:
+            self._refuse(answer_for_code(400, LONG_LENGTH))
         if self._is_deaf:
             raise _Refused
+        super().on_headers_complete()  # it raises for a target that it cannot read, and then there is no cycle of this request
         self._phase, self._began = Phase.BODY, self.loop.time()
         self._framed_bytes = self._body_bytes = 0
-        super().on_headers_complete()
         self._unanswered += 1
         # The last of these uvicorn sees by itself from 0.53 on.
         if self._is_stopping or self.parser.should_upgrade() or not self.parser.should_keep_alive():

@@ -23,7 +23,7 @@ from waitress.utilities import Error, InternalServerError, RequestEntityTooLarge
 
 from torchmgmt.http.access_log import log_request
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
-from torchmgmt.http.limits import MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
+from torchmgmt.http.limits import LONG_LENGTH, MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
 from torchmgmt.http.middleware import request_id_of, response_headers
 
 __all__ = ["Channel", "Dispatcher", "Server"]
@@ -39,7 +39,10 @@ class Parser(HTTPRequestParser):
 
     def parse_header(self, header_plus: bytes) -> None:
         """Read the request line and the headers; raise ParsingError, which becomes a 400."""
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError:  # of ``int``: all else that is wrong has an error of its own
+            raise ParsingError(LONG_LENGTH) from None
         headers = cast("dict[str, str]", self.headers)
         if self.version not in {"1.0", "1.1"}:
             raise ParsingError(NOT_HTTP_1)
