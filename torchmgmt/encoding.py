@@ -6,6 +6,7 @@ import gc
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -99,31 +100,44 @@ def decode(encoded: Encoded) -> Any:
     it go through all objects of the program again and again, which takes longer than the unpickling.
     """
     data, *buffers = encoded.segments
-    if len(data) < _MANY_OBJECTS_FROM or not gc.isenabled():
+    if len(data) < _MANY_OBJECTS_FROM or not _rest.begin():
         return pickle.loads(data, buffers=buffers)
-    _rest.is_on = True
-    gc.disable()
     try:
         return pickle.loads(data, buffers=buffers)
     finally:
-        gc.enable()
-        _rest.is_on = False
+        _rest.end()
 
 
 class _Rest:
-    """Whether the garbage collector rests for us."""
+    """The rest of the garbage collector, for as long as any thread needs it."""
 
-    is_on = False
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0  # guarded by _lock
+
+    def begin(self) -> bool:
+        """Have it rest until :meth:`end`; False if it does not run anyway."""
+        with self._lock:
+            if not (self._users or gc.isenabled()):
+                return False
+            gc.disable()
+            self._users += 1
+            return True
+
+    def end(self) -> None:
+        """Have it go on, if nobody else needs its rest."""
+        with self._lock:
+            self._users -= 1
+            if self._users <= 0:
+                gc.enable()
+
+    def end_in_child(self) -> None:
+        """Have it go on in a process that was just forked: there nobody else ends the rest that other threads needed."""
+        if self._users:
+            gc.enable()
+        self.__init__()  # type: ignore[misc]  # the lock may have been held by a thread that is not there
 
 
 _rest = _Rest()
-
-
-def _end_rest() -> None:
-    """Have the garbage collector on in a process that another thread forked meanwhile: there nobody else ends its rest."""
-    if _rest.is_on:
-        gc.enable()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_end_rest)
+    os.register_at_fork(after_in_child=_rest.end_in_child)

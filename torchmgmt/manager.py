@@ -245,8 +245,8 @@ class ModelManager:
                 1; default 4. Further ones are handed over early only as far as they take no longer than 50 ms in all.
             max_requests: a worker that has answered so many requests is replaced, at least 1; default: no limit.
             max_memory: a worker that has more private memory, in bytes, is replaced, at least 1; default: no limit. Memory
-                that workers share is not counted. Looked at every 5 s. While a worker is replaced there may be one more
-                than ``max_workers``.
+                that workers share is not counted. Looked at every 5 s, where there are dozens of processes more seldom.
+                While a worker is replaced there may be one more than ``max_workers``.
             isolate_errors: whether a batch that raised as a whole is run again, request by request, once and as far as
                 ``response_timeout`` has time for it; default: False. The arrays in requests are then copied for the handler.
             scale_down_delay: for how long, in s, a worker above ``initial_workers`` must not have been needed before it

@@ -15,8 +15,10 @@ from torchmgmt.backends.process import ProcessBackend
 class Process:
     """A process of which it takes a while to learn how large it is."""
 
+    at_this_look = 0
+
     def __init__(self) -> None:
-        self.sampled = 0
+        self.sampled = self.most_at_once = 0
 
     @property
     def child(self) -> Process:
@@ -25,9 +27,12 @@ class Process:
     def sample_memory(self) -> None:
         time.sleep(0.004)
         self.sampled += 1
+        Process.at_this_look += 1
+        self.most_at_once = max(self.most_at_once, Process.at_this_look)
 
     def end_if_stopped(self) -> None:
-        """It is not."""
+        """It is not; all are asked before any is sampled."""
+        Process.at_this_look = 0
 
     def process_exited(self, exitcode: int | None) -> None:
         """It has not."""
@@ -47,11 +52,12 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ProcessBackend]:
 
 
 def test_the_memory_of_many_processes_is_sampled_in_turn(backend: ProcessBackend) -> None:
-    """Of hundreds only a few are sampled at one look, and each has its turn before another has its second but one."""
+    """At one look only as many as there is time for, then the others, so that each has its turn."""
     processes = [Process() for _ in range(20)]
     for process in processes:
         backend.look_after(process)  # type: ignore[arg-type]  # as much of one as is needed
     until(lambda: min(process.sampled for process in processes) >= 2, "each was sampled twice")
     assert max(process.sampled for process in processes) <= 4
+    assert max(process.most_at_once for process in processes) <= 5
     for process in processes:
         backend.forget(process)  # type: ignore[arg-type]

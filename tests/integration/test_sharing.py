@@ -381,6 +381,21 @@ def test_a_fork_that_lost_computing_threads_is_found_out(loading: Loading, monke
     assert "hung" in reason(model)
 
 
+def test_threads_that_come_after_loading_are_found_out(loading: Loading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that has lost nothing yet when it has loaded, and makes threads before it is forked, leaves no worker that hangs."""
+    monkeypatch.setattr("torchmgmt.backends.process_worker.FORK_LIMIT_S", 1)
+    imports = "import torch\ndef compute(*_): torch._C.set_num_threads(2); torch.ones(1 << 20).sum()"
+    body = "signal.signal(signal.SIGALRM, compute); signal.setitimer(signal.ITIMER_REAL, 0.5)"
+    model = loading(body, imports=imports, initial_workers=1, threads_per_worker=2)
+    assert model.describe().sharing.is_shared is True
+    (template,) = loading.pids
+    until(lambda: len([*Path(f"/proc/{template}/task").iterdir()]) > 1, "the template has computed")
+    model.scale(2, 2, synchronous=False)
+    until(lambda: len(set(pids(model)) - {0}) == 2 and len(loading.pids) == 2, "the second has loaded by itself")
+    assert from_each(model, "torch.ones(1 << 20).sum().item()").keys() == set(pids(model))
+    assert "hung" in reason(model)
+
+
 def test_a_worker_makes_no_computing_threads_before_it_needs_them(loading: Loading) -> None:
     """A forked worker has its first thread and the one that watches its parent: more are made at the first operation."""
     model = loading(imports="import torch", threads_per_worker=2)

@@ -152,10 +152,10 @@ class ProcessBackend:
             now = time.monotonic()
             if due[process] > now or now > until:
                 return
-            process.child.sample_memory()
             with self._lock:
                 if process in self._processes:
                     self._processes[process] = now + _SAMPLE_PERIOD_S
+            process.child.sample_memory()
 
     def _report_the_rest(self) -> None:
         """Tell of what ended with the torch-only process: nobody else does, and pools wait for it."""

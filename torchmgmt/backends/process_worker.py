@@ -222,7 +222,7 @@ class ProcessWorker:
     def _check_sign_of_life(self) -> None:
         if not (self._is_alive or self._fault or self._is_over):
             self._parent.hung_after_fork(self)
-            self._end(f"it was forked, but did not compute with several threads within {FORK_LIMIT_S:g} s")
+            self._end(f"it was forked, but gave no sign of life within {FORK_LIMIT_S:g} s")
 
     def _end(self, reason: str) -> None:
         self._end_reason = reason

@@ -88,7 +88,8 @@ _Line: TypeAlias = "tuple[float, Client, str, bytes, bytes, int, float, str]"
 
 def _text_of(line: _Line) -> str:
     _, client, method, path, query, code, seconds, request_id = line
-    target = _known_target if len(path) + len(query) <= _LONGEST_KNOWN else _target
+    # No query, which may have a token in it, is kept.
+    target = _target if query or len(path) > _LONGEST_KNOWN else _known_target
     host, port = client or ("-", "-")
     return f'{host}:{port} "{method} {target(path, query)} HTTP/1.1" {code} {seconds * 1000:.1f} {request_id}'
 

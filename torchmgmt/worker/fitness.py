@@ -24,7 +24,15 @@ from typing import Any
 import torch
 from attrs import frozen
 
-__all__ = ["Marks", "accelerators_in_use", "findings", "marks", "marks_after", "postponed_thread_settings"]
+__all__ = [
+    "Marks",
+    "accelerators_in_use",
+    "findings",
+    "has_threads",
+    "marks",
+    "marks_after",
+    "postponed_thread_settings",
+]
 
 _PROC = Path("/proc/self")
 _HARMLESS = frozenset({"/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"})
@@ -71,6 +79,11 @@ def marks_after(before: Marks) -> Marks:
         if after.threads <= before.threads | alive or time.monotonic() >= until:
             return after
         time.sleep(0.001)
+
+
+def has_threads() -> bool:
+    """Whether this process has more than one thread now, of whatever kind."""
+    return can_tell() and len([*(_PROC / "task").iterdir()]) > 1
 
 
 def findings(before: Marks, after: Marks) -> list[str]:

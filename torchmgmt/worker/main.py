@@ -182,9 +182,9 @@ def load_model(spec: ModelSpec, modules: ImportedModules, threads: int | None = 
 def _prove_threads() -> None:
     """Show that computing with several threads works: where those of OpenMP were lost in the fork it hangs, for ever.
 
-    Then the embedding process, which waits for a sign of life, ends this one and gives up forking the template. Of a
-    template that had no thread but its first none was lost; to prove that would take half the time of the start, as
-    threads of OpenMP wait awake for one another.
+    Then the embedding process, which waits for a sign of life, ends this one and gives up forking the template. A
+    template that has no thread but its first when it is forked loses none; to prove that would take half the time of the
+    start, as threads of OpenMP wait awake for one another.
     """
     torch.set_num_threads(2)
     torch.ones(_ENOUGH_TO_SHARE).sum()

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from attrs import evolve
+
 from torchmgmt.channel import Frame, Kind, send
 from torchmgmt.records import ShareWeights, TemplateJob, WorkerJob
 from torchmgmt.worker import fitness
@@ -78,9 +80,13 @@ class TemplateProcess:
         except Exception as error:
             send(control, Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
+        gc.collect()  # what is garbage already is no objection
         objections, is_final = self._objections(before)
         self._loaded = Loaded(
-            handler, threads[-1] if threads else None, bool(objections), signal.getsignal(signal.SIGCHLD)
+            handler,
+            threads=threads[-1] if threads else None,
+            is_doubtful=bool(objections),
+            on_child_end=signal.getsignal(signal.SIGCHLD),
         )
         # What the handler has set itself, it has set for its workers.
         self._environment = {name: value for name, value in self._environment.items() if _is_still(name, variables)}
@@ -107,13 +113,15 @@ class TemplateProcess:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the handler may have closed or replaced it
                 stream.flush()
-        gc.collect()
         gc.freeze()
 
     def _worker(self, job: WorkerJob | TemplateJob, fds: Sequence[int]) -> Body:
         if not isinstance(job, WorkerJob):
             raise TypeError("a template forks workers only")
-        return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._modules, self._loaded)
+        loaded = self._loaded
+        if loaded is not None and not loaded.is_doubtful and fitness.has_threads():
+            loaded = self._loaded = evolve(loaded, is_doubtful=True)  # made by a finalizer, or by who hooks into forks
+        return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._modules, loaded)
 
 
 def _is_still(name: str, variables: Mapping[str, str | None]) -> bool:
