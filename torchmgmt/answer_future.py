@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures._base import PENDING, RUNNING
 from typing import Any
 
 from torchmgmt import forks
@@ -102,6 +103,14 @@ class AnswerFuture(Future[Any]):
             if self.__dict__.setdefault("_canceller", mine) is mine:  # one step, so that it is told once
                 self._on_cancelled()
         return is_cancelled
+
+    def set_waiting(self) -> bool:
+        """Mark it as not begun, so that it can be taken back again; False if it has ended. For who answers it."""
+        with self._condition:  # as the standard library's own future does what it has no method for
+            if self._state != RUNNING:
+                return False
+            self._state = PENDING
+            return True
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""

@@ -11,7 +11,7 @@ from torchmgmt.endings import Endings
 from torchmgmt.job import Job, JobQueue
 from torchmgmt.lifecycle import WorkerEvent, WorkerState
 from torchmgmt.outcomes import Ran
-from torchmgmt.pool_worker import PoolWorker, PoolWorkers
+from torchmgmt.pool_worker import LATE_S, PoolWorker, PoolWorkers
 from torchmgmt.records import ModelSpec
 from torchmgmt.staffing import Staffing
 
@@ -57,19 +57,20 @@ class Assigner:
 
     def assign(self) -> Assignment | None:
         """Assign the next batch to a worker; None if there is no such pair."""
+        now = time.monotonic()
         worker = self._workers.take_idle()
         if worker is not None:
             job = self._queue.take()
             if job is None:
                 self._workers.note_idle(worker)
         else:
-            worker = self._workers.busy_with_room(self._spec.batches_in_flight)
+            worker = self._workers.busy_with_room(self._spec.batches_in_flight, now)
             job = self._queue.take(full=True) if worker is not None else None
         if worker is None or job is None:
             return None
-        number, now = next(self._numbers), time.monotonic()
+        number = next(self._numbers)
         worker.assign(number, job, now, self._spec.response_timeout_s)
-        look_at = worker.overdue_at
+        look_at = worker.overdue_at if len(worker.jobs) < 2 else min(worker.overdue_at, worker.began_at + LATE_S)
         if self._staffing.is_flexible:
             look_at = min(look_at, now + _FIRST_LOOK_S)
         self._agenda.look_by(look_at)
@@ -99,6 +100,18 @@ class Assigner:
         self._workers.note_run(now - ran[0])
         if worker.state is WorkerState.BUSY:
             self._staffing.note_success()
+        self._settle(worker)
+        return job, ran
+
+    def skip(self, worker: PoolWorker, number: int) -> Job | None:
+        """Take a batch back that ``worker`` was told not to begin, as after :meth:`finish`; None if it was taken already."""
+        job = worker.skip(number, time.monotonic(), self._spec.response_timeout_s)
+        if job is not None:
+            self._settle(worker)
+        return job
+
+    def _settle(self, worker: PoolWorker) -> None:
+        """Have it wait for the next batch, or go, if it has none left."""
         if worker.jobs:
             self._agenda.look_by(worker.overdue_at)
         elif worker.state is WorkerState.BUSY and not self._endings.is_ending:
@@ -106,4 +119,3 @@ class Assigner:
             self._workers.note_idle(worker)
         elif worker.state in (WorkerState.BUSY, WorkerState.DRAINING):
             self._endings.stop(worker)  # perhaps it was done just before it would have been killed
-        return job, ran

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from attrs import define, field
 
@@ -42,6 +42,14 @@ class Promise(Protocol[C_contra]):
         """Have ``fn`` called with it once it is done."""
 
 
+@runtime_checkable
+class Repeatable(Protocol):
+    """A promise whose item can be begun again."""
+
+    def set_waiting(self) -> bool:
+        """Mark it as not begun; False if it has ended."""
+
+
 @define(eq=False)
 class Waiting(Generic[T, R]):
     """One accepted item and the promise of its answer."""
@@ -53,6 +61,8 @@ class Waiting(Generic[T, R]):
     """Its place in the queue, the least first: when it came, or would have come with the priority that others have."""
     start_by: float | None = None
     """When it is too late to start it."""
+    wait_s: float | None = None
+    """For how long it may wait to be started, whatever else it has time for."""
 
     def begin(self, now: float) -> bool:
         """Mark it as running; False if it was cancelled, or its deadline has passed."""
@@ -73,6 +83,7 @@ class Batch(Generic[T, R]):
 
     _entries: Sequence[Waiting[T, R]]
     _on_end: Callable[[int], object]
+    _take_back: Callable[[int, Sequence[Waiting[T, R]]], object] = field(default=lambda _count, _entries: None)
     items: list[T] = field(init=False)
     """The items in the order in which they were submitted."""
 
@@ -90,6 +101,17 @@ class Batch(Generic[T, R]):
     def is_over(self) -> bool:
         """Whether every item has its outcome already: nobody waits for this batch any more."""
         return all(entry.future.done() for entry in self._entries)
+
+    def give_back(self) -> bool:
+        """Have its items wait again where they were cut from, as if they had never been; False if one of them cannot.
+
+        In place of :meth:`finish` and :meth:`fail`.
+        """
+        if not all(isinstance(entry.future, Repeatable) for entry in self._entries):
+            return False
+        waiting = [entry for entry in self._entries if entry.future.set_waiting()]  # type: ignore[attr-defined]  # see above
+        self._take_back(len(self._entries), waiting)
+        return True
 
     def finish(self, outcomes: Sequence[R | BaseException]) -> Sequence[int]:
         """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.

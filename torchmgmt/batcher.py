@@ -171,6 +171,7 @@ class Batcher(Generic[T, R]):
                 self._arrivals.came(now, waiting + self._running)
             if timeout is not None or wait_timeout is not None:
                 entry.start_by = self._deadlines.add(entry.future, now, timeout, wait_timeout)
+                entry.wait_s = wait_timeout
             ready, wake_at = False, None
             # A full batch was announced when it became full; whoever could not take it then comes back for it.
             if waiting <= self.batch_size or self._draining or self._deadlines:
@@ -212,7 +213,7 @@ class Batcher(Generic[T, R]):
             wake_at = self._outlook_locked(now)[1] if self._queue or self._deadlines else None
         if wake_at is not None:
             self._arm(wake_at)
-        return Batch(entries, self._ended) if entries else None
+        return Batch(entries, self._ended, self._take_back) if entries else None
 
     def drain(self, error: TorchmgmtError | None = None) -> None:
         """Refuse new items with ``error`` from now on, and make what waits due at once. Does not block; idempotent."""
@@ -288,6 +289,19 @@ class Batcher(Generic[T, R]):
             with self._lock:
                 self._running -= count
                 self._arrivals.answered(now)
+
+    def _take_back(self, count: int, entries: Sequence[Waiting[T, R]]) -> None:
+        """Queue ``entries`` again, of a batch of ``count``: they waited here before, and were not begun."""
+        with self._lock:
+            self._running -= count
+            for entry in entries:
+                self._is_by_age = (self._is_by_age or not self._queue) and entry.rank == entry.since
+                bisect.insort_left(self._queue, entry, key=_rank)  # before those of the same rank
+                if entry.wait_s is not None:  # what watched for it may have seen that it was begun
+                    self._deadlines.add(entry.future, entry.since, None, entry.wait_s)
+            wake_at = self._outlook_locked(self.clock())[1]
+        if wake_at is not None:
+            self._arm(wake_at)
 
     def _is_ready_locked(self, now: float) -> bool:
         if not self._queue:

@@ -65,6 +65,7 @@ class Kind(IntEnum):
     DONE = 12
     ALIVE = 13  # before a warm-up, which may take long
     PART = 14  # of an answer, before the rest
+    SKIPPED = 15  # a batch that was recalled
     # to the torch-only process
     HELLO = 19
     FORK = 20  # to a template, too

@@ -36,6 +36,12 @@ class Job(Protocol):
     def fail(self, error: BaseException) -> Sequence[int]:
         """Take the error that ended all of them; return as ``finish`` does."""
 
+    def give_back(self) -> bool:
+        """Have its requests wait where they were taken from, as if they had never been; False if there is no such place.
+
+        In place of ``finish`` or ``fail``. Called with the pool's lock held.
+        """
+
 
 class JobSource(Protocol):
     """Where a pool gets its batches from; a :class:`torchmgmt.Batcher` is one. None of its methods may block."""
@@ -75,8 +81,8 @@ class JobQueue:
         self._own.append(job)
 
     def give_back(self, jobs: Iterable[Job]) -> None:
-        """Queue batches that were taken and not begun; they go before all others, in their order."""
-        self._returned.extendleft(reversed(list(jobs)))
+        """Queue batches that were taken and not begun: where they waited before, else before all others, in their order."""
+        self._returned.extendleft(reversed([job for job in jobs if not job.give_back()]))
 
     def take(self, *, full: bool = False) -> Job | None:
         """Return the next batch if there is one; with ``full``, from the source only one as large as may be."""
@@ -129,6 +135,10 @@ class OwnJob:
     def is_over(self) -> bool:
         """Whether it was ended before there was an answer."""
         return self.future.done()
+
+    def give_back(self) -> bool:
+        """Do nothing: it is the pool's own."""
+        return False
 
     def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
         """Answer with the list of all outcomes, or fail with the first that is an error."""

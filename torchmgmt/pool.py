@@ -35,6 +35,7 @@ from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerS
 from torchmgmt.outcomes import Outcomes, error_of_death
 from torchmgmt.pool_version import PoolVersion
 from torchmgmt.pool_worker import NEVER, PoolWorker, PoolWorkers
+from torchmgmt.recalls import Recalls
 from torchmgmt.records import (
     CloseReport,
     MetricRecord,
@@ -114,6 +115,9 @@ class WorkerPool:
         ids = itertools.count(FIRST_WORKER_ID) if worker_ids is None else worker_ids
         self._staffing = staffing = Staffing(spec, crew, queue, agenda, attempts, endings, starter, ids)
         self._assigner = Assigner(spec, crew, queue, agenda, staffing, endings)
+        self._recalls = Recalls(
+            self._lock, self._assigner, crew, queue, agenda, endings, self._backend.call_at, self.pump
+        )
         self._stopped = 0
         self._lost = 0
 
@@ -394,6 +398,7 @@ class WorkerPool:
             if not self._agenda.take_look(when):
                 return
             self._endings.escalate(now)
+            self._recalls.look(now)
         self._reconcile()
 
     # -- what workers tell, on the backend's thread --------------------------------------------------------------------
@@ -429,6 +434,11 @@ class WorkerPool:
             self.pump()
         if not is_idle:
             self._outcomes.answer(worker, job, outcomes, ran)  # last, so that the worker computes meanwhile
+
+    def _on_skipped(self, worker: PoolWorker, number: int) -> None:
+        if (lost := self._recalls.skipped(worker, number)) is not None:
+            self._outcomes.drop([lost], self._closed_error())
+        self.pump()
 
     def _on_part(self, worker: PoolWorker, number: int, index: int, part: Encoded) -> None:
         with self._lock:
@@ -488,6 +498,9 @@ class _WorkerEvents:
 
     def done(self, number: int, outcomes: Sequence[Outcome], handler_s: float | None = None) -> None:
         self._pool._on_done(self._worker, number, outcomes, handler_s)
+
+    def skipped(self, number: int) -> None:
+        self._pool._on_skipped(self._worker, number)
 
     def part(self, number: int, index: int, part: Encoded) -> None:
         self._pool._on_part(self._worker, number, index, part)

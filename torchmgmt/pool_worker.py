@@ -15,12 +15,14 @@ from torchmgmt.lifecycle import WorkerEvent, WorkerState, advance_worker
 from torchmgmt.records import ModelSpec, WorkerInfo
 from torchmgmt.scaling import Observation, WorkerFacts
 
-__all__ = ["NEVER", "PoolWorker", "PoolWorkers"]
+__all__ = ["LATE_S", "NEVER", "PoolWorker", "PoolWorkers"]
 
 NEVER = float("inf")
 # No more work than this lies with a worker: what one would lose by waiting for its next batch is nothing beside a long
 # one, and a batch that lies there cannot go to whoever is free first.
 _LYING_S = 0.05
+LATE_S = 2 * _LYING_S
+"""What lies with a worker for so long, because the batch before it takes longer than usual, is taken back."""
 _NEW_SHARE = 0.1  # of each new run time in their moving average
 _SERVING = (WorkerState.READY, WorkerState.BUSY)
 _PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *_SERVING)
@@ -41,6 +43,8 @@ class PoolWorker:
 
     Two threads may send it theirs in another order than that in which they were assigned.
     """
+    recalled: int = 0
+    """Up to which number it is not to begin what it has not begun."""
     began_at: float = 0.0
     """When it began the one that it runs."""
     busy_s: float = 0.0
@@ -88,6 +92,22 @@ class PoolWorker:
         elif not self.jobs:
             self.overdue_at = NEVER
         return job
+
+    def skip(self, number: int, now: float, response_timeout_s: float) -> Job | None:
+        """Note that it has not run a batch that was recalled, and return that; None if it was taken back already."""
+        job = self.jobs.pop(number, None)
+        if job is not None and not self.end_reason:
+            self.began_at = now
+            self.overdue_at = now + response_timeout_s if self.jobs else NEVER
+        return job
+
+    def take_unstarted(self, last: int, started: int) -> list[Job]:
+        """Take away the batches up to the number ``last`` that it has not begun, given which it began last.
+
+        One is left with it: the one that it began, or else the first one, which it may be about to begin or to skip.
+        """
+        kept = started if started in self.jobs else next(iter(self.jobs), started)
+        return [self.jobs.pop(number) for number in sorted(self.jobs) if number <= last and number != kept]
 
     def prolong(self, number: int, overdue_at: float) -> Job | None:
         """Note that a part of the answers to a batch is there, and return that; None if it is not with it any more."""
@@ -185,13 +205,14 @@ class PoolWorkers:
                 return worker
         return None
 
-    def busy_with_room(self, most: int) -> PoolWorker | None:
+    def busy_with_room(self, most: int, now: float) -> PoolWorker | None:
         """Return one that computes, and with which a further batch may lie meanwhile: the one with the fewest."""
         fewest = min(most, 1 + int(_LYING_S / self._run_s)) if self._run_s else 1
         found = None
         if fewest > 1:
             for worker in self._by_id.values():
-                if worker.state is WorkerState.BUSY and len(worker.jobs) < fewest:
+                is_late = now - worker.began_at > _LYING_S  # who knows when it will be done
+                if worker.state is WorkerState.BUSY and len(worker.jobs) < fewest and not is_late:
                     found, fewest = worker, len(worker.jobs)
         return found
 

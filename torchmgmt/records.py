@@ -25,7 +25,6 @@ __all__ = [
     "BACKENDS",
     "ENVELOPES",
     "EXPIRED",
-    "NUMBER_BYTES",
     "CloseReport",
     "MetricKind",
     "MetricRecord",
@@ -45,10 +44,6 @@ __all__ = [
     "envelope_name",
     "share_weights_of",
 ]
-
-NUMBER_BYTES = 8
-"""In so many bytes, the lowest first, a worker writes down the number of the batch that it begins, and the embedding process
-behind it that of the batch for which nobody waits any more."""
 
 WIRE_STATUS: Mapping[WorkerState, str] = {
     WorkerState.WANTED: "LOADING",

@@ -198,6 +198,14 @@ class AnswerStream:
                 return False
         raise RuntimeError(f"it is {self._state} already")
 
+    def set_waiting(self) -> bool:
+        """Mark it as not begun, so that it can be taken back again; False if it has ended."""
+        with self._lock:
+            if self._state is not _RUNNING:
+                return False
+            self._state = _WAITING
+            return True
+
     def set_result(self, answer: Encoded) -> None:
         """Take the rest of the answer, which is all of it if there was no part; raise InvalidStateError if it has ended."""
         self._end(answer, None)

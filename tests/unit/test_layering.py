@@ -50,6 +50,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "live",
             "segments",
             "dispatcher",
+            "page",
         }
     ),
     3: frozenset(
@@ -68,6 +69,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "attempts",
             "endings",
             "outcomes",
+            "recalls",
             "staffing",
             "starter",
         }
@@ -126,6 +128,7 @@ NEIGHBOURS = {
     "staffing": {"agenda", "attempts", "endings", "starter", "job", "pool_worker"},
     "outcomes": {"backends", "job", "pool_worker"},
     "assigner": {"agenda", "endings", "staffing", "outcomes", "job", "pool_worker"},
+    "recalls": {"agenda", "assigner", "backends", "endings", "job", "pool_worker"},
     "pool": {
         "agenda",
         "assigner",
@@ -136,6 +139,7 @@ NEIGHBOURS = {
         "outcomes",
         "pool_version",
         "pool_worker",
+        "recalls",
         "staffing",
         "starter",
     },

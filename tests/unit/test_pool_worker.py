@@ -149,6 +149,7 @@ class FakeHandle:
         self.listener = listener
         self.told: list[str] = []
         self.batches: list[int] = []
+        self.recalled = self.started = 0
         self._host = host
 
     def start(self) -> None:
@@ -164,6 +165,12 @@ class FakeHandle:
 
     def describe(self, number: int) -> None:
         self.batches.append(number)
+
+    def recall(self, number: int) -> None:
+        self.recalled = number
+
+    def last_started(self) -> int | None:
+        return self.started
 
     def stop(self) -> None:
         self.told.append("stop")

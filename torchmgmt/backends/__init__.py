@@ -33,6 +33,9 @@ class WorkerListener(Protocol):
     def done(self, number: int, outcomes: Sequence[Outcome], handler_s: float | None = None) -> None:
         """The batch of this number was run, in ``handler_s`` seconds; one outcome for each of its requests, in order."""
 
+    def skipped(self, number: int) -> None:
+        """The batch of this number was recalled and not begun; there will be no ``done``."""
+
     def part(self, number: int, index: int, part: Encoded) -> None:
         """A part of the answer to the request at ``index`` of the batch of this number is there, before ``done``."""
 
@@ -81,6 +84,15 @@ class WorkerHandle(Protocol):
 
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for this batch any more: a handler that sends parts can be stopped there."""
+
+    def recall(self, number: int) -> None:
+        """Have it begin none of the batches, descriptions too, up to this number that it has not begun.
+
+        Each is told to ``skipped`` when its turn has come. What :meth:`last_started` does not tell 2 ms later is never begun.
+        """
+
+    def last_started(self) -> int | None:
+        """Return the number of the batch that it began or skipped last, 0 before that; None if it is gone."""
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``, to be answered by ``done(number, [answer])``."""

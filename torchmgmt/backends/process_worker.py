@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import signal
 import socket
@@ -24,7 +23,8 @@ from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import AnswerHead, Encoded, WorkerRequest
-from torchmgmt.records import NUMBER_BYTES, WorkerExit, WorkerFault, WorkerJob
+from torchmgmt.page import PAGE_BYTES, Page
+from torchmgmt.records import WorkerExit, WorkerFault, WorkerJob
 from torchmgmt.segments import BrokenSegment
 
 __all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]
@@ -86,7 +86,7 @@ class ProcessWorker:
         self._was_cut_off = False
         self._channel: Channel  # these three from start on
         self._output: Output
-        self._page: mmap.mmap
+        self._page: Page
         self._is_open = False
         self._lock = threading.Lock()
         # guarded by _lock
@@ -143,7 +143,19 @@ class ProcessWorker:
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for a batch any more."""
         with contextlib.suppress(ValueError):  # it is gone, and its page closed
-            self._page[NUMBER_BYTES:] = number.to_bytes(NUMBER_BYTES, "little")
+            self._page.abandon(number)
+
+    def recall(self, number: int) -> None:
+        """Have it begin none of the batches up to this one that it has not begun."""
+        with contextlib.suppress(ValueError):
+            self._page.recall(number)
+
+    def last_started(self) -> int | None:
+        """Return the number of the batch that it began last; None if it is gone."""
+        try:
+            return self._page.started
+        except ValueError:
+            return None
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
@@ -208,7 +220,7 @@ class ProcessWorker:
         if self._was_cut_off and exitcode in {None, -signal.SIGKILL} and not self._end_reason:
             reason = "it had closed the socket through which it is spoken to, and was killed"
         lines = self.last_lines()
-        started = int.from_bytes(self._page[:NUMBER_BYTES], "little")
+        started = self._page.started
         self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started))
 
     def orphaned(self) -> None:
@@ -269,6 +281,8 @@ class ProcessWorker:
         elif frame.kind is Kind.PART:
             number, index, head = frame.head
             self._listener.part(number, index, _answer(head, frame.segments))
+        elif frame.kind is Kind.SKIPPED:
+            self._listener.skipped(frame.head)
         elif frame.kind is Kind.READY:
             self._is_alive = True
             self._listener.ready()
@@ -359,16 +373,16 @@ def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | No
     return stop
 
 
-def _shared_page() -> tuple[int, mmap.mmap]:
-    """Return memory in which a worker writes what it begins, and we what it need not finish, as a descriptor for it and as a mapping for us."""
+def _shared_page() -> tuple[int, Page]:
+    """Return the memory that a worker shares with us, as a descriptor for it and mapped for us."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("torchmgmt-started")
     else:
         with tempfile.TemporaryFile(buffering=0) as file:
             fd = os.dup(file.fileno())
     try:
-        os.ftruncate(fd, 2 * NUMBER_BYTES)
-        return fd, mmap.mmap(fd, 2 * NUMBER_BYTES)
+        os.ftruncate(fd, PAGE_BYTES)
+        return fd, Page(fd)
     except BaseException:
         os.close(fd)
         raise

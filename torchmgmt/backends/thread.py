@@ -238,6 +238,7 @@ class ThreadWorker:
         self._doing = _Doing.NOTHING_YET
         self._tasks: deque[_Task] = deque()
         self._last_started = 0
+        self._recalled = 0  # batches up to this number are not begun
         self._abandoned = 0  # the number of the batch that nobody waits for
         self._last_lines: Sequence[str] = ()
         self._is_stopping = False  # it takes nothing more, and ends after what it has
@@ -271,6 +272,16 @@ class ThreadWorker:
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for a batch any more."""
         self._abandoned = number
+
+    def recall(self, number: int) -> None:
+        """Have it begin none of the batches up to this one that it has not begun."""
+        with self._changed:
+            self._recalled = number
+
+    def last_started(self) -> int | None:
+        """Return the number of the batch that it began last; None if it is gone."""
+        with self._changed:
+            return None if self._doing is _Doing.NOTHING_ANY_MORE else self._last_started
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
@@ -381,12 +392,16 @@ class ThreadWorker:
             if self._doing is _Doing.NOTHING_ANY_MORE:
                 return None
             self._doing = _Doing.WAITING
-            self._changed.wait_for(lambda: self._tasks or self._is_stopping or self._is_terminated)
-            if self._is_terminated or not self._tasks:
-                return None
-            task = self._tasks.popleft()
-            self._doing, self._last_started = _Doing.COMPUTING, task.number
-            return task
+            while True:
+                self._changed.wait_for(lambda: self._tasks or self._is_stopping or self._is_terminated)
+                if self._is_terminated or not self._tasks:
+                    return None
+                task = self._tasks.popleft()
+                self._last_started = task.number
+                if task.number > self._recalled:
+                    self._doing = _Doing.COMPUTING
+                    return task
+                self._backend.tell(functools.partial(self._listener.skipped, task.number))
 
     def _send(self, number: int, index: int, part: Encoded) -> None:
         self._tell(functools.partial(self._listener.part, number, index, part))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import select
 import signal
@@ -24,7 +23,8 @@ from torchmgmt.compat import install_ts
 from torchmgmt.exchange import AnswerHead, Encoded
 from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.recorder import make_current
-from torchmgmt.records import NUMBER_BYTES, ModelSpec, RawMetric, WorkerFault, WorkerJob
+from torchmgmt.page import Page
+from torchmgmt.records import ModelSpec, RawMetric, WorkerFault, WorkerJob
 from torchmgmt.segments import BrokenSegment
 from torchmgmt.variables import without_matching
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
@@ -190,9 +190,9 @@ def _prove_threads() -> None:
     torch.ones(_ENOUGH_TO_SHARE).sum()
 
 
-def _page(fd: int) -> mmap.mmap:
+def _page(fd: int) -> Page:
     with os.fdopen(fd, "r+b", buffering=0) as file:
-        return mmap.mmap(file.fileno(), 2 * NUMBER_BYTES)
+        return Page(file.fileno())
 
 
 class _Attention:
@@ -223,7 +223,7 @@ class _Attention:
         self._comes_soon = time.perf_counter() - self._idle_since < _AWAKE_S
 
 
-def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: bool) -> None:
+def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) -> None:
     """Run what comes in, one after the other, until told to stop or the embedding process is gone."""
     attention = _Attention(channel, may_spin=may_spin)
     while True:
@@ -235,13 +235,20 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
         for frame in frames:
             if frame.kind is Kind.RUN:
                 number, requests = frame.head
-                _note_start(page, number)
+                page.start(number)  # in this order: what is recalled now is known to be begun
+                if number <= page.recalled:
+                    frame.segments = ()
+                    channel.send(Frame(Kind.SKIPPED, number))
+                    continue
                 began = time.perf_counter()
                 outcomes = run_batch(handler, requests, frame.segments, _ChannelSender(channel, page, number))
                 frame.segments = ()  # their memory can be used again: the answer says so
                 _answer(channel, number, outcomes, handler.take_metrics(), time.perf_counter() - began)
             elif frame.kind is Kind.DESCRIBE:
-                _note_start(page, frame.head)
+                page.start(frame.head)
+                if frame.head <= page.recalled:
+                    channel.send(Frame(Kind.SKIPPED, frame.head))
+                    continue
                 _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
             elif frame.kind is Kind.STOP:
                 return
@@ -250,7 +257,7 @@ def _serve(channel: Channel, handler: Handler, page: mmap.mmap, *, may_spin: boo
 class _ChannelSender(PartSender):
     """Sends the parts of one batch to the embedding process."""
 
-    def __init__(self, channel: Channel, page: mmap.mmap, number: int) -> None:
+    def __init__(self, channel: Channel, page: Page, number: int) -> None:
         self._channel = channel
         self._page = page
         self._number = number
@@ -259,7 +266,7 @@ class _ChannelSender(PartSender):
         self._channel.send(Frame(Kind.PART, (self._number, index, _head_of(part)), part.segments))
 
     def is_abandoned(self) -> bool:
-        return int.from_bytes(self._page[NUMBER_BYTES:], "little") == self._number
+        return self._page.abandoned == self._number
 
 
 def _answer(
@@ -285,8 +292,3 @@ def _head_of(answer: Encoded) -> AnswerHead:
     if answer.properties is None and answer.content_type is None:
         return count
     return count, answer.properties, answer.content_type
-
-
-def _note_start(page: mmap.mmap, number: int) -> None:
-    """Write down which batch begins, for the case that it ends this process: those behind it are run elsewhere then."""
-    page[:NUMBER_BYTES] = number.to_bytes(NUMBER_BYTES, "little")

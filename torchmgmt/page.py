@@ -1,0 +1,59 @@
+"""The memory that a worker process shares with the embedding process: three numbers of batches, each written by one side."""
+
+from __future__ import annotations
+
+import mmap
+
+__all__ = ["PAGE_BYTES", "Page"]
+
+_BYTES = 8
+PAGE_BYTES = 3 * _BYTES
+"""How large it is at least."""
+
+
+class Page:
+    """What each side has to know at once, whatever the other one does. Numbers of batches grow; 0 is none's.
+
+    A number is written in one piece, and seen by the other side within microseconds.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Map the memory of which ``fd`` is a descriptor."""
+        self._memory = mmap.mmap(fd, PAGE_BYTES)
+
+    @property
+    def started(self) -> int:
+        """The batch that the worker began last, or skipped: if it dies, those behind it are run elsewhere."""
+        return self._read(0)
+
+    def start(self, number: int) -> None:
+        """Note, in the worker, that it begins a batch."""
+        self._write(0, number)
+
+    @property
+    def abandoned(self) -> int:
+        """A batch for which nobody waits any more: a handler that sends parts can be stopped there."""
+        return self._read(1)
+
+    def abandon(self, number: int) -> None:
+        """Note, in the embedding process, that nobody waits for a batch."""
+        self._write(1, number)
+
+    @property
+    def recalled(self) -> int:
+        """Batches up to this one are not to be begun any more. To be read after :meth:`start`, and so never too early."""
+        return self._read(2)
+
+    def recall(self, number: int) -> None:
+        """Note, in the embedding process, that batches up to this one are run elsewhere if they are not begun."""
+        self._write(2, number)
+
+    def close(self) -> None:
+        """Unmap it; all else raises ValueError afterwards. Idempotent."""
+        self._memory.close()
+
+    def _read(self, place: int) -> int:
+        return int.from_bytes(self._memory[place * _BYTES : (place + 1) * _BYTES], "little")
+
+    def _write(self, place: int, number: int) -> None:
+        self._memory[place * _BYTES : (place + 1) * _BYTES] = number.to_bytes(_BYTES, "little")
