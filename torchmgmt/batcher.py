@@ -294,7 +294,7 @@ class Batcher(Generic[T, R]):
         """Queue ``entries`` again, of a batch of ``count``: they waited here before, and were not begun."""
         with self._lock:
             self._running -= count
-            for entry in entries:
+            for entry in reversed(entries):
                 self._is_by_age = (self._is_by_age or not self._queue) and entry.rank == entry.since
                 bisect.insort_left(self._queue, entry, key=_rank)  # before those of the same rank
                 if entry.wait_s is not None:  # what watched for it may have seen that it was begun

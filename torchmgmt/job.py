@@ -82,7 +82,7 @@ class JobQueue:
 
     def give_back(self, jobs: Iterable[Job]) -> None:
         """Queue batches that were taken and not begun: where they waited before, else before all others, in their order."""
-        self._returned.extendleft(reversed([job for job in jobs if not job.give_back()]))
+        self._returned.extendleft([job for job in reversed(list(jobs)) if not job.give_back()])
 
     def take(self, *, full: bool = False) -> Job | None:
         """Return the next batch if there is one; with ``full``, from the source only one as large as may be."""

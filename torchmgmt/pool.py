@@ -115,9 +115,7 @@ class WorkerPool:
         ids = itertools.count(FIRST_WORKER_ID) if worker_ids is None else worker_ids
         self._staffing = staffing = Staffing(spec, crew, queue, agenda, attempts, endings, starter, ids)
         self._assigner = Assigner(spec, crew, queue, agenda, staffing, endings)
-        self._recalls = Recalls(
-            self._lock, self._assigner, crew, queue, agenda, endings, self._backend.call_at, self.pump
-        )
+        self._recalls = Recalls(crew, queue, agenda, self._assigner, endings)
         self._stopped = 0
         self._lost = 0
 
@@ -436,7 +434,9 @@ class WorkerPool:
             self._outcomes.answer(worker, job, outcomes, ran)  # last, so that the worker computes meanwhile
 
     def _on_skipped(self, worker: PoolWorker, number: int) -> None:
-        if (lost := self._recalls.skipped(worker, number)) is not None:
+        with self._lock:
+            lost = self._recalls.take_back(worker, number)
+        if lost is not None:
             self._outcomes.drop([lost], self._closed_error())
         self.pump()
 

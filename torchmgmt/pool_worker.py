@@ -44,7 +44,7 @@ class PoolWorker:
     Two threads may send it theirs in another order than that in which they were assigned.
     """
     recalled: int = 0
-    """Up to which number it is not to begin what it has not begun."""
+    """The last batch that it was told not to begin, if it had not."""
     began_at: float = 0.0
     """When it began the one that it runs."""
     busy_s: float = 0.0
@@ -94,20 +94,13 @@ class PoolWorker:
         return job
 
     def skip(self, number: int, now: float, response_timeout_s: float) -> Job | None:
-        """Note that it has not run a batch that was recalled, and return that; None if it was taken back already."""
+        """Note that it does not begin a batch that was recalled, and return that; None if it is not with it any more."""
+        is_first = next(iter(self.jobs), None) == number  # the time of that one runs
         job = self.jobs.pop(number, None)
-        if job is not None and not self.end_reason:
+        if is_first and not self.end_reason:
             self.began_at = now
             self.overdue_at = now + response_timeout_s if self.jobs else NEVER
         return job
-
-    def take_unstarted(self, last: int, started: int) -> list[Job]:
-        """Take away the batches up to the number ``last`` that it has not begun, given which it began last.
-
-        One is left with it: the one that it began, or else the first one, which it may be about to begin or to skip.
-        """
-        kept = started if started in self.jobs else next(iter(self.jobs), started)
-        return [self.jobs.pop(number) for number in sorted(self.jobs) if number <= last and number != kept]
 
     def prolong(self, number: int, overdue_at: float) -> Job | None:
         """Note that a part of the answers to a batch is there, and return that; None if it is not with it any more."""

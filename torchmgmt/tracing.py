@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -42,7 +43,8 @@ class Tracing:
         self._tracer = tracer
         self._lock = threading.Lock()
         # guarded by _lock
-        self._open: dict[str, Span] = {}
+        # By the requests themselves: who asks may give several the same id.
+        self._open: weakref.WeakKeyDictionary[WorkerRequest, Span] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"<Tracing: {len(self._open)} spans are open>"
@@ -71,12 +73,13 @@ class Tracing:
         request.headers = {name: value for name, value in headers.items() if name.lower() not in carrier} | carrier
         if span.is_recording():
             with self._lock:
-                self._open[request.request_id] = span
-            future.add_done_callback(functools.partial(self._on_settled, request.request_id))
+                self._open[request] = span
+            # A future outlives its request, and must not keep its payload.
+            future.add_done_callback(functools.partial(self._on_settled, weakref.ref(request)))
 
     def refuse(self, request: WorkerRequest, error: BaseException) -> None:
         """End the span of a request that was not accepted."""
-        self._end_early(request.request_id, type(error).__name__)
+        self._end_early(request, type(error).__name__)
 
     def listen(self, event: Event) -> None:
         """End the spans of the requests of a batch."""
@@ -85,21 +88,22 @@ class Tracing:
         epoch_s = time.time() - time.monotonic()  # one for all times of a batch, or they would not fit together
         for place, request in enumerate(event.requests):
             with self._lock:
-                span = self._open.pop(request.request_id, None)
+                span = self._open.pop(request, None)
             if span is not None:
                 self._add_children(span, event, place, epoch_s)
                 _end(span, event.failed.get(place), _ns(epoch_s + event.ended))
 
-    def _on_settled(self, request_id: str, future: Future[Any]) -> None:
+    def _on_settled(self, request_ref: weakref.ref[WorkerRequest], future: Future[Any]) -> None:
         """End the span if no batch is going to: the request was taken back, or failed without having been run."""
         error = CancelledError() if future.cancelled() else future.exception()
         name = "Cancelled" if isinstance(error, CancelledError) else type(error).__name__
-        if error is not None and name not in _RAN:
-            self._end_early(request_id, name)
+        request = request_ref()
+        if error is not None and name not in _RAN and request is not None:
+            self._end_early(request, name)
 
-    def _end_early(self, request_id: str, error: str) -> None:
+    def _end_early(self, request: WorkerRequest, error: str) -> None:
         with self._lock:
-            span = self._open.pop(request_id, None)
+            span = self._open.pop(request, None)
         if span is not None:
             _end(span, error)
 

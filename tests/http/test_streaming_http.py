@@ -9,6 +9,7 @@ import pytest
 import requests
 
 from tests.handlers import TOOLS, until
+from torchmgmt.settings import Settings
 
 STREAM = (
     TOOLS
@@ -135,6 +136,17 @@ def many():
     for _ in range(30):
         yield b"x" * 500_000
 """
+
+
+@pytest.mark.parametrize("size", [100_000_000, 1_000_000])
+def test_parts_that_have_to_be_put_together_are_bounded(predicting, size):
+    """A client of HTTP/1.0 gets no more at once than a whole answer may have; others get each part."""
+    made = predicting(MANY, settings=Settings(max_response_size=size))
+    head = b"Host: localhost\r\nConnection: close\r\nContent-Type: text/plain\r\nContent-Length: 4\r\n\r\n"
+    sent = b"POST /predictions/model HTTP/%b\r\n" + head + b"many"
+    old = made.client.raw(sent % b"1.0")
+    assert (b" 413 " in old[:20], len(old) > 15_000_000) == (size == 1_000_000, size != 1_000_000)
+    assert len(made.client.raw(sent % b"1.1")) > 15_000_000
 
 
 def test_a_slow_client_holds_up_nobody(predicting):

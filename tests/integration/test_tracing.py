@@ -44,6 +44,14 @@ def ended(spans: InMemorySpanExporter, count: int) -> list[ReadableSpan]:
     return found()
 
 
+def test_requests_with_the_same_id_have_a_span_each(spans, deploy: Deployer) -> None:
+    """As a gateway gives that asks several times for one request of its own."""
+    model = deploy()
+    futures = [model.submit(each, request_id="same") for each in ("1", "1", "1 / 0")]
+    assert [future.exception(20) is None for future in futures] == [True, True, False]
+    assert sorted(span.status.is_unset for span in ended(spans, 3)) == [False, True, True]
+
+
 def test_a_request_is_a_span_in_the_callers_trace(spans, deploy: Deployer) -> None:
     """With its parts in order, in which it does not end before them; its id and model are told."""
     model = deploy()

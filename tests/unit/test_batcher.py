@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.unit.clocks import FakeClock, FakeTimers
+from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.batch import Batch
 from torchmgmt.batcher import Batcher
 from torchmgmt.errors import (
@@ -27,6 +28,7 @@ from torchmgmt.errors import (
     QueueFull,
     WrongNumberOfAnswers,
 )
+from torchmgmt.records import ModelKey
 
 WAIT_S = 30
 
@@ -1000,3 +1002,74 @@ def test_it_says_what_it_is():
     bench = Bench(batch_size=8, capacity=5, name="noop:1.0")
     bench.submit(1)
     assert repr(bench.batcher) == "<Batcher of noop:1.0: 1 of 5 waiting, batch_size=8>"
+
+
+# -- given back --------------------------------------------------------------------------------------------------------
+
+KEY = ModelKey("m", "1.0")
+
+
+def ask(
+    bench: Bench, item: str, *, timeout: float | None = None, wait: float | None = None, priority: int = 0
+) -> AnswerFuture:
+    future = AnswerFuture(KEY)
+    bench.batcher.queue(item, future, timeout, wait, priority)
+    return future
+
+
+def test_what_is_given_back_waits_in_its_place():
+    """Before what came later and behind what has more priority; it counts as waiting again."""
+    bench = Bench(batch_size=2, eager=False)
+    first = [ask(bench, "a"), ask(bench, "b")]
+    batch = bench.batcher.take()
+    bench.timers.advance(0.01)
+    ask(bench, "c")
+    ask(bench, "urgent", priority=10)
+    assert all(future.running() for future in first)
+    assert batch.give_back()
+    assert not any(future.running() for future in first)
+    assert len(bench.batcher) == 4
+    bench.take_all()
+    bench.timers.advance(1)
+    assert bench.taken() == [["urgent", "a"], ["b", "c"]]
+
+
+def test_what_is_given_back_can_be_cancelled_and_is_then_never_run():
+    """As before it was cut; what was abandoned meanwhile does not come back."""
+    bench = Bench(batch_size=3, eager=False)
+    one, two, _ = [ask(bench, item) for item in "abc"]
+    batch = bench.batcher.take()
+    one.abandon()
+    assert batch.give_back()
+    assert two.cancel()
+    bench.timers.advance(1)
+    bench.take_all()
+    assert bench.taken() == [["c"]]
+
+
+def test_what_is_given_back_waits_no_longer_than_it_may():
+    """The time with a worker that did not begin it counts, also if it was over there."""
+    bench = Bench(batch_size=2, eager=False)
+    late, later = ask(bench, "a", wait=1), ask(bench, "b", wait=3)
+    batch = bench.batcher.take()
+    bench.timers.advance(2)
+    assert not late.done()
+    assert batch.give_back()
+    bench.timers.advance(0.1)
+    assert isinstance(late.exception(), DeadlineExceeded)
+    assert not later.done()
+    bench.timers.advance(2)
+    assert isinstance(later.exception(), DeadlineExceeded)
+    bench.take_all()
+    assert bench.taken() == []
+
+
+def test_plain_futures_cannot_be_given_back():
+    """The standard library's have no way back from running; the batch stays with who has it."""
+    bench = Bench(batch_size=1, eager=False)
+    future = bench.submit("a")
+    batch = bench.batcher.take()
+    assert not batch.give_back()
+    assert future.running()
+    batch.finish(["answer"])
+    assert future.result() == "answer"

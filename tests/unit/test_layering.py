@@ -128,7 +128,7 @@ NEIGHBOURS = {
     "staffing": {"agenda", "attempts", "endings", "starter", "job", "pool_worker"},
     "outcomes": {"backends", "job", "pool_worker"},
     "assigner": {"agenda", "endings", "staffing", "outcomes", "job", "pool_worker"},
-    "recalls": {"agenda", "assigner", "backends", "endings", "job", "pool_worker"},
+    "recalls": {"agenda", "assigner", "endings", "job", "pool_worker"},
     "pool": {
         "agenda",
         "assigner",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torchmgmt.backends import WorkerListener
 from torchmgmt.channel import encode
@@ -95,6 +98,73 @@ def test_only_what_it_had_begun_dies_with_it(
     assert worker.take_jobs(last_started) == ([], [])
 
 
+@given(
+    numbers=st.permutations([1, 2, 3, 4]),
+    count=st.integers(2, 4),
+    steps=st.lists(st.sampled_from(["work", "tell", "look"]), max_size=20),
+)
+def test_a_recalled_batch_is_run_here_or_elsewhere_and_never_twice(
+    numbers: list[int], count: int, steps: list[str]
+) -> None:
+    """The protocol of ProcessWorker.recall, whatever the worker does before, between and after what the other side does."""
+    worker = PoolWorker("9000", datetime.now(timezone.utc))
+    worker.advance(WorkerEvent.SPAWN)
+    worker.advance(WorkerEvent.READY)
+    inbox = [number for number in numbers if number <= count]  # two threads may have sent theirs in another order
+    jobs = {number: job() for number in sorted(inbox)}
+    for number, each in jobs.items():
+        worker.assign(number, each, 100.0, 10.0)
+    page = {"started": 0, "recalled": 0}
+    socket: deque[tuple[str, int]] = deque()
+    ran: list[int] = []
+    elsewhere: list[int] = []
+
+    def work() -> Iterator[None]:
+        for number in inbox:
+            page["started"] = number
+            yield
+            is_recalled = number <= page["recalled"]
+            yield
+            if not is_recalled:
+                ran.append(number)
+                yield
+            socket.append(("skipped" if is_recalled else "done", number))
+            yield
+
+    def skipped(number: int) -> None:
+        if worker.skip(number, 101.0, 10.0) is not None:
+            elsewhere.append(number)
+
+    def tell() -> None:
+        what, number = socket.popleft()
+        if what == "done":
+            assert worker.finish(number, 101.0, 10.0) is jobs[number], "run here, and given to another worker"
+        else:
+            skipped(number)
+
+    def look() -> Iterator[None]:
+        behind = list(worker.jobs)[1:]
+        page["recalled"] = max(behind, default=0)
+        yield
+        started = page["started"]
+        while socket:
+            tell()
+        for number in behind:
+            if number != started:
+                skipped(number)
+        yield
+
+    working, looking = work(), look()
+    for step in [*steps, "look", "look", *["work"] * 4 * count, *["tell"] * count]:
+        if step == "tell":
+            if socket:
+                tell()
+        else:
+            next(working if step == "work" else looking, None)
+    assert sorted(ran + elsewhere) == sorted(jobs)
+    assert worker.jobs == {}
+
+
 @attrs.define
 class Handle:
     private_bytes: int
@@ -149,7 +219,7 @@ class FakeHandle:
         self.listener = listener
         self.told: list[str] = []
         self.batches: list[int] = []
-        self.recalled = self.started = 0
+        self.recalled: list[int] = []
         self._host = host
 
     def start(self) -> None:
@@ -166,11 +236,8 @@ class FakeHandle:
     def describe(self, number: int) -> None:
         self.batches.append(number)
 
-    def recall(self, number: int) -> None:
-        self.recalled = number
-
-    def last_started(self) -> int | None:
-        return self.started
+    def recall(self, numbers: Collection[int]) -> None:
+        self.recalled += numbers
 
     def stop(self) -> None:
         self.told.append("stop")

@@ -8,7 +8,7 @@ an actor of a cluster engine could be the third: nothing here says that a worker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from torchmgmt.dispatcher import Loop
@@ -34,7 +34,7 @@ class WorkerListener(Protocol):
         """The batch of this number was run, in ``handler_s`` seconds; one outcome for each of its requests, in order."""
 
     def skipped(self, number: int) -> None:
-        """The batch of this number was recalled and not begun; there will be no ``done``."""
+        """The batch of this number was recalled, and is not begun; unless there was a ``done``, there will be none."""
 
     def part(self, number: int, index: int, part: Encoded) -> None:
         """A part of the answer to the request at ``index`` of the batch of this number is there, before ``done``."""
@@ -85,14 +85,11 @@ class WorkerHandle(Protocol):
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for this batch any more: a handler that sends parts can be stopped there."""
 
-    def recall(self, number: int) -> None:
-        """Have it begin none of the batches, descriptions too, up to this number that it has not begun.
+    def recall(self, numbers: Collection[int]) -> None:
+        """Have it begin none of these batches, at least one, that it has not begun: ``skipped`` tells of each, mostly at once.
 
-        Each is told to ``skipped`` when its turn has come. What :meth:`last_started` does not tell 2 ms later is never begun.
+        It may be told of one again, or of one whose ``done`` came before.
         """
-
-    def last_started(self) -> int | None:
-        """Return the number of the batch that it began or skipped last, 0 before that; None if it is gone."""
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``, to be answered by ``done(number, [answer])``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import attrs
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 # A worker whose channel is closed can do nothing for us any more; it gets this long to end by itself.
 _LINGER_S = 2.0
+# After so long each side has seen what the other one wrote before: the worker that a batch is recalled, or we that it has
+# begun it. It takes microseconds.
+_SEEN_S = 0.002
 
 
 class Parent(Protocol):
@@ -145,17 +149,11 @@ class ProcessWorker:
         with contextlib.suppress(ValueError):  # it is gone, and its page closed
             self._page.abandon(number)
 
-    def recall(self, number: int) -> None:
-        """Have it begin none of the batches up to this one that it has not begun."""
-        with contextlib.suppress(ValueError):
-            self._page.recall(number)
-
-    def last_started(self) -> int | None:
-        """Return the number of the batch that it began last; None if it is gone."""
-        try:
-            return self._page.started
-        except ValueError:
-            return None
+    def recall(self, numbers: Collection[int]) -> None:
+        """Have it begin none of these batches that it has not begun, and tell which those are."""
+        with contextlib.suppress(ValueError, ManagerClosed):
+            self._page.recall(max(numbers))
+            self._dispatcher.call_at(time.monotonic() + _SEEN_S, functools.partial(self._tell_skipped, numbers))
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
@@ -226,6 +224,17 @@ class ProcessWorker:
     def orphaned(self) -> None:
         """The process lives on without anybody who reports its end, so watch it ourselves."""
         self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
+
+    def _tell_skipped(self, numbers: Collection[int]) -> None:
+        """Tell which of these batches it has not begun by now: that it never does."""
+        if self._is_over:
+            return  # its end tells that, too
+        started = self._page.started
+        # What it began before that one it has answered before: those answers are here, and are to be told first.
+        self._read_the_rest()
+        for number in numbers:
+            if number != started:
+                self._listener.skipped(number)
 
     def _finish_unforked(self, reason: str) -> None:
         if self.child.pid is None:

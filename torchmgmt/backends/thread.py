@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum, auto
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -238,7 +238,6 @@ class ThreadWorker:
         self._doing = _Doing.NOTHING_YET
         self._tasks: deque[_Task] = deque()
         self._last_started = 0
-        self._recalled = 0  # batches up to this number are not begun
         self._abandoned = 0  # the number of the batch that nobody waits for
         self._last_lines: Sequence[str] = ()
         self._is_stopping = False  # it takes nothing more, and ends after what it has
@@ -273,15 +272,13 @@ class ThreadWorker:
         """Let it know that nobody waits for a batch any more."""
         self._abandoned = number
 
-    def recall(self, number: int) -> None:
-        """Have it begin none of the batches up to this one that it has not begun."""
+    def recall(self, numbers: Collection[int]) -> None:
+        """Have it begin none of these batches that it has not begun."""
         with self._changed:
-            self._recalled = number
-
-    def last_started(self) -> int | None:
-        """Return the number of the batch that it began last; None if it is gone."""
-        with self._changed:
-            return None if self._doing is _Doing.NOTHING_ANY_MORE else self._last_started
+            recalled = [task for task in self._tasks if task.number in numbers]
+            for task in recalled:
+                self._tasks.remove(task)
+                self._backend.tell(functools.partial(self._listener.skipped, task.number))
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
@@ -392,16 +389,12 @@ class ThreadWorker:
             if self._doing is _Doing.NOTHING_ANY_MORE:
                 return None
             self._doing = _Doing.WAITING
-            while True:
-                self._changed.wait_for(lambda: self._tasks or self._is_stopping or self._is_terminated)
-                if self._is_terminated or not self._tasks:
-                    return None
-                task = self._tasks.popleft()
-                self._last_started = task.number
-                if task.number > self._recalled:
-                    self._doing = _Doing.COMPUTING
-                    return task
-                self._backend.tell(functools.partial(self._listener.skipped, task.number))
+            self._changed.wait_for(lambda: self._tasks or self._is_stopping or self._is_terminated)
+            if self._is_terminated or not self._tasks:
+                return None
+            task = self._tasks.popleft()
+            self._doing, self._last_started = _Doing.COMPUTING, task.number
+            return task
 
     def _send(self, number: int, index: int, part: Encoded) -> None:
         self._tell(functools.partial(self._listener.part, number, index, part))

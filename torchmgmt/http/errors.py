@@ -18,6 +18,7 @@ __all__ = [
     "TABLE",
     "Answer",
     "AnswerNotSendable",
+    "AnswerTooLarge",
     "BadRequest",
     "BodyTooLarge",
     "EncodingNotServed",
@@ -129,6 +130,15 @@ class AnswerNotSendable(RequestRefused):
     """The handler has set a status or a header that HTTP does not have."""
 
 
+class AnswerTooLarge(RequestRefused):
+    """The parts of an answer are too large together for a client that cannot take them one by one."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The answer is larger than max_response_size allows ({limit} bytes) for a client of HTTP/1.0, which takes no parts"
+        )
+
+
 class TooManyWaiting(RequestRefused):
     """As many calls wait for workers as threads may be spent on."""
 
@@ -156,6 +166,7 @@ TABLE: Mapping[type[Exception], tuple[int, str]] = {
     MethodOff: (405, "MethodNotAllowedException"),
     errors.AlreadyRegistered: (409, "ConflictStatusException"),
     BodyTooLarge: (413, "RequestEntityTooLargeException"),
+    AnswerTooLarge: (413, "RequestEntityTooLargeException"),
     EncodingNotServed: (415, "UnsupportedMediaTypeException"),
     AnswerNotSendable: (500, "InternalServerException"),
     errors.WorkerStartFailed: (500, "InternalServerException"),

@@ -124,7 +124,7 @@ class Predictions:
     async def serve(self, found: Found, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, from its beginning to its end."""
         call = self._call(found, scope)
-        sender = Sender(scope, send, call.writer, as_events=call.wants_events)
+        sender = self._sender(call, scope, send)
         await self._serving(call, sender, self._answer(call, receive, sender))
 
     def begin(self, scope: Scope) -> AtOnce | None:
@@ -146,7 +146,7 @@ class Predictions:
 
     async def finish(self, call: Call, stream: AnswerStream, scope: Scope, receive: Receive, send: Send) -> None:
         """Go on with a request that was queued, as :meth:`serve` does."""
-        sender = Sender(scope, send, call.writer, as_events=call.wants_events)
+        sender = self._sender(call, scope, send)
         await self._serving(call, sender, self._send_answer(stream, receive, sender))
 
     def refuse(self, error: Exception, call: Call) -> Answer:
@@ -166,6 +166,10 @@ class Predictions:
         request_id = request_id_of(headers.get("x-request-id"))
         more = () if self.cors is None else self.cors.raw_headers(headers)
         return Call(found, scope, headers, Writer(request_id, more))
+
+    def _sender(self, call: Call, scope: Scope, send: Send) -> Sender:
+        limit = self.settings.max_response_size
+        return Sender(scope, send, call.writer, as_events=call.wants_events, max_bytes=limit)
 
     async def _serving(self, call: Call, sender: Sender, work: Awaitable[None]) -> None:
         try:

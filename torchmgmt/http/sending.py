@@ -12,7 +12,7 @@ from attrs import define
 
 from torchmgmt import Response
 from torchmgmt.http.asgi import Scope, Send
-from torchmgmt.http.errors import Answer, AnswerNotSendable
+from torchmgmt.http.errors import Answer, AnswerNotSendable, AnswerTooLarge
 from torchmgmt.http.exchange import EXCHANGE, Exchange
 from torchmgmt.http.middleware import NO_CACHE
 
@@ -78,13 +78,14 @@ class Writer:
 class Sender:
     """Sends the answer to one request. ``status`` is what was sent, 0 before that. For the event loop's thread."""
 
-    def __init__(self, scope: Scope, send: Send, writer: Writer, *, as_events: bool) -> None:
+    def __init__(self, scope: Scope, send: Send, writer: Writer, *, as_events: bool, max_bytes: int) -> None:
         self.status = 0
         self.is_streaming = False
         self._send = send
         self._exchange: Exchange | None = scope.get(EXCHANGE)
         self._writer = writer
         self._as_events = as_events
+        self._max_bytes = max_bytes
         self._takes_parts = takes_parts(scope)
 
     def on_disconnect(self, callback: Callable[[], object] | None) -> bool:
@@ -97,7 +98,8 @@ class Sender:
     async def answer(self, stream: AnswerStream) -> None:
         """Send an answer as it comes: whole, or in parts.
 
-        Raises what ended the request, and AnswerNotSendable as :meth:`Writer.whole` does.
+        Raises what ended the request, AnswerNotSendable as :meth:`Writer.whole` does, and AnswerTooLarge where parts have to
+        be put together and are more than ``max_bytes``.
         """
         first = await stream.next_body()
         if first is not None and stream.is_complete and not (self._as_events and self._takes_parts):
@@ -105,7 +107,7 @@ class Sender:
             return
         first = first or Response()  # an answer in parts that has none
         if not self._takes_parts:
-            await self.whole(self._writer.whole(await _joined(first, stream)))
+            await self.whole(self._writer.whole(await _joined(first, stream, self._max_bytes)))
             return
         await self._begin(first)
         part: Response | None = first
@@ -162,11 +164,14 @@ class Sender:
             raise ConnectionAbortedError(answer.message)
 
 
-async def _joined(first: Response, stream: AnswerStream) -> Response:
+async def _joined(first: Response, stream: AnswerStream, max_bytes: int) -> Response:
     """Return a whole answer, for a client that takes no other."""
-    bodies = [first.body]
+    bodies, size = [first.body], len(first.body)
     while (part := await stream.next_body()) is not None:
         bodies.append(part.body)
+        size += len(part.body)
+        if size > max_bytes:
+            raise AnswerTooLarge(max_bytes)
     if len(bodies) > 1:
         first.body = b"".join(bodies)
     return first
