@@ -101,10 +101,10 @@ def test_only_what_it_had_begun_dies_with_it(
 @given(
     numbers=st.permutations([1, 2, 3, 4]),
     count=st.integers(2, 4),
-    steps=st.lists(st.sampled_from(["work", "tell", "look"]), max_size=20),
+    runs=st.lists(st.tuples(st.sampled_from(["work", "tell", "look"]), st.integers(1, 9)), max_size=6),
 )
 def test_a_recalled_batch_is_run_here_or_elsewhere_and_never_twice(
-    numbers: list[int], count: int, steps: list[str]
+    numbers: list[int], count: int, runs: list[tuple[str, int]]
 ) -> None:
     """The protocol of ProcessWorker.recall, whatever the worker does before, between and after what the other side does."""
     worker = PoolWorker("9000", datetime.now(timezone.utc))
@@ -155,7 +155,12 @@ def test_a_recalled_batch_is_run_here_or_elsewhere_and_never_twice(
         yield
 
     working, looking = work(), look()
-    for step in [*steps, "look", "look", *["work"] * 4 * count, *["tell"] * count]:
+    for step in [
+        *(step for step, times in runs for _ in range(times)),
+        *["look"] * 2,
+        *["work"] * 4 * count,
+        *["tell"] * count,
+    ]:
         if step == "tell":
             if socket:
                 tell()
