@@ -242,7 +242,8 @@ class ModelManager:
             threads_per_worker: threads that one operation of a worker may use, at least 1; default: the cores divided by
                 ``max_workers``. What a handler sets itself counts more.
             batches_in_flight: how many batches may be with a worker at once, the one that it computes included, at least
-                1; default 4. Further ones are handed over early only as far as they take no longer than 50 ms in all.
+                1; default 4. Further ones are handed over early only as far as they take no longer than 50 ms in all; when
+                one takes longer than usual, those behind it wait with all others again from 0.1 s on.
             max_requests: a worker that has answered so many requests is replaced, at least 1; default: no limit.
             max_memory: a worker that has more private memory, in bytes, is replaced, at least 1; default: no limit. Memory
                 that workers share is not counted. Looked at every 5 s, where there are dozens of processes more seldom.
