@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +196,27 @@ def test_requests_that_come_seldom_do_not_wait():
         simulation.timers.call_at(when, simulation.ask)
     simulation.run_for(when + 1)
     assert simulation.median_wait() < 0.0051
+
+
+def replay(connections: int, *, cuts_early: bool = True) -> Simulation:
+    """Return what became of requests that came when those of so many connections of wrk did."""
+    simulation = Simulation(8, 100, 0.005, cuts_early)
+    recorded = json.loads(Path(__file__).with_name("recorded_arrivals.json").read_text())[str(connections)]
+    for came_us in recorded:
+        simulation.timers.call_at(came_us / 1e6, simulation.ask)
+    simulation.run_for(recorded[-1] / 1e6 + 1)
+    assert len(simulation.waits) == len(recorded)
+    return simulation
+
+
+def test_recorded_requests_of_one_connection_do_not_wait():
+    """They have the model's own latency, where a batch that waited to be full would keep them for several times that."""
+    assert max(replay(1).waits) < 0.0051
+    assert replay(1, cuts_early=False).median_wait() > 0.02
+
+
+def test_recorded_requests_of_16_connections_fill_batches():
+    """Nearly as full as with the whole delay, and answered no later."""
+    quick, patient = replay(16), replay(16, cuts_early=False)
+    assert quick.mean_size() > 7
+    assert quick.median_wait() < 1.1 * patient.median_wait()
