@@ -44,11 +44,11 @@ __all__ = ["main", "serve_here"]
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.001
+"""How long a thread may keep the others waiting; with Python's 5 ms a flood of requests slows management four times."""
 YOUNG_OBJECTS = 20_000
+"""So many new objects the collector lets be before it looks at them: requests in flight are not worth a look."""
 KEPT_BYTES = 128 << 20
 """Of freed memory: for the bodies of the next requests."""
-"""So many new objects the collector lets be before it looks at them: requests in flight are not worth a look."""
-"""How long a thread may keep the others waiting; with Python's 5 ms a flood of requests slows management four times."""
 DRAIN_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 8.0
 """Together below the 30 s that orchestrators wait between SIGTERM and SIGKILL."""
