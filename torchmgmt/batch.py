@@ -67,10 +67,11 @@ class Waiting(Generic[T, R]):
     def begin(self, now: float) -> bool:
         """Mark it as running; False if it was cancelled, or its deadline has passed."""
         future = self.future
+        is_over = future.done()  # it may have been abandoned just before it was given back
         if self.start_by is not None:
-            is_over = self.start_by <= now or future.running() or future.done()
-            if is_over and not future.cancelled():
-                return False
+            is_over = is_over or self.start_by <= now or future.running()
+        if is_over and not future.cancelled():
+            return False
         try:
             return future.set_running_or_notify_cancel()
         except RuntimeError:  # cancelled at the moment when its deadline was looked at: that is known to all already
@@ -79,7 +80,7 @@ class Waiting(Generic[T, R]):
 
 @define(eq=False)
 class Batch(Generic[T, R]):
-    """Items that are run together. Exactly one of :meth:`finish` and :meth:`fail` is to be called, once, on any thread."""
+    """Items that are run together. One of :meth:`finish`, :meth:`fail` and :meth:`give_back` is to be called, once, on any thread."""
 
     _entries: Sequence[Waiting[T, R]]
     _on_end: Callable[[int], object]
@@ -105,7 +106,7 @@ class Batch(Generic[T, R]):
     def give_back(self) -> bool:
         """Have its items wait again where they were cut from, as if they had never been; False if one of them cannot.
 
-        In place of :meth:`finish` and :meth:`fail`.
+        If not, one of the others is still to be called.
         """
         if not all(isinstance(entry.future, Repeatable) for entry in self._entries):
             return False

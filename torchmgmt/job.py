@@ -17,7 +17,7 @@ __all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "size_of"]
 
 
 class Job(Protocol):
-    """Requests that a worker runs together. Exactly one of ``finish`` and ``fail`` is called, once."""
+    """Requests that a worker runs together. One of ``finish``, ``fail`` and a ``give_back`` that can be is called, once."""
 
     @property
     def items(self) -> Sequence[WorkerRequest]:
@@ -39,7 +39,7 @@ class Job(Protocol):
     def give_back(self) -> bool:
         """Have its requests wait where they were taken from, as if they had never been; False if there is no such place.
 
-        In place of ``finish`` or ``fail``. Called with the pool's lock held.
+        Called with the pool's lock held.
         """
 
 
@@ -66,9 +66,9 @@ class JobSource(Protocol):
 
 
 class JobQueue:
-    """What a pool has to run, in this order: what a dead worker gave back, what it was given itself, what its source has.
+    """What a pool has to run, in this order: what was given back to it, what it was given itself, what its source has.
 
-    Guarded by the pool's lock.
+    What came from a source that takes it back waits there again, in its place. Guarded by the pool's lock.
     """
 
     def __init__(self) -> None:

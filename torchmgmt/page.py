@@ -1,4 +1,4 @@
-"""The memory that a worker process shares with the embedding process: three numbers of batches, each written by one side."""
+"""The memory that a worker process shares with the embedding process: four numbers of batches, each written by one side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import mmap
 __all__ = ["PAGE_BYTES", "Page"]
 
 _BYTES = 8
-PAGE_BYTES = 3 * _BYTES
+PAGE_BYTES = 4 * _BYTES
 """How large it is at least."""
 
 
@@ -39,14 +39,21 @@ class Page:
         """Note, in the embedding process, that nobody waits for a batch."""
         self._write(1, number)
 
-    @property
-    def recalled(self) -> int:
-        """Batches up to this one are not to be begun any more. To be read after :meth:`start`, and so never too early."""
-        return self._read(2)
+    def is_recalled(self, number: int) -> bool:
+        """Return whether a batch is not to be begun any more; the worker asks after :meth:`start`, and so never too early."""
+        return number <= self._read(2) and number != self._read(3)
 
-    def recall(self, number: int) -> None:
-        """Note, in the embedding process, that batches up to this one are run elsewhere if they are not begun."""
-        self._write(2, number)
+    def recall(self, number: int, *, but: int) -> None:
+        """Note, in the embedding process, that batches up to ``number`` are run elsewhere if they are not begun.
+
+        ``but`` is not one of them: it may be on its way yet. What was recalled once stays so, in whatever order this is
+        called; calls must not overlap.
+        """
+        recalled = self._read(2)
+        if but > recalled:
+            self._write(3, but)  # first, or the worker might take it for recalled
+        if number > recalled:
+            self._write(2, number)
 
     def close(self) -> None:
         """Unmap it; all else raises ValueError afterwards. Idempotent."""

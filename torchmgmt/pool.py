@@ -436,6 +436,8 @@ class WorkerPool:
     def _on_skipped(self, worker: PoolWorker, number: int) -> None:
         with self._lock:
             lost = self._recalls.take_back(worker, number)
+            if self.state is VersionState.RETIRING:
+                self._changed.notify_all()  # if nobody waits for it, it was the last
         if lost is not None:
             self._outcomes.drop([lost], self._closed_error())
         self.pump()

@@ -45,10 +45,10 @@ class Recalls:
             if now < worker.began_at + LATE_S:
                 self._agenda.look_by(worker.began_at + LATE_S)
                 continue
-            _, *behind = worker.jobs
+            first, *behind = worker.jobs
             if worker.recalled < max(behind):
                 worker.recalled = max(behind)
-                self._agenda.add(functools.partial(worker.handle.recall, behind))
+                self._agenda.add(functools.partial(worker.handle.recall, behind, but=first))
 
     def take_back(self, worker: PoolWorker, number: int) -> Job | None:
         """Queue a batch again that a worker does not begin; return it if nothing is to be run any more."""

@@ -75,7 +75,7 @@ class Tracing:
             with self._lock:
                 self._open[request] = span
             # A future outlives its request, and must not keep its payload.
-            future.add_done_callback(functools.partial(self._on_settled, weakref.ref(request)))
+            future.add_done_callback(functools.partial(self._on_settled, span, weakref.ref(request)))
 
     def refuse(self, request: WorkerRequest, error: BaseException) -> None:
         """End the span of a request that was not accepted."""
@@ -93,12 +93,17 @@ class Tracing:
                 self._add_children(span, event, place, epoch_s)
                 _end(span, event.failed.get(place), _ns(epoch_s + event.ended))
 
-    def _on_settled(self, request_ref: weakref.ref[WorkerRequest], future: Future[Any]) -> None:
+    def _on_settled(self, span: Span, request_ref: weakref.ref[WorkerRequest], future: Future[Any]) -> None:
         """End the span if no batch is going to: the request was taken back, or failed without having been run."""
         error = CancelledError() if future.cancelled() else future.exception()
+        if error is None:
+            return
         name = "Cancelled" if isinstance(error, CancelledError) else type(error).__name__
         request = request_ref()
-        if error is not None and name not in _RAN and request is not None:
+        if request is None:  # it was dropped from the queue; nothing else is going to end a span that is open yet
+            if span.is_recording():
+                _end(span, name)
+        elif name not in _RAN:
             self._end_early(request, name)
 
     def _end_early(self, request: WorkerRequest, error: str) -> None:

@@ -101,6 +101,7 @@ def is_sound(received: bytes) -> bool:
         (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n", 400),
         (b"POST /models HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"0" * 5000 + b"2\r\n\r\nab", 400),
+        (b"GET http://[x HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
         (b"GET /models HTTP/9.9\r\nHost: localhost\r\n\r\n", 400),
         (b"GET /models HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", 400),
         (b"GET /models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", 431),
@@ -117,6 +118,22 @@ def test_what_is_no_request_is_refused(patient, sent, code):
     received = talk(patient, sent)
     assert codes(received) == [code]
     assert b'"type"' in received
+
+
+@pytest.mark.parametrize(
+    "line, length, said",
+    [
+        (b"GET http://[x HTTP/1.1", b"0", b"URL"),
+        (b"GET http://[::1/models HTTP/1.1", b"0", b"URL"),
+        (b"POST /models HTTP/1.1", b"0" * 5000 + b"2", b"Content-Length"),
+    ],
+    ids=["no bracket", "address without its end", "length"],
+)
+def test_it_says_what_cannot_be_read(patient, line, length, said):
+    """Of the target and the length, both of which Python's own parsers refuse."""
+    received = talk(patient, line + b"\r\nHost: localhost\r\nContent-Length: " + length + b"\r\n\r\n")
+    assert codes(received) == [400]
+    assert said in received.partition(b"\r\n\r\n")[2]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -83,14 +83,26 @@ def test_what_lies_there_and_is_abandoned_is_not_run(quick: Model, gate: Gate, t
     assert not noted.exists()
 
 
-def test_descriptions_lie_there_too(quick: Model, gate: Gate) -> None:
-    """What asks how the model describes itself is recalled and run as any other."""
-    held, *others = lying(quick, gate, "1", "2")
-    time.sleep(0.2)
-    gate.open()
-    assert quick.describe(customized=True).customized_metadata is not None
-    assert [future.result(20) for future in others] == [1, 2]
-    held.result(20)
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_descriptions_lie_there_too(deploy: Deployer, gate: Gate, kind: str) -> None:
+    """What asks how the model describes itself is taken back as any other, and run by who is free."""
+    model = used(deploy(EVAL, batch_size=1, backend=kind, initial_workers=2))
+    with ThreadPoolExecutor() as pool:
+        held, *others = lying(model, gate, "time.sleep(0.05)")
+        descriptions = [pool.submit(model.describe, customized=True) for _ in range(4)]
+        assert all(each.result(20).customized_metadata is not None for each in descriptions)
+        assert not held.done()
+        gate.open()
+        wait([held, *others], 20)
+
+
+def test_a_large_request_that_is_long_on_its_way_is_run(deploy: Deployer) -> None:
+    """It is the batch before others, begun or not: what is recalled is what lies behind it."""
+    model = used(deploy(EVAL, batch_size=1))
+    large = model.submit(fields={"body": "len(data[0]['payload'])", "payload": bytes(300_000_000)})
+    small = [model.submit(str(number)) for number in range(3)]
+    assert large.result(20) == 300_000_000
+    assert [each.result(20) for each in small] == [0, 1, 2]
 
 
 def test_nothing_is_lost_when_it_closes_meanwhile(quick: Model, gate: Gate) -> None:

@@ -12,7 +12,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from tests.handlers import Deployer, Gate, run_program, until
 from torchmgmt import ModelManager, ProcessBackend, Settings
+from torchmgmt.answer_future import AnswerFuture
+from torchmgmt.channel import encode
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, NoWorker, QueueFull, WorkerDied
+from torchmgmt.exchange import WorkerRequest
+from torchmgmt.records import ModelKey
+from torchmgmt.tracing import tracing_of
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -127,6 +132,19 @@ def test_every_span_ends_and_says_how_the_request_did(spans, manager, deploy: De
     assert errors == ["Cancelled", "DeadlineExceeded", "HandlerFailed", "NoWorker", "QueueFull", "WorkerDied"]
     assert all(span.status.status_code is trace.StatusCode.ERROR for span in ended(spans, 6))
     assert repr(manager._intake.tracing) == "<Tracing: 0 spans are open>"
+
+
+def test_a_request_that_was_dropped_from_its_queue_first_ends_its_span(spans) -> None:
+    """Its time is over when a batch is cut, which drops it, and the timer that says so comes a moment later."""
+    tracing = tracing_of("auto")
+    key = ModelKey("m", "1.0")
+    request, future = WorkerRequest(encode("a"), "id"), AnswerFuture(key)
+    tracing.begin(key, request, future)
+    del request
+    assert repr(tracing) == "<Tracing: 0 spans are open>"
+    future.set_exception(TimeoutError())
+    (span,) = ended(spans, 1)
+    assert span.attributes["error.type"] == "TimeoutError"
 
 
 @pytest.mark.parametrize("wish, is_on", [("off", False), ("auto", True), ("on", True)])

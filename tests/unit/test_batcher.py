@@ -1064,6 +1064,26 @@ def test_what_is_given_back_waits_no_longer_than_it_may():
     assert bench.taken() == []
 
 
+def test_what_is_abandoned_at_the_moment_of_being_given_back_is_not_run(caplog: pytest.LogCaptureFixture):
+    """It waits again when it gets its outcome; the standard library logs it as a defect if such a one is begun."""
+    bench = Bench(batch_size=1, eager=False)
+
+    class Racing(AnswerFuture):
+        def cancel(self) -> bool:
+            is_cancelled = super().cancel()
+            assert batch.give_back()
+            return is_cancelled
+
+    bench.batcher.queue("a", future := Racing(KEY), None, None, 0)
+    batch = bench.batcher.take()
+    future.abandon()
+    assert isinstance(future.exception(), CancelledError)
+    ask(bench, "b")
+    bench.take_all()
+    assert bench.taken() == [["b"]]
+    assert not caplog.records
+
+
 def test_plain_futures_cannot_be_given_back():
     """The standard library's have no way back from running; the batch stays with who has it."""
     bench = Bench(batch_size=1, eager=False)

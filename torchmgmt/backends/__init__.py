@@ -85,10 +85,11 @@ class WorkerHandle(Protocol):
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for this batch any more: a handler that sends parts can be stopped there."""
 
-    def recall(self, numbers: Collection[int]) -> None:
+    def recall(self, numbers: Collection[int], *, but: int) -> None:
         """Have it begin none of these batches, at least one, that it has not begun: ``skipped`` tells of each, mostly at once.
 
-        It may be told of one again, or of one whose ``done`` came before.
+        ``but`` is the one before them, which it runs, or will when it has it. It may be told of one again, or of one whose
+        ``done`` came before. Recalls may come in another order than that in which they were decided.
         """
 
     def describe(self, number: int) -> None:

@@ -149,10 +149,11 @@ class ProcessWorker:
         with contextlib.suppress(ValueError):  # it is gone, and its page closed
             self._page.abandon(number)
 
-    def recall(self, numbers: Collection[int]) -> None:
+    def recall(self, numbers: Collection[int], *, but: int) -> None:
         """Have it begin none of these batches that it has not begun, and tell which those are."""
         with contextlib.suppress(ValueError, ManagerClosed):
-            self._page.recall(max(numbers))
+            with self._lock:
+                self._page.recall(max(numbers), but=but)
             self._dispatcher.call_at(time.monotonic() + _SEEN_S, functools.partial(self._tell_skipped, numbers))
 
     def describe(self, number: int) -> None:
@@ -233,7 +234,7 @@ class ProcessWorker:
         # What it began before that one it has answered before: those answers are here, and are to be told first.
         self._read_the_rest()
         for number in numbers:
-            if number != started:
+            if number != started and self._page.is_recalled(number):
                 self._listener.skipped(number)
 
     def _finish_unforked(self, reason: str) -> None:

@@ -272,7 +272,7 @@ class ThreadWorker:
         """Let it know that nobody waits for a batch any more."""
         self._abandoned = number
 
-    def recall(self, numbers: Collection[int]) -> None:
+    def recall(self, numbers: Collection[int], *, but: int) -> None:
         """Have it begin none of these batches that it has not begun."""
         with self._changed:
             recalled = [task for task in self._tasks if task.number in numbers]

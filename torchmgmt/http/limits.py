@@ -6,14 +6,27 @@ from typing import Any
 
 from attrs import field, frozen, validators
 
-__all__ = ["LONG_LENGTH", "MANY_HOSTS", "NOT_HTTP_1", "SLOW", "TOO_MUCH_HEAD", "Limits", "connection_limit"]
+__all__ = [
+    "LONG_LENGTH",
+    "MANY_HOSTS",
+    "MOST_LENGTH_DIGITS",
+    "NOT_HTTP_1",
+    "SLOW",
+    "TOO_MUCH_HEAD",
+    "UNREADABLE_TARGET",
+    "Limits",
+    "connection_limit",
+]
 
 SLOW = "The request took too long to arrive"
 NOT_HTTP_1 = "The request is neither HTTP/1.1 nor HTTP/1.0"
 LONG_LENGTH = "The Content-Length has more digits than any length"
 MANY_HOSTS = "There is more than one Host"
+UNREADABLE_TARGET = "The target of the request is no URL"
 TOO_MUCH_HEAD = "The request line and the headers are larger than the {} bytes that are allowed"
 
+MOST_LENGTH_DIGITS = 20
+"""Of a Content-Length: 2**64 has so many. What begins with zeros may have more, of which ``int`` takes 4300."""
 _POSITIVE: Any = validators.gt(0)
 
 

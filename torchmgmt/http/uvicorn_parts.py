@@ -23,7 +23,16 @@ from torchmgmt.http.asgi import ASGIApp, Scope
 from torchmgmt.http.errors import Answer, answer_for_code
 from torchmgmt.http.exchange import EXCHANGE, Exchange, WholeRequest
 from torchmgmt.http.known_heads import KnownHead, KnownHeads
-from torchmgmt.http.limits import LONG_LENGTH, MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
+from torchmgmt.http.limits import (
+    LONG_LENGTH,
+    MANY_HOSTS,
+    MOST_LENGTH_DIGITS,
+    NOT_HTTP_1,
+    SLOW,
+    TOO_MUCH_HEAD,
+    UNREADABLE_TARGET,
+    Limits,
+)
 from torchmgmt.http.middleware import request_id_of, response_headers
 
 __all__ = ["LimitedProtocol", "Serving", "raw_headers"]
@@ -35,7 +44,6 @@ MOST_WAITING_REQUESTS = 100
 """Of one connection; who sends more of them ahead is told to close, and sends them again on another."""
 OVERHEAD_PER_BODY_BYTE = 8
 """A body sent in chunks of one byte takes five bytes of framing for each."""
-_MOST_LENGTH_DIGITS = 20  # of 2**64; what begins with zeros has more, of which ``int`` takes 4300
 MOST_PIECES = 1000
 """Of a body, that are kept one by one: an object for each byte would take forty times as much memory as its sender has sent."""
 
@@ -274,11 +282,15 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(answer_for_code(400, NOT_HTTP_1))
         elif self._hosts > 1:
             self._refuse(answer_for_code(400, MANY_HOSTS))
-        elif self._length_digits > _MOST_LENGTH_DIGITS:
+        elif self._length_digits > MOST_LENGTH_DIGITS:
             self._refuse(answer_for_code(400, LONG_LENGTH))
         if self._is_deaf:
             raise _Refused
-        super().on_headers_complete()  # it raises for a target that it cannot read, and then there is no cycle of this request
+        try:
+            super().on_headers_complete()
+        except httptools.HttpParserInvalidURLError:  # of the target, before there is a cycle of this request
+            self._refuse(answer_for_code(400, UNREADABLE_TARGET))
+            raise _Refused from None
         self._phase, self._began = Phase.BODY, self.loop.time()
         self._framed_bytes = self._body_bytes = 0
         self._unanswered += 1

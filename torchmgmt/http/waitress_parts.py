@@ -23,7 +23,16 @@ from waitress.utilities import Error, InternalServerError, RequestEntityTooLarge
 
 from torchmgmt.http.access_log import log_request
 from torchmgmt.http.errors import INTERNAL, Answer, BodyTooLarge, answer_for, answer_for_code
-from torchmgmt.http.limits import LONG_LENGTH, MANY_HOSTS, NOT_HTTP_1, SLOW, TOO_MUCH_HEAD, Limits
+from torchmgmt.http.limits import (
+    LONG_LENGTH,
+    MANY_HOSTS,
+    MOST_LENGTH_DIGITS,
+    NOT_HTTP_1,
+    SLOW,
+    TOO_MUCH_HEAD,
+    UNREADABLE_TARGET,
+    Limits,
+)
 from torchmgmt.http.middleware import request_id_of, response_headers
 
 __all__ = ["Channel", "Dispatcher", "Server"]
@@ -41,8 +50,9 @@ class Parser(HTTPRequestParser):
         """Read the request line and the headers; raise ParsingError, which becomes a 400."""
         try:
             super().parse_header(header_plus)
-        except ValueError:  # of ``int``: all else that is wrong has an error of its own
-            raise ParsingError(LONG_LENGTH) from None
+        except ValueError:  # of ``int`` or ``urlsplit``: all else that is wrong has an error of its own
+            is_long = len(self.headers.get("CONTENT_LENGTH", "")) > MOST_LENGTH_DIGITS
+            raise ParsingError(LONG_LENGTH if is_long else UNREADABLE_TARGET) from None
         headers = cast("dict[str, str]", self.headers)
         if self.version not in {"1.0", "1.1"}:
             raise ParsingError(NOT_HTTP_1)

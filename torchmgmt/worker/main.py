@@ -236,7 +236,7 @@ def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) ->
             if frame.kind is Kind.RUN:
                 number, requests = frame.head
                 page.start(number)  # in this order: what is recalled now is known to be begun
-                if number <= page.recalled:
+                if page.is_recalled(number):
                     frame.segments = ()
                     channel.send(Frame(Kind.SKIPPED, number))
                     continue
@@ -246,7 +246,7 @@ def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) ->
                 _answer(channel, number, outcomes, handler.take_metrics(), time.perf_counter() - began)
             elif frame.kind is Kind.DESCRIBE:
                 page.start(frame.head)
-                if frame.head <= page.recalled:
+                if page.is_recalled(frame.head):
                     channel.send(Frame(Kind.SKIPPED, frame.head))
                     continue
                 _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
