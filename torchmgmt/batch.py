@@ -84,7 +84,7 @@ class Batch(Generic[T, R]):
 
     _entries: Sequence[Waiting[T, R]]
     _on_end: Callable[[int], object]
-    _take_back: Callable[[int, Sequence[Waiting[T, R]]], object] = field(default=lambda _count, _entries: None)
+    _take_back: Callable[[int, Sequence[Waiting[T, R]]], object]
     items: list[T] = field(init=False)
     """The items in the order in which they were submitted."""
 
@@ -108,9 +108,10 @@ class Batch(Generic[T, R]):
 
         If not, one of the others is still to be called.
         """
-        if not all(isinstance(entry.future, Repeatable) for entry in self._entries):
+        futures = [entry.future for entry in self._entries if isinstance(entry.future, Repeatable)]
+        if len(futures) < len(self._entries):
             return False
-        waiting = [entry for entry in self._entries if entry.future.set_waiting()]  # type: ignore[attr-defined]  # see above
+        waiting = [entry for entry, future in zip(self._entries, futures, strict=True) if future.set_waiting()]
         self._take_back(len(self._entries), waiting)
         return True
 

@@ -235,23 +235,27 @@ def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) ->
         for frame in frames:
             if frame.kind is Kind.RUN:
                 number, requests = frame.head
-                page.start(number)  # in this order: what is recalled now is known to be begun
-                if page.is_recalled(number):
-                    frame.segments = ()
-                    channel.send(Frame(Kind.SKIPPED, number))
+                if not _begins(channel, page, frame, number):
                     continue
                 began = time.perf_counter()
                 outcomes = run_batch(handler, requests, frame.segments, _ChannelSender(channel, page, number))
                 frame.segments = ()  # their memory can be used again: the answer says so
                 _answer(channel, number, outcomes, handler.take_metrics(), time.perf_counter() - began)
             elif frame.kind is Kind.DESCRIBE:
-                page.start(frame.head)
-                if page.is_recalled(frame.head):
-                    channel.send(Frame(Kind.SKIPPED, frame.head))
-                    continue
-                _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
+                if _begins(channel, page, frame, frame.head):
+                    _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
             elif frame.kind is Kind.STOP:
                 return
+
+
+def _begins(channel: Channel, page: Page, frame: Frame, number: int) -> bool:
+    """Note that a batch begins, if it was not recalled; else say so."""
+    page.start(number)  # in this order: what is recalled now is known to be begun
+    if not page.is_recalled(number):
+        return True
+    frame.segments = ()  # their memory can be used again: the answer says so
+    channel.send(Frame(Kind.SKIPPED, number))
+    return False
 
 
 class _ChannelSender(PartSender):
