@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Generator
-from concurrent.futures import CancelledError, Future, InvalidStateError
-from concurrent.futures._base import PENDING, RUNNING
+from concurrent.futures import CancelledError
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from typing import Any
 
 from torchmgmt import forks
 from torchmgmt.encoding import decode
 from torchmgmt.errors import HandlerFailed, ManagerClosed
 from torchmgmt.exchange import Encoded, Response, ResponseProperties
+from torchmgmt.owned_future import OwnedFuture
 from torchmgmt.records import ModelKey
 
 __all__ = ["AnswerFuture", "is_slow_to_read", "value_of"]
@@ -20,7 +20,7 @@ __all__ = ["AnswerFuture", "is_slow_to_read", "value_of"]
 _UNREAD = object()
 
 
-class AnswerFuture(Future[Any]):
+class AnswerFuture(OwnedFuture[Any]):
     """The future of an :class:`Encoded` answer, or of a list of them, which gives what was encoded.
 
     It is unpickled by whoever asks for it, not by the thread that received it: unpickling a tensor imports torch, which
@@ -36,9 +36,11 @@ class AnswerFuture(Future[Any]):
     ) -> None:
         """Make the future of an answer of model version ``key``; ``keeps_alive`` is not forgotten before the future.
 
-        ``on_abandon`` is called when it is abandoned while it runs, ``on_cancelled`` once it is taken back in either way.
+        ``on_abandon`` is called when it is abandoned while it runs, ``on_cancelled`` once it is taken back in either way;
+        both on the thread that settles it.
         """
         super().__init__()
+        self._was_running = False  # when it was abandoned
         self._key = key
         self._keeps_alive = keeps_alive
         self._on_abandon = on_abandon
@@ -84,33 +86,30 @@ class AnswerFuture(Future[Any]):
         """Have nothing more of it, whether it runs or not: it ends as if cancelled, or with ``error``. Any thread; idempotent.
 
         What was not started never runs. A handler that answers in parts is stopped at the next one once nobody waits for
-        its batch any more; another cannot be stopped.
+        its batch any more; what becomes of others is what ``cancel_running`` of their model says.
         """
-        if self.done() or self.cancel():
-            return
-        with contextlib.suppress(InvalidStateError):
-            self.set_exception(error or CancelledError())
-            if self._on_cancelled is not None:
-                self._on_cancelled()
-            if self._on_abandon is not None:
-                self._on_abandon()
+        was = FINISHED
+        end = error or CancelledError()
+        try:
+            with self._gate:
+                was = self._phase
+                if was is PENDING:
+                    self._phase = CANCELLED_AND_NOTIFIED
+                elif was is RUNNING:
+                    self._phase, self._exception, self._was_running = FINISHED, end, True
+            if was is PENDING or was is RUNNING:
+                self._note_end()
+        except BaseException:
+            if was is PENDING or was is RUNNING:
+                self._note_end()
+            raise
 
-    def cancel(self) -> bool:
-        """Take the request back if it was not started; return whether it is taken back. Any thread; does not block."""
-        is_cancelled = super().cancel()
-        if is_cancelled and self._on_cancelled is not None:
-            mine = object()
-            if self.__dict__.setdefault("_canceller", mine) is mine:  # one step, so that it is told once
-                self._on_cancelled()
-        return is_cancelled
-
-    def set_waiting(self) -> bool:
-        """Mark it as not begun, so that it can be taken back again; False if it has ended. For who answers it."""
-        with self._condition:  # as the standard library's own future does what it has no method for
-            if self._state != RUNNING:
-                return False
-            self._state = PENDING
-            return True
+    def _told(self) -> None:
+        super()._told()
+        if (self._was_running or self.cancelled()) and self._on_cancelled is not None:
+            self._on_cancelled()
+        if self._was_running and self._on_abandon is not None:
+            self._on_abandon()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what ended the request, or None if it has an answer; waits and raises as :meth:`result` does."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from attrs import define, field
 
-from torchmgmt.errors import WrongNumberOfAnswers
+from torchmgmt.admission import Admission
+from torchmgmt.errors import WrongNumberOfAnswers, copy_of
+from torchmgmt.owned_future import Owner, Waits
 
-__all__ = ["Batch", "Promise", "Waiting", "settle"]
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+__all__ = ["Batch", "Placed", "Promise", "Waiting", "is_placed", "settle"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,12 +47,19 @@ class Promise(Protocol[C_contra]):
         """Have ``fn`` called with it once it is done."""
 
 
-@runtime_checkable
-class Repeatable(Protocol):
-    """A promise whose item can be begun again."""
+class Placed(Promise[Any], Protocol):
+    """A promise that knows where it waits: it gives up its place itself, and its item can be begun again."""
+
+    owner: Owner | None
+    place: Waits | None
 
     def set_waiting(self) -> bool:
         """Mark it as not begun; False if it has ended."""
+
+
+def is_placed(promise: Promise[Any]) -> TypeGuard[Placed]:
+    """Whether a promise knows where it waits."""
+    return hasattr(promise, "place")
 
 
 @define(eq=False)
@@ -59,28 +71,35 @@ class Waiting(Generic[T, R]):
     since: float
     rank: float
     """Its place in the queue, the least first: when it came, or would have come with the priority that others have."""
-    start_by: float | None = None
-    """When it is too late to start it."""
+    admission: Admission
+    """Where it is counted."""
+    timeout_s: float | None = None
+    """How long it may take in all."""
     wait_s: float | None = None
     """For how long it may wait to be started, whatever else it has time for."""
+    start_by: float | None = None
+    """When it is too late to start it."""
+    next: Waiting[T, R] | None = None
+    is_counted: bool = False
+
+    def leave(self, _future: object = None) -> None:
+        """Take no room in the queue any more. Any thread; idempotent."""
+        self.admission.leave(self)
 
     def begin(self, now: float) -> bool:
-        """Mark it as running; False if it was cancelled, or its deadline has passed."""
+        """Mark it as running; False if it has ended, or it is too late."""
         future = self.future
-        is_over = future.done()  # it may have been abandoned just before it was given back
-        if self.start_by is not None:
-            is_over = is_over or self.start_by <= now or future.running()
-        if is_over and not future.cancelled():
+        if future.done() or (self.start_by is not None and self.start_by <= now):
             return False
         try:
             return future.set_running_or_notify_cancel()
-        except RuntimeError:  # cancelled at the moment when its deadline was looked at: that is known to all already
+        except RuntimeError:  # it has ended at this moment
             return False
 
 
 @define(eq=False)
 class Batch(Generic[T, R]):
-    """Items that are run together. One of :meth:`finish`, :meth:`fail` and :meth:`give_back` is to be called, once, on any thread."""
+    """Items that are run together. One of :meth:`finish`, :meth:`fail`, :meth:`split` and :meth:`give_back` is to be called, once."""
 
     _entries: Sequence[Waiting[T, R]]
     _on_end: Callable[[int], object]
@@ -108,12 +127,16 @@ class Batch(Generic[T, R]):
 
         If not, one of the others is still to be called.
         """
-        futures = [entry.future for entry in self._entries if isinstance(entry.future, Repeatable)]
+        futures: list[Placed] = [entry.future for entry in self._entries if is_placed(entry.future)]
         if len(futures) < len(self._entries):
             return False
         waiting = [entry for entry, future in zip(self._entries, futures, strict=True) if future.set_waiting()]
         self._take_back(len(self._entries), waiting)
         return True
+
+    def split(self) -> Sequence[Batch[T, R]]:
+        """Return a batch for each of its items, which is to be used in its place."""
+        return [Batch([entry], self._on_end, self._take_back) for entry in self._entries]
 
     def finish(self, outcomes: Sequence[R | BaseException]) -> Sequence[int]:
         """Answer each item with its outcome, in order; an outcome that is an exception fails that item alone.
@@ -130,9 +153,10 @@ class Batch(Generic[T, R]):
         return () if all(settled) else _places_of_false(settled)
 
     def fail(self, error: BaseException) -> Sequence[int]:
-        """Answer every item with ``error``; return as :meth:`finish` does."""
+        """Answer every item with ``error``, each with a copy of its own; return as :meth:`finish` does."""
         self._on_end(len(self._entries))
-        return _places_of_false([settle(entry.future, error) for entry in self._entries])
+        errors = [error if place == 0 else copy_of(error) for place in range(len(self._entries))]
+        return _places_of_false([settle(entry.future, each) for entry, each in zip(self._entries, errors, strict=True)])
 
 
 def settle(future: Promise[Any], outcome: object) -> bool:

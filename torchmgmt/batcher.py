@@ -1,14 +1,18 @@
 """Batcher: the bounded queue of one model version, which cuts what waits in it into batches.
 
 Two ways to use one. Around a plain function it runs batches on a thread of its own. Without a function it is the queue
-that a WorkerPool takes batches from: it says ``on_ready`` when there may be one, and the pool calls :meth:`Batcher.take`.
+that a WorkerPool takes batches from: it says ``on_ready`` when there is one, and the pool calls :meth:`Batcher.take`.
+
+Callers only put items in, which nothing interrupts (:mod:`torchmgmt.admission`). All that follows, such as to sort them in, to
+cut batches and to fail what is late, is done by the owner of the queue: the dispatcher of the pool, or the Batcher's own
+threads.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
+import math
 import threading
 import time
 from collections import deque
@@ -16,11 +20,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
+from torchmgmt import forks
+from torchmgmt.admission import Admission, Admitted
 from torchmgmt.arrivals import Arrivals
-from torchmgmt.batch import Batch, Promise, Waiting, settle
+from torchmgmt.batch import Batch, Promise, Waiting, is_placed, settle
 from torchmgmt.checks import check_number
 from torchmgmt.deadlines import Deadlines
-from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError
+from torchmgmt.dispatcher import Alarm, Dispatcher
+from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError, copy_of
+from torchmgmt.owned_future import OwnedFuture
 from torchmgmt.runner import Runner
 
 __all__ = ["Batcher"]
@@ -33,6 +41,11 @@ Clock = Callable[[], float]
 _PRIORITY_IS_WORTH_S = 1.0
 """For so many seconds of waiting stands one step of priority. So priorities age without anybody looking at the queue."""
 _HIGHEST_PRIORITY = 10
+_LOOK_AGAIN_S = 0.05
+"""A look that somebody was to ask for, and did not because a second interruption met the first, is asked for by who comes then."""
+
+_MANY_LEFT = 64
+"""So many items that were taken back or have expired may lie in the queue, however few wait."""
 
 
 class Batcher(Generic[T, R]):
@@ -44,11 +57,12 @@ class Batcher(Generic[T, R]):
     [2, 4, 6]
 
     Items of one priority leave in the order in which they came. Thread-safe throughout; no method blocks but
-    :meth:`close`.
+    :meth:`close`. A copy in a forked process raises ManagerClosed.
 
     Args:
-        function: takes a list of items and returns as many answers, in order; an answer that is an exception fails its
-            item alone. It runs on one daemon thread, started by the first item. None: somebody else takes the batches.
+        function: takes a list of items and returns as many answers, in order, as a list or tuple; an answer that is an
+            exception fails its item alone. It runs on one daemon thread, started by the first item; another one is started
+            by the first item with a time limit. None: somebody else takes the batches.
         batch_size: the most items in a batch, at least 1.
         max_batch_delay: the longest that an item waits for others to join its batch, in ms, at least 0.
         cuts_early: whether a batch does not wait for that long where nobody is likely to join it in time, to judge by
@@ -56,9 +70,9 @@ class Batcher(Generic[T, R]):
         capacity: the most items that may wait, at least 1; one more is refused with QueueFull.
         name: what errors call this queue.
         clock: a monotonic clock in seconds.
-        on_ready: called, with no lock held, when :meth:`take` may have a batch. Only without ``function``.
-        call_at: ``call_at(when, callback)`` runs a callback at a time of ``clock``. Only without ``function``.
-        on_expired: called, with no lock held, with the number of items whose deadline has passed, after they failed.
+        on_ready: called on the dispatcher's thread when :meth:`take` has a batch. Only without ``function``.
+        dispatcher: on whose thread batches are taken and deadlines kept. Only without ``function``.
+        on_expired: called with the number of items whose deadline has passed, after they failed; must not raise.
 
     Raises:
         InvalidArgument: one of the numbers is out of its range.
@@ -75,39 +89,44 @@ class Batcher(Generic[T, R]):
         name: str = "this Batcher",
         clock: Clock = time.monotonic,
         on_ready: Callable[[], object] | None = None,
-        call_at: Callable[[float, Callable[[], object]], object] | None = None,
+        dispatcher: Dispatcher | None = None,
         on_expired: Callable[[int], object] | None = None,
     ) -> None:
         check_number("batch_size", batch_size, minimum=1)
         check_number("max_batch_delay", max_batch_delay, minimum=0, unit="milliseconds")
         check_number("capacity", capacity, minimum=1)
-        self._on_ready: Callable[[], object]
-        self._call_at: Callable[[float, Callable[[], object]], object]
-        self._runner: Runner | None = None
-        if function is not None:
-            self._runner = Runner(functools.partial(self._run_next, function), self._sleep_until, clock)
-            self._on_ready, self._call_at = self._runner.wake, self._runner.call_at
-        elif on_ready is not None and call_at is not None:
-            self._on_ready, self._call_at = on_ready, call_at
-        else:
-            raise InvalidArgument("function", function, "callable, unless on_ready and call_at are both given")
         self.batch_size = batch_size
         self.capacity = capacity
         self.name = name
         self.clock = clock
         self._on_expired = on_expired
         self._delay_s = max_batch_delay / 1000
-        waits = batch_size > 1 and self._delay_s > 0
-        self._arrivals = Arrivals(self._delay_s) if cuts_early and waits else None  # guarded by _lock
-        self._lock = threading.Lock()
+        self._depth = forks.depth()
+        self._admission = Admission(capacity)
+        self._refusal: TorchmgmtError | None = None
+        self._announced_at = -math.inf  # when somebody last asked the owner to look, which has not looked since
+        self._owner: Dispatcher | None = dispatcher
+        self._runner: Runner | None = None
+        self._on_ready: Callable[[], object]
+        if function is not None:
+            self._runner = Runner(functools.partial(self._run_next, function), self._next_due, clock)
+            self._timekeeper = Dispatcher("torchmgmt-batcher-limits", clock)
+            self._alarm = Alarm(self._timekeeper, self._keep_limits)
+            self._on_ready = self._runner.wake
+        elif on_ready is not None and dispatcher is not None:
+            self._alarm = Alarm(dispatcher, self._look)
+            self._on_ready = on_ready
+        else:
+            raise InvalidArgument("function", function, "callable, unless on_ready and dispatcher are both given")
+        # Taken by the owner's threads alone, which nothing interrupts, but for those who close.
+        self._lock = threading.RLock()
         # guarded by _lock
+        waits = batch_size > 1 and self._delay_s > 0
+        self._arrivals = Arrivals(self._delay_s) if cuts_early and waits else None
         self._queue: deque[Waiting[T, R]] = deque()  # by rank
         self._is_by_age = True  # whether the first one is the oldest: nobody has asked for a priority that still waits
         self._running = 0
         self._deadlines = Deadlines[R]()
-        # The times at which somebody is going to look, the latest first: another is only added if it is earlier.
-        self._armed: list[float] = []
-        self._closed: TorchmgmtError | None = None
         self._draining = False
 
     def __repr__(self) -> str:
@@ -115,14 +134,15 @@ class Batcher(Generic[T, R]):
 
     def __len__(self) -> int:
         """The number of items that wait."""
-        with self._lock:
-            return sum(not entry.future.done() for entry in self._queue)
+        return self._admission.waiting
 
     def __enter__(self) -> Batcher[T, R]:
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+    # -- for any thread ------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -147,87 +167,59 @@ class Batcher(Generic[T, R]):
 
         Raises:
             QueueFull: ``capacity`` items wait already.
-            ManagerClosed: it was closed.
+            ManagerClosed: it was closed, or belongs to the process that this one was forked from.
             InvalidArgument: a timeout is not a number of seconds, or ``priority`` is out of its range.
         """
-        future: Future[R] = Future()
-        self.queue(item, future, timeout, wait_timeout, priority)
+        future: OwnedFuture[R] = OwnedFuture()
+        try:
+            self.queue(item, future, timeout, wait_timeout, priority)
+        except BaseException:
+            future.cancel()  # interrupted: nobody gets the future
+            raise
         return future
 
     def queue(
         self, item: T, promise: Promise[R], timeout: float | None, wait_timeout: float | None, priority: int
     ) -> None:
-        """Queue ``item``, whose answer goes to ``promise``, which is pending; else as :meth:`submit`."""
+        """Queue ``item``, whose answer goes to ``promise``, which is pending; else as :meth:`submit`.
+
+        Who is interrupted in it does not know whether it is queued, and is to cancel the promise.
+        """
         if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
             _check_wishes(timeout, wait_timeout, priority)
+        if forks.depth() != self._depth:
+            raise ManagerClosed(self.name, "belongs to the process that this one was forked from")
         now = self.clock()
-        entry = Waiting(item, promise, now, now - priority * _PRIORITY_IS_WORTH_S)
-        with self._lock:
-            if self._closed is not None or len(self._queue) >= self.capacity:
-                self._make_room_locked()
-            self._queue_locked(entry)
-            waiting = len(self._queue)
-            if self._arrivals is not None:
-                self._arrivals.came(now, waiting + self._running)
-            if timeout is not None or wait_timeout is not None:
-                entry.start_by = self._deadlines.add(entry.future, now, timeout, wait_timeout)
-                entry.wait_s = wait_timeout
-            ready, wake_at = False, None
-            # A full batch was announced when it became full; whoever could not take it then comes back for it.
-            if waiting <= self.batch_size or self._draining or self._deadlines:
-                ready, wake_at = self._outlook_locked(now)
-                ready = ready and (waiting <= self.batch_size or self._draining)
-        if wake_at is not None:
-            self._arm(wake_at)
-        if ready:
-            self._on_ready()
+        rank = now - priority * _PRIORITY_IS_WORTH_S
+        entry = Waiting(item, promise, now, rank, self._admission, timeout, wait_timeout)
+        if is_placed(promise):
+            promise.place, promise.owner = entry, self._owner
+        else:
+            promise.add_done_callback(entry.leave)
+        admitted = Admitted.YES
+        try:
+            admitted = self._admission.enter(entry)
+            if admitted is Admitted.YES:
+                self._ask_for_look(now, entry)
+        except BaseException:
+            self._announced_at = -math.inf
+            self._ask_for_look(now, entry)
+            raise
+        if admitted is not Admitted.YES:
+            raise self._refused(admitted)
 
     def may_have_some(self) -> bool:
         """Whether something may wait, cancelled or not: a quick look that takes no lock."""
-        return bool(self._queue)
-
-    def waited_s(self) -> float:
-        """For how many seconds the oldest item has waited; 0 if none does."""
-        with self._lock:
-            return max(0.0, self.clock() - self._oldest_locked()) if self._queue else 0.0
-
-    def take(self, *, full: bool = False) -> Batch[T, R] | None:
-        """Cut the next batch if one is due: full, or its oldest item has waited long enough, or the queue drains.
-
-        With ``full``, only the first of these counts: for a taker that is in no hurry.
-
-        Cancelled and expired items are left out; the latter are failed by the timer that watches their deadlines, not
-        here: a caller may hold a lock, and failing one runs its callbacks. Does not block; any thread.
-        """
-        now = self.clock()
-        entries: list[Waiting[T, R]] = []
-        with self._lock:
-            if len(self._queue) >= self.batch_size or (not full and self._is_ready_locked(now)):
-                if self._arrivals is not None:
-                    self._arrivals.cut(now, len(self._queue) + self._running)
-                while self._queue and len(entries) < self.batch_size:
-                    entry = self._queue.popleft()
-                    if entry.begin(now):
-                        entries.append(entry)
-                self._running += len(entries)
-            wake_at = self._outlook_locked(now)[1] if self._queue or self._deadlines else None
-        if wake_at is not None:
-            self._arm(wake_at)
-        return Batch(entries, self._ended, self._take_back) if entries else None
+        return bool(self._queue) or self._admission.has_new()
 
     def drain(self, error: TorchmgmtError | None = None) -> None:
         """Refuse new items with ``error`` from now on, and make what waits due at once. Does not block; idempotent."""
+        self._refusal = self._refusal or error or ManagerClosed(self.name)
+        self._admission.close()
         with self._lock:
-            self._closed = self._closed or error or ManagerClosed(self.name)
             self._draining = True
-        self._on_ready()
-
-    def fail_waiting(self, error: BaseException) -> int:
-        """Answer all that waits with ``error``; return how many that were. Does not block; any thread."""
-        with self._lock:
-            waiting = list(self._queue)
-            self._queue.clear()
-        return sum(settle(entry.future, error) for entry in waiting)
+        if self._runner is not None or self.may_have_some():
+            self._ask_for_look(math.inf)
 
     def close(self, timeout: float | None = 30) -> int:
         """Refuse new items, run what waits for at most ``timeout`` seconds, fail the rest; return how many failed.
@@ -237,40 +229,122 @@ class Batcher(Generic[T, R]):
         self.drain()
         if self._runner is not None:
             self._runner.join(timeout)
-        return self.fail_waiting(ManagerClosed(self.name))
+        failed = self.fail_waiting(ManagerClosed(self.name))
+        if self._runner is not None:
+            self._timekeeper.close()
+        return failed
+
+    def fail_waiting(self, error: BaseException) -> int:
+        """Answer all that waits with copies of ``error``; return how many that were. Does not block; any thread."""
+        with self._lock:
+            self._admit_locked()
+            waiting = list(self._queue)
+            self._queue.clear()
+        return sum(settle(entry.future, copy_of(error)) for entry in waiting)
+
+    def waited_s(self) -> float:
+        """For how many seconds the oldest item has waited; 0 if none does."""
+        with self._lock:
+            self._admit_locked()
+            return max(0.0, self.clock() - self._oldest_locked()) if self._queue else 0.0
+
+    # -- for the owner -------------------------------------------------------------------------------------------------
+
+    def take(self, *, full: bool = False) -> Batch[T, R] | None:
+        """Cut the next batch if one is due: full, or its oldest item has waited long enough, or the queue drains.
+
+        With ``full``, only the first of these counts: for a taker that is in no hurry.
+
+        Cancelled and expired items are left out; the latter are failed by the timer that watches their deadlines, not
+        here: failing one runs its callbacks. Does not block.
+        """
+        entries: list[Waiting[T, R]] = []
+        with self._lock:
+            now = self.clock()
+            self._admit_locked()
+            if len(self._queue) >= self.batch_size or (not full and self._is_ready_locked(now)):
+                if self._arrivals is not None:
+                    self._arrivals.cut(now, len(self._queue) + self._running)
+                while self._queue and len(entries) < self.batch_size:
+                    entry = self._queue.popleft()
+                    if entry.begin(now):
+                        entries.append(entry)
+                    entry.leave()
+                self._running += len(entries)
+            _, next_at = self._outlook_locked(now)
+        self._set_alarm(next_at)
+        return Batch(entries, self._ended, self._take_back) if entries else None
 
     def tick(self) -> None:
         """Do what is due by now: fail items past their deadline, announce a batch that is due."""
-        self.expire()
-        now = self.clock()
-        with self._lock:
-            ready, wake_at = self._outlook_locked(now)
-        if wake_at is not None:
-            self._arm(wake_at)
-        if ready:
-            self._on_ready()
+        self._look()
 
     def expire(self) -> None:
         """Fail the items whose deadline has passed, waiting or running. Does not block, but runs their callbacks."""
         with self._lock:
-            expired = self._deadlines.claim_expired(self.clock())
+            self._admit_locked()
+            expired = self._deadlines.take_expired(self.clock())
         count = sum(
             settle(future, DeadlineExceeded(f"The request to {self.name}", timeout_s)) for future, timeout_s in expired
         )
         if count and self._on_expired is not None:
             self._on_expired(count)
 
-    def _make_room_locked(self) -> None:
-        """Raise why nothing is taken, if that is so."""
-        if self._closed is not None:
-            # The same error every time: without this it would collect the frames, and so the items, of all callers.
-            raise self._closed.with_traceback(None)
-        # What was cancelled while it waited takes no place.
-        self._queue = deque(entry for entry in self._queue if not entry.future.done())
-        if len(self._queue) >= self.capacity:
-            raise QueueFull(self.name, self.capacity, max(1.0, self._delay_s))
+    def _look(self) -> None:
+        """See to what has come, and to what is due."""
+        self._announced_at = -math.inf
+        self.expire()
+        with self._lock:
+            is_ready, next_at = self._outlook_locked(self.clock())
+        self._set_alarm(next_at)
+        if is_ready:
+            self._on_ready()
 
-    def _queue_locked(self, entry: Waiting[T, R]) -> None:
+    def _set_alarm(self, next_at: float) -> None:
+        if self._runner is None:
+            self._alarm.set(next_at)
+
+    def _ask_for_look(self, now: float, entry: Waiting[T, R] | None = None) -> None:
+        """Have the owner see to what has come, such as ``entry``. Any thread."""
+        dispatcher = self._owner
+        if dispatcher is None:
+            if entry is not None and (entry.timeout_s is not None or entry.wait_s is not None):
+                self._timekeeper.call_soon(self._keep_limits)
+            self._on_ready()
+        elif dispatcher.on_thread():
+            self._look()
+        elif now - self._announced_at > _LOOK_AGAIN_S:
+            self._announced_at = now
+            dispatcher.call_soon(self._look)
+
+    def _keep_limits(self) -> None:
+        """Fail what is late, also while the function runs. On the timekeeper's thread."""
+        self.expire()
+        with self._lock:
+            next_at = self._deadlines.next_at
+        self._alarm.set(math.inf if next_at is None else next_at)
+
+    def _refused(self, why: Admitted) -> TorchmgmtError:
+        if why is Admitted.FULL:
+            return QueueFull(self.name, self.capacity, max(1.0, self._delay_s))
+        return copy_of(self._refusal or ManagerClosed(self.name))
+
+    def _admit_locked(self) -> None:
+        """Sort in what has come."""
+        if not self._admission.has_new():
+            return
+        if len(self._queue) > 2 * self._admission.waiting + _MANY_LEFT:
+            self._queue = deque(entry for entry in self._queue if entry.is_counted)
+        for entry in self._admission.take_new():
+            if not entry.is_counted:
+                continue  # it was taken back already
+            self._sort_in_locked(entry)
+            if self._arrivals is not None:
+                self._arrivals.came(entry.since, len(self._queue) + self._running)
+            if entry.timeout_s is not None or entry.wait_s is not None:
+                entry.start_by = self._deadlines.add(entry.future, entry.since, entry.timeout_s, entry.wait_s)
+
+    def _sort_in_locked(self, entry: Waiting[T, R]) -> None:
         if not self._queue:
             self._is_by_age = True
         self._is_by_age = self._is_by_age and entry.rank == entry.since
@@ -295,13 +369,15 @@ class Batcher(Generic[T, R]):
         with self._lock:
             self._running -= count
             for entry in reversed(entries):
+                self._admission.reenter(entry)
                 self._is_by_age = (self._is_by_age or not self._queue) and entry.rank == entry.since
                 bisect.insort_left(self._queue, entry, key=_rank)  # before those of the same rank
+                if entry.future.done():  # it was taken back at this moment
+                    entry.leave()
                 if entry.wait_s is not None:  # what watched for it may have seen that it was begun
                     self._deadlines.add(entry.future, entry.since, None, entry.wait_s)
-            wake_at = self._outlook_locked(self.clock())[1]
-        if wake_at is not None:
-            self._arm(wake_at)
+            _, next_at = self._outlook_locked(self.clock())
+        self._set_alarm(next_at)
 
     def _is_ready_locked(self, now: float) -> bool:
         if not self._queue:
@@ -315,28 +391,21 @@ class Batcher(Generic[T, R]):
             return since + self._delay_s
         return self._arrivals.wait_until(since, len(self._queue) + self._running)
 
-    def _outlook_locked(self, now: float) -> tuple[bool, float | None]:
-        """Return whether a batch is due, and when a timer is needed that is not set yet, which is noted as set.
+    def _outlook_locked(self, now: float) -> tuple[bool, float]:
+        """Return whether a batch is due, and when the owner is to look again; infinity: when it is told to.
 
-        A batch that is due already needs none: it was announced, or whoever takes batches comes back for it.
+        For a batch that is due already it need not: it is announced, or whoever takes batches comes back for it.
         """
-        is_ready, due = False, self._deadlines.next_at
-        if self._queue:
-            is_ready = self._draining or len(self._queue) >= self.batch_size
-            if not is_ready:
-                cut_at = self._cut_at_locked()
-                is_ready = now >= cut_at
-                if not is_ready and (due is None or cut_at < due):
-                    due = cut_at
-        if due is None or (self._armed and self._armed[-1] <= due):
-            return is_ready, None
-        self._armed.append(due)
-        return is_ready, due
+        deadline = self._deadlines.next_at
+        next_at = math.inf if deadline is None else deadline
+        if not self._queue:
+            return False, next_at
+        if self._draining or len(self._queue) >= self.batch_size:
+            return True, next_at
+        cut_at = self._cut_at_locked()
+        return now >= cut_at, next_at if now >= cut_at else min(cut_at, next_at)
 
-    def _arm(self, wake_at: float) -> None:
-        # Whoever closed the timers before the queue has ended those who would run what waits.
-        with contextlib.suppress(ManagerClosed):
-            self._call_at(wake_at, functools.partial(self._look, wake_at))
+    # -- around a function ---------------------------------------------------------------------------------------------
 
     def _run_next(self, function: Callable[[list[T]], Sequence[R | BaseException]]) -> bool:
         """Run the next batch if one is due; return whether one was. On the thread of the runner."""
@@ -347,25 +416,15 @@ class Batcher(Generic[T, R]):
         try:
             batch.finish(list(function(batch.items)))
         except BaseException as error:  # whatever it is, it belongs to those who wait
-            batch.fail(error)
+            # Not this frame, which has the items of all of them.
+            batch.fail(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         return True
 
-    def _sleep_until(self) -> float | None:
-        """Return when the thread that runs the function is to look again; None if nothing waits.
-
-        It has no timers, so it says here when it will look; ``call_at`` wakes it if something is due before that.
-        """
+    def _next_due(self) -> float | None:
+        """Return when the thread that runs the function is to look again; None if nothing waits."""
         with self._lock:
-            due = self._deadlines.next_at
-            if self._queue:
-                due = self._cut_at_locked() if due is None else min(due, self._cut_at_locked())
-            self._armed = [] if due is None else [due]
-            return due
-
-    def _look(self, armed_for: float) -> None:
-        with self._lock:
-            self._armed.remove(armed_for)
-        self.tick()
+            _, next_at = self._outlook_locked(self.clock())
+        return None if next_at == math.inf else next_at
 
 
 def _check_wishes(timeout: float | None, wait_timeout: float | None, priority: object) -> None:

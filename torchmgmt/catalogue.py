@@ -1,7 +1,8 @@
-"""What a manager has and shall have, under its one lock: registered versions, failed loads, the desired state.
+"""What a manager has and shall have: registered versions, failed loads, the desired state.
 
-Each method is one whole operation: nobody else takes the lock. What follows from a decision and may take its time, such as
-to start, to tell or to close something, is done by the caller, outside of it.
+Each method is one whole operation. Those that change something take the one lock, on threads of the library; what follows
+from that and may take its time, such as to start, to tell or to close something, is done by the caller, outside of it. Those
+that only read take none, so that a caller may be interrupted in them, and a signal handler may read, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torchmgmt.errors import InvalidArgument, ManagerClosed, ModelNotFound, Mode
 from torchmgmt.failed_loads import Certainty, FailedLoads
 from torchmgmt.listing import default_versions, infos_of, versions_of, wanted_versions
 from torchmgmt.records import ModelInfo, ModelKey
-from torchmgmt.registry import Registry
+from torchmgmt.registry import Registry, Withdrawal
 from torchmgmt.served import ServedVersion
 from torchmgmt.state import DesiredState, StoredVersion
 
@@ -73,8 +74,7 @@ class Catalogue:
 
     def __contains__(self, name: object) -> bool:
         """Whether any version of a model is registered."""
-        with self._lock:
-            return isinstance(name, str) and name in self._registry
+        return isinstance(name, str) and name in self._registry
 
     @property
     def is_inherited(self) -> bool:
@@ -100,8 +100,7 @@ class Catalogue:
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all models, sorted."""
-        with self._lock:
-            return tuple(self._registry.names())
+        return tuple(self._registry.names())
 
     def get(self, name: str, version: str | None = None) -> ServedVersion:
         """Return a version, the default one unless given.
@@ -112,12 +111,11 @@ class Catalogue:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
         self.check_usable(name, version)
-        with self._lock:
-            try:
-                return self._registry.get(name, version)
-            except LookupError:
-                self._failed_loads.check(name, version)
-                raise
+        try:
+            return self._registry.get(name, version)
+        except LookupError:
+            self._failed_loads.check(name, version)
+            raise
 
     def find_failed(self, name: str, version: str | None) -> ModelInfo | None:
         """Return what is known of a version that is not registered because it could not be loaded; None for others.
@@ -125,31 +123,23 @@ class Catalogue:
         Raises as :meth:`check_usable` does.
         """
         self.check_usable(name, version)
-        with self._lock:
-            return self._failed_loads.find(name, version) if self._registry.find(name, version) is None else None
+        return self._failed_loads.find(name, version) if self._registry.find(name, version) is None else None
 
     def is_default(self, key: ModelKey) -> bool:
         """Whether a version is its model's default one."""
-        with self._lock:
-            return key.name in self._registry and self._registry.default(key.name) == key.version
+        return self._registry.is_default(key)
 
     def models(self, start: int, limit: int | None) -> tuple[ModelInfo, ...]:
         """Return the default versions, also of models that could only fail; see :meth:`torchmgmt.ModelManager.models`."""
-        with self._lock:
-            found = default_versions(self._registry, self._failed_loads, start, limit)
-        return infos_of(found)
+        return infos_of(default_versions(self._registry, self._failed_loads, start, limit))
 
     def wanted(self) -> tuple[ModelInfo, ...]:
         """Return what shall have workers at all times, or has failed; see :meth:`torchmgmt.ModelManager.wanted`."""
-        with self._lock:
-            found = wanted_versions(self._registry, self._failed_loads)
-        return infos_of(found)
+        return infos_of(wanted_versions(self._registry, self._failed_loads))
 
     def versions(self, name: str) -> tuple[ModelInfo, ...]:
         """Return all versions of a model, oldest first, and last those that failed; raise ModelNotFound."""
-        with self._lock:
-            found = versions_of(self._registry, self._failed_loads, name)
-        return infos_of(found)
+        return infos_of(versions_of(self._registry, self._failed_loads, name))
 
     @contextlib.contextmanager
     def gone_is_not_found(self, served: ServedVersion) -> Iterator[None]:
@@ -180,13 +170,21 @@ class Catalogue:
             return self._registry.add(key, served)
 
     @contextlib.contextmanager
-    def withdrawing(self, served: ServedVersion) -> Iterator[bool]:
-        """Take back what :meth:`add` has registered; it is leaving until the block's end. Gives whether it was there."""
+    def withdrawing(self, served: ServedVersion, *, is_kept: bool) -> Iterator[Withdrawal]:
+        """Take back what :meth:`add` has registered; it is leaving until the block's end. Gives what that has come to.
+
+        ``is_kept``: :meth:`keep` was called, too, and is taken back; then it blocks for the disk.
+        """
         with self._lock:
-            is_ours = self._registry.withdraw(served.spec.key, served)
+            withdrawal = self._registry.withdraw(served.spec.key, served)
             self._leaving.add(served)
+            is_kept = is_kept and withdrawal.was_there
+            if is_kept:
+                self._desired.remove(served.spec.key)
         try:
-            yield is_ours
+            if is_kept:
+                self._record()
+            yield withdrawal
         finally:
             with self._lock:
                 self._leaving.discard(served)

@@ -7,6 +7,7 @@ runs the code of its model anyway); nothing here is meant for a network.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import socket
@@ -38,11 +39,14 @@ __all__ = [
     "send",
 ]
 
-# Kind, length of the envelope, bytes after this header: the envelope and the segments. The envelope is a pickled tuple
-# of the head and the sizes of the segments; where there is something to say about shared memory, which places in it may
-# be used again, whether a descriptor comes with the frame, and where the segments are if they are not in the frame.
-_HEADER = struct.Struct("<IIQ")
-_Header: TypeAlias = tuple[int, int, int]
+# Kind, number of segments, lengths of the head and of the news, bytes after this header in all, and the frame's number. What
+# follows: the sizes of the segments, the head, the news and, if they are not in shared memory, the segments. Head and news
+# are each a pickle: the news is what there is to say about shared memory, mostly nothing (which places in it may be used
+# again, whether a descriptor comes with the frame, where the segments are). So a head that cannot be read is a matter of its
+# frame alone, which is known by its number.
+_HEADER = struct.Struct("<IIIIQQ")
+_Header: TypeAlias = tuple[int, int, int, int, int, int]
+_News: TypeAlias = tuple[Sequence[int], bool, "int | None"]
 _READ_SIZE = 1 << 16
 # Below this, joining the parts costs less than a vectored call.
 _JOIN_LIMIT = 1 << 14
@@ -66,6 +70,7 @@ class Kind(IntEnum):
     ALIVE = 13  # before a warm-up, which may take long
     PART = 14  # of an answer, before the rest
     SKIPPED = 15  # a batch that was recalled
+    REFUSED = 16  # a batch that it could not read
     # to the torch-only process
     HELLO = 19
     FORK = 20  # to a template, too
@@ -89,30 +94,43 @@ class Frame:
     kind: Kind
     head: Any = None
     segments: Sequence[Buffer] = ()
+    number: int = 0
+    """What it is about: a batch, or a process that is to be forked."""
+    error: Exception | None = None
+    """Why it could not be read, where its reader forgives that; then there is nothing but its kind and its number."""
 
 
 def frame_parts(frame: Frame, shared: SharedSegments | None = None, *, offers: bool = False) -> list[Buffer]:
     """Return the buffers that make up ``frame`` on the wire, in order; a small frame is a single one.
 
     With ``shared``, large segments are written there, and the frame tells what the other end may write over again;
-    ``offers`` says that a descriptor from there goes with it.
+    ``offers`` says that a descriptor from there goes with it. Raises whatever pickling the head raises; then nothing was
+    written.
     """
     segments = frame.segments
+    head = pickle.dumps(frame.head, 5)
     sizes = [len(segment) if isinstance(segment, bytes) else size_of(segment) for segment in segments]
     size = sum(sizes)
-    envelope: tuple[Any, ...] = frame.head, sizes
+    news = b""
     if shared is not None:
         released = shared.collect()
         place = shared.write(segments, sizes) if size >= SHARED_FROM else None
         if place is not None:
             segments, size = (), 0
         if released or offers or place is not None:
-            envelope = frame.head, sizes, released, offers, place
-    data = pickle.dumps(envelope, 5)
-    size += len(data)
+            news = pickle.dumps((released, offers, place), 5)
+    count = len(sizes)
+    packed = _sizes(count).pack(*sizes) if count else b""
+    size += len(packed) + len(head) + len(news)
+    header = _HEADER.pack(frame.kind, count, len(head), len(news), size, frame.number)
     if size <= _JOIN_LIMIT:
-        return [b"".join((_HEADER.pack(frame.kind, len(data), size), data, *segments))]
-    return [_HEADER.pack(frame.kind, len(data), size) + data, *segments]
+        return [b"".join((header, packed, head, news, *segments))]
+    return [b"".join((header, packed, head, news)), *segments]
+
+
+@functools.cache
+def _sizes(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}Q")
 
 
 def advance(parts: list[Buffer], sent: int) -> list[Buffer]:
@@ -243,16 +261,20 @@ class FrameReader:
     Args:
         max_fds: how many descriptors may come at once; they are appended to ``fds``, which belongs to the caller.
         shared: where large segments come; then no other descriptors may.
+        forgives: whether a frame whose head cannot be unpickled, or for which there is not enough memory, is given with its
+            ``error``; if not, :meth:`read` raises that, and nobody knows what follows.
     """
 
-    def __init__(self, *, max_fds: int = 0, shared: SharedSegments | None = None) -> None:
+    def __init__(self, *, max_fds: int = 0, shared: SharedSegments | None = None, forgives: bool = False) -> None:
         self._max_fds = max_fds
         self._shared = shared
+        self._forgives = forgives
         self.fds: list[int] = []
         self._pending = b""
+        # Of the frame whose body is being received; without a body there was no memory for it, and it is thrown away.
+        self._header: _Header | None = None
         self._body: bytearray | None = None
         self._filled = 0
-        self._header: _Header = (0, 0, 0)  # of the frame whose body is being received
 
     def read(self, sock: socket.socket) -> list[Frame] | None:
         """Receive once; return the frames that are complete now, or None if the other end is closed.
@@ -260,10 +282,11 @@ class FrameReader:
         Raises:
             BlockingIOError: the socket is non-blocking and nothing is there.
             BrokenSegment: a frame names shared memory that is not there.
+            Exception: a frame cannot be read.
         """
         try:
-            if self._body is not None:
-                return self._read_body(sock, self._body)
+            if self._header is not None:
+                return self._read_body(sock, self._header)
             data = self._receive(sock)
         except ConnectionResetError:  # it closed its end without having read all that was sent to it
             return None
@@ -279,17 +302,21 @@ class FrameReader:
         self.fds += fds
         return data
 
-    def _read_body(self, sock: socket.socket, body: bytearray) -> list[Frame] | None:
-        received = sock.recv_into(memoryview(body)[self._filled :])
+    def _read_body(self, sock: socket.socket, header: _Header) -> list[Frame] | None:
+        size = header[4]
+        if self._body is None:
+            received = len(sock.recv(min(_READ_SIZE, size - self._filled)))
+        else:
+            received = sock.recv_into(memoryview(self._body)[self._filled :])
         if not received:
             return None
         self._filled += received
-        if self._filled < len(body):
+        if self._filled < size:
             return []
-        self._body = None
-        start = self._header[1]
-        view = memoryview(body)
-        return [self._parse(view[:start], view, start, self._header)]
+        body, self._body, self._header = self._body, None, None
+        if body is None:
+            return [_unreadable(header, MemoryError(f"there is not enough memory for {size} bytes"))]
+        return [self._parse(memoryview(body), 0, header)]
 
     def _split(self, data: bytes) -> list[Frame]:
         """Return the frames that are whole in ``data``, and keep the rest."""
@@ -299,44 +326,55 @@ class FrameReader:
         while stop - start >= _HEADER.size:
             header: _Header = _HEADER.unpack_from(data, start)
             body = start + _HEADER.size
-            _, length, size = header
+            size = header[4]
             if stop - body >= size:
-                frames.append(self._parse(data[body : body + length], view, body + length, header))
+                frames.append(self._parse(view, body, header))
                 start = body + size
                 continue
             if size > _READ_SIZE:
-                self._header = header
-                self._start_body(size, view[body:])
+                self._start_body(header, view[body:])
                 start = stop
             break
         self._pending = data[start:]
         return frames
 
-    def _start_body(self, size: int, beginning: memoryview) -> None:
-        self._body = bytearray(size)
-        self._body[: len(beginning)] = beginning
+    def _start_body(self, header: _Header, beginning: memoryview) -> None:
         self._filled = len(beginning)
+        try:
+            self._body = bytearray(header[4])
+            self._body[: len(beginning)] = beginning
+        except MemoryError:
+            if not self._forgives:
+                raise
+            self._body = None
+        self._header = header
 
-    def _parse(self, envelope: Buffer, data: memoryview, start: int, header: _Header) -> Frame:
-        """Return the frame whose segments, if they are in ``data``, begin at ``start``."""
-        kind, length, size = header
-        head, sizes, *news = pickle.loads(envelope)
-        if news:
-            segments = self._heed(sizes, *news)
-            if segments is not None:
-                return Frame(_KINDS[kind], head, segments)
-        if size - length >= SHARED_FROM and self._shared is not None:
-            self._shared.offer()
-        segments = []
-        for each in sizes:
-            segments.append(data[start : start + each])
-            start += each
-        return Frame(_KINDS[kind], head, segments)
+    def _parse(self, data: memoryview, start: int, header: _Header) -> Frame:
+        """Return the frame whose body begins at ``start``."""
+        kind, count, head_length, news_length, size, number = header
+        sizes: Sequence[int] = _sizes(count).unpack_from(data, start) if count else ()
+        head_at = start + 8 * count
+        news_at = head_at + head_length
+        segments_at = news_at + news_length
+        segments = self._heed(sizes, pickle.loads(data[news_at:segments_at])) if news_length else None
+        try:
+            head = pickle.loads(data[head_at:news_at])
+        except Exception as error:
+            if not self._forgives:
+                raise
+            return _unreadable(header, error)
+        if segments is None:
+            if start + size - segments_at >= SHARED_FROM and self._shared is not None:
+                self._shared.offer()
+            segments = []
+            for each in sizes:
+                segments.append(data[segments_at : segments_at + each])
+                segments_at += each
+        return Frame(_KINDS[kind], head, segments, number)
 
-    def _heed(
-        self, sizes: Sequence[int], released: Sequence[int], offers: bool, place: int | None
-    ) -> list[memoryview] | None:
+    def _heed(self, sizes: Sequence[int], news: _News) -> list[memoryview] | None:
         """Take what a frame says about shared memory; return the segments if they are there."""
+        released, offers, place = news
         shared = self._shared
         if shared is None:
             raise BrokenSegment("a frame is about shared memory, but this end shares none")
@@ -353,6 +391,10 @@ class FrameReader:
             os.close(self.fds.pop())
 
 
+def _unreadable(header: _Header, error: Exception) -> Frame:
+    return Frame(_KINDS[header[0]], number=header[5], error=error)
+
+
 class Channel:
     """Both directions of one worker's socket, with memory that its two ends share for large segments.
 
@@ -366,12 +408,19 @@ class Channel:
         sock: a connected stream socket; the channel closes it.
         watch_writable: for a non-blocking socket, as for :class:`FrameSender`; without it :meth:`send` blocks, and has
             to be called on the thread that reads.
+        forgives: as for :class:`FrameReader`.
     """
 
-    def __init__(self, sock: socket.socket, watch_writable: Callable[[bool], object] | None = None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        watch_writable: Callable[[bool], object] | None = None,
+        *,
+        forgives: bool = False,
+    ) -> None:
         self._sock = sock
         self._shared = SharedSegments()
-        self._reader = FrameReader(shared=self._shared)
+        self._reader = FrameReader(shared=self._shared, forgives=forgives)
         self._sender = FrameSender(sock, watch_writable, self._shared) if watch_writable is not None else None
 
     def __enter__(self) -> Self:
@@ -390,6 +439,7 @@ class Channel:
         Raises:
             BlockingIOError: the socket is non-blocking and nothing is there.
             BrokenSegment: the other end sent nonsense (a ConnectionError: the channel is of no use any more).
+            Exception: a frame cannot be read; the same.
         """
         return self._reader.read(self._sock)
 

@@ -11,7 +11,38 @@ from attrs import Attribute
 
 from torchmgmt.errors import InvalidArgument
 
-__all__ = ["Validator", "check_number", "check_pattern", "check_text", "check_truth", "number", "text", "truth"]
+__all__ = [
+    "Validator",
+    "check_number",
+    "check_pattern",
+    "check_text",
+    "check_truth",
+    "number",
+    "plain",
+    "plain_fields",
+    "text",
+    "truth",
+]
+
+_PLAIN = (str, int, float)
+
+
+def plain(value: Any) -> Any:
+    """Return text and numbers as what they are, without the class that somebody has made of them, such as an enumeration.
+
+    Processes of ours do not know that class, and cannot read what is one of it. All else is returned as it is.
+    """
+    if value is None or type(value) in _PLAIN or isinstance(value, bool):
+        return value
+    for kind in _PLAIN:
+        if isinstance(value, kind):
+            return str.__str__(value) if kind is str else kind(value)
+    return value
+
+
+def plain_fields(_class: type, fields: list[Attribute[Any]]) -> list[Attribute[Any]]:
+    """Have attrs convert the fields of a class with :func:`plain` that have no converter of their own."""
+    return [each if each.converter is not None else each.evolve(converter=plain) for each in fields]
 
 
 def check_number(argument: str, value: object, *, minimum: float, unit: str = "", whole: bool = True) -> None:

@@ -35,7 +35,7 @@ class _Deadline:
 
 
 class Deadlines(Generic[R]):
-    """A heap of them, the next one first, in seconds of its owner's clock. Not thread-safe: guarded by its owner's lock.
+    """A heap of them, the next one first, in seconds of its owner's clock. Not thread-safe.
 
     It grows with the requests that have not ended; what is left of those that have is swept out now and then.
     """
@@ -69,18 +69,13 @@ class Deadlines(Generic[R]):
             )
         return now + min(limit_s for limit_s, _ in limits) if limits else None
 
-    def claim_expired(self, now: float) -> list[tuple[Promise[R], float]]:
-        """Take the requests whose time is over out of everybody's reach; return them with what their limits were.
-
-        The caller fails them, once it has released its lock.
-        """
+    def take_expired(self, now: float) -> list[tuple[Promise[R], float]]:
+        """Return the requests whose time is over, with what their limits were. The caller is to fail them."""
         expired = []
         while self._heap and (self._heap[0].when <= now or self._heap[0].is_moot()):
             deadline = heapq.heappop(self._heap)
             future = deadline.future()
-            if future is None or deadline.is_moot():
-                continue
-            if future.running() or future.set_running_or_notify_cancel():
+            if future is not None and not deadline.is_moot():
                 expired.append((future, deadline.timeout_s))
         return expired
 

@@ -1,11 +1,16 @@
-"""The one thread that waits for everything: readable sockets, ended processes, timers.
+"""The one thread that waits for everything and decides everything: readable sockets, ended processes, timers, requests.
 
 Whatever number of models a manager holds, one dispatcher serves them all; a model version without workers has nothing
 registered here and so costs no thread and no descriptor.
+
+Callers' threads may be interrupted at every call that they make: by Ctrl-C, a signal handler that raises, or an exception
+that another thread sets. So they only append to the inbox and wake the thread, which nothing interrupts. A signal handler
+may do the same in the midst of that: no lock is held there while another call is made.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import heapq
@@ -14,24 +19,34 @@ import logging
 import math
 import os
 import selectors
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from attrs import define
+from attrs import define, field
 
 from torchmgmt.errors import ManagerClosed
+from torchmgmt.log_relay import AnyLogger, LogRelay
+from torchmgmt.loop_takeover import Callback, Loop, LoopTakeover, RoundsEvent, RoundsOwner
+from torchmgmt.thread_call import ThreadCall, on_new_thread
 
-__all__ = ["Dispatcher", "HasFileno", "Timer"]
+__all__ = ["Alarm", "Dispatcher", "HasFileno", "Loop", "Timer"]
 
 log = logging.getLogger(__name__)
 
-Callback = Callable[[], object]
+T = TypeVar("T")
 
 _LONGEST_WAIT_S = 3600.0
 """The system refuses to wait for more than 24 days; to wake once an hour for nothing costs nothing."""
+_PARKED_LOOK_S = 0.5
+"""So often the parked thread looks whether the loop that has its rounds still runs."""
+_FEW_TIMERS = 64
+"""So many cancelled timers may lie in the heap, however few others there are."""
+_ONE = (1).to_bytes(8, sys.byteorder)
+_CLOSE_TIMEOUT_S = 1.0
 
 
 class HasFileno(Protocol):
@@ -43,14 +58,17 @@ class HasFileno(Protocol):
 
 @define(eq=False)
 class Timer:
-    """A callback that is due at a time of the monotonic clock, unless cancelled before."""
+    """A callback that is due at a time of the dispatcher's clock, unless cancelled before."""
 
     when: float
     callback: Callback | None
+    _on_cancel: Callable[[], object] = field(default=bool, repr=False)
 
     def cancel(self) -> None:
         """Make sure that the callback does not run, unless it runs already. Any thread; does not block."""
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._on_cancel()
 
     def run(self) -> None:
         """Run the callback, unless it was cancelled. For the dispatcher."""
@@ -59,52 +77,44 @@ class Timer:
             callback()
 
 
-class Loop(Protocol):
-    """What of an :class:`asyncio.AbstractEventLoop` a dispatcher needs."""
-
-    def add_reader(self, fd: int, callback: Callback, /) -> None:
-        """Call ``callback`` whenever ``fd`` is readable."""
-
-    def remove_reader(self, fd: int, /) -> bool:
-        """End that."""
-
-    def call_soon(self, callback: Callback, /) -> object:
-        """Call ``callback`` in the next round. On the loop's thread."""
-
-    def call_later(self, delay: float, callback: Callback, /) -> Handle:
-        """Call ``callback`` in ``delay`` seconds."""
-
-
-class Handle(Protocol):
-    """What undoes a :meth:`Loop.call_later`."""
-
-    def cancel(self) -> None:
-        """Undo it."""
-
-
 class Dispatcher:
     """Runs callbacks on one daemon thread: when a descriptor is readable or writable, when a time has come, or soon.
 
-    Every public method may be called from any thread and does not block, except :meth:`close`. The thread is started by
-    the first call that needs it. What a callback raises is logged; the others go on.
+    Every public method may be called from any thread and in signal handlers, and does not block, except :meth:`close` and
+    :meth:`call`. The thread is started by the first call that needs it. What a callback raises is logged; the others go on.
+
+    Args:
+        name: the thread's.
+        clock: a monotonic clock in seconds.
+        relay: logs for it; closed by whoever made it. None: one of its own.
     """
 
-    def __init__(self, name: str = "torchmgmt-dispatcher", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str = "torchmgmt-dispatcher",
+        clock: Callable[[], float] = time.monotonic,
+        relay: LogRelay | None = None,
+    ) -> None:
         self.clock = clock
+        self.owner = RoundsOwner()
         self._name = name
-        self._numbers = itertools.count()
-        self._lock = threading.Lock()
-        # guarded by _lock
-        self._soon: deque[Callback] = deque()
-        self._timers: list[tuple[float, int, Timer]] = []  # a heap; the number keeps the order of those of one time
-        self._thread: threading.Thread | None = None
-        self._thread_id = 0
-        self._closed = False
-        self._wake_fds: tuple[int, int] | None = None
-        self._poll_fd: int | None = None
-        self._visit: _Visit | None = None
-        # belongs to the dispatcher's thread
+        self._relay = LogRelay(f"{name}-log") if relay is None else relay
+        self._owns_relay = relay is None
+        self._inbox: deque[Callback] = deque()
+        self._wake_up: _WakeUp | None = None
+        self._is_asleep = False  # whether what is put into the inbox may go unnoticed
+        self._is_running = False
+        self._is_closed = False
+        self._has_ended = False
+        self._start_lock = threading.Lock()  # held while the thread is started, or while somebody stands in for it
+        self._thread: threading.Thread | None = None  # guarded by _start_lock
+        # of whoever runs the rounds
+        self._round_lock = threading.Lock()
+        self._unparked = threading.Event()
         self._selector: selectors.BaseSelector | None = None
+        self._timers = _Timers()
+        self._doing: Callback | None = None  # what runs, or is about to
+        self._interruption: BaseException | None = None
 
     def call_soon(self, callback: Callback) -> None:
         """Run ``callback`` on the dispatcher's thread.
@@ -113,25 +123,53 @@ class Dispatcher:
             ManagerClosed: it was closed.
             OSError: its thread cannot be started: there is no more of something.
         """
-        with self._lock:
-            if not self.on_thread():  # what the last callbacks have to put away is put away, too
-                self._ensure_running_locked()
-            self._soon.append(callback)
-            self._wake_locked()
+        is_here = self.owner.is_here()  # what the last callbacks have to put away is put away, too
+        if not (self._is_running or is_here):
+            on_new_thread(self._start_thread)
+        # Whatever interrupts the first comes after it, and the second is done all the same.
+        try:
+            self._inbox.append(callback)
+        finally:
+            if not is_here:
+                if self._is_asleep and self._wake_up is not None:
+                    self._wake_up.send()
+            elif self.owner.host is not None:
+                self.owner.host.wake()
+        if self._has_ended and not is_here:
+            self._take_back(callback)
 
     def call_at(self, when: float, callback: Callback) -> Timer:
         """Run ``callback`` when the clock shows ``when`` (seconds of ``clock``, by default monotonic) or later.
 
         Raises:
-            ManagerClosed: it was closed.
+            ManagerClosed, OSError: as :meth:`call_soon`.
         """
-        timer = Timer(when, callback)
-        with self._lock:
-            self._ensure_running_locked()
-            heapq.heappush(self._timers, (when, next(self._numbers), timer))
-            if self._timers[0][2] is timer:
-                self._wake_locked()
+        timer = Timer(when, callback, self._timers.note_cancelled)
+        if self.owner.is_here() and not self._is_closed:
+            if self._timers.push(timer) and self.owner.host is not None:
+                self.owner.host.wake()
+        else:
+            self.call_soon(lambda: self._timers.push(timer))
         return timer
+
+    def call(self, act: Callable[[], T]) -> T:
+        """Return what ``act`` returns, or raise what it raises; it runs on the dispatcher's thread. Blocks until then.
+
+        Where there is no thread yet, the calling one stands in for it, and none is started unless ``act`` needs it. One
+        that is interrupted while it waits leaves ``act`` to be done.
+
+        Raises:
+            ManagerClosed, OSError: as :meth:`call_soon`.
+        """
+        if self.owner.is_here():
+            return act()
+        if not self._is_running:
+            with self._start_lock:
+                if self._thread is None and not self._is_closed:
+                    return self._stand_in(act)
+        call = ThreadCall(act)
+        self.call_soon(call.run)
+        return call.result()
 
     def watch(self, source: HasFileno, on_readable: Callback) -> None:
         """Call ``on_readable`` whenever ``source`` is readable, until :meth:`unwatch`."""
@@ -146,131 +184,184 @@ class Dispatcher:
         self.call_soon(lambda: self._unwatch(source, then))
 
     def on_thread(self) -> bool:
-        """Return whether the caller runs on the dispatcher's thread."""
-        return threading.get_ident() == self._thread_id
+        """Return whether the caller runs on the dispatcher's thread, or on that of the loop that has its rounds."""
+        return self.owner.is_here()
+
+    def log(self, logger: AnyLogger, level: int, message: str, *args: object, exc_info: Any = None) -> None:
+        """Have ``logger`` log a message, on another thread; see :meth:`torchmgmt.log_relay.LogRelay.log`."""
+        self._relay.log(logger, level, message, *args, exc_info=exc_info)
 
     def run_on(self, loop: Loop) -> Callback:
         """Have an event loop do what the thread of the dispatcher does, until what this returns is called.
 
         So an answer that is for the loop wakes no other thread first. Both are to be called on the loop's thread, the
-        second before the loop is closed; they block for a moment, until the other thread has let go. Meanwhile the loop
-        must never wait for anything. Changes nothing if another loop has it already, or the system has no selector that
-        can be waited for.
+        second before the loop is closed; the loop begins as soon as the other thread has let go. Meanwhile the loop must
+        never wait for anything. One that has stopped for a second without having given the work back loses it. Changes
+        nothing if another loop has it already, or the system has no selector that can be waited for.
+
+        What a signal handler raises in the midst of that work is raised on the loop once the round is done; what it
+        interrupted is done again.
 
         Raises:
-            ManagerClosed: it was closed.
+            ManagerClosed, OSError: as :meth:`call_soon`.
         """
-        with self._lock:
-            self._ensure_running_locked()
-            if self._visit is not None or self._poll_fd is None:
-                return _nothing
-            self._visit = visit = _Visit(self, loop, self._poll_fd)
-            self._wake_locked()
-        visit.begin()
-        return visit.end
+        if not self._is_running:
+            on_new_thread(self._start_thread)
+        poll_fd = getattr(self._selector, "fileno", lambda: -1)()
+        takeover = LoopTakeover(self, loop, poll_fd)
+        if poll_fd < 0 or not self.owner.ask(takeover):
+            return _nothing
+        self._unparked.set()
+        self.call_soon(_nothing)  # the thread sees that it is asked once it is awake
+        return takeover.end
 
     def close(self) -> None:
         """Stop after the callbacks that are due already, and what those ask for. Idempotent.
 
         Blocks until the thread ended, unless called on it.
         """
-        with self._lock:
-            self._closed = True
+        with self._start_lock:
+            self._is_closed = True
             thread = self._thread
-            self._wake_locked()
-        if thread is not None and not self.on_thread():
-            thread.join()
+        if self._wake_up is not None:
+            self._wake_up.send()
+            self._unparked.set()
+        if not self.owner.is_here():
+            if thread is not None:
+                thread.join()
+            if self._owns_relay:
+                self._relay.close()
 
-    def _ensure_running_locked(self) -> None:
-        if self._closed:
-            raise ManagerClosed("The dispatcher")
-        if self._thread is None:
-            with contextlib.ExitStack() as undo:
-                # Here, where there may be no descriptor left for it: a thread that failed would be waited for for ever.
-                selector = undo.enter_context(selectors.DefaultSelector())
-                fds = os.pipe()
-                for fd in fds:
-                    undo.callback(os.close, fd)
-                    os.set_blocking(fd, False)
-                thread = threading.Thread(target=self._run, args=(selector, *fds), name=self._name, daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:  # the system gives us no more threads
-                    raise OSError(errno.EAGAIN, str(error)) from error
-                undo.pop_all()
-            self._wake_fds, self._thread, self._thread_id = fds, thread, thread.ident or 0
-            # Whether a selector can be waited for itself depends on the system.
-            self._poll_fd = selector.fileno() if hasattr(selector, "fileno") else None
+    # -- starting ------------------------------------------------------------------------------------------------------
 
-    def _wake_locked(self) -> None:
-        if self._wake_fds is None:
-            return
-        if self.on_thread():
-            if self._visit is not None:
-                self._visit.wake()
-        else:
-            # When the pipe is full, so many wake-ups are waiting that one more says nothing.
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._wake_fds[1], b"\0")
+    def _start_thread(self) -> None:
+        """Start the thread, if there is none. On another one than a caller's."""
+        with self._start_lock, contextlib.ExitStack() as undo:
+            if self._is_closed:
+                raise ManagerClosed("The dispatcher")
+            if self._thread is not None:
+                return
+            selector = undo.enter_context(selectors.DefaultSelector())
+            wake_up = _WakeUp()
+            undo.callback(wake_up.close)
+            selector.register(wake_up, selectors.EVENT_READ)
+            thread = threading.Thread(target=self._run, args=(selector, wake_up), name=self._name, daemon=True)
+            self._selector, self._wake_up = selector, wake_up
+            self._is_asleep = True  # as far as anybody knows: what comes before it has looked wakes it for nothing
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from error
+            undo.pop_all()
+            self._thread, self._is_running = thread, True
 
-    # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
+    def _take_back(self, callback: Callback) -> None:
+        """Raise ManagerClosed if the thread ended before it came to ``callback``, which is put away."""
+        try:
+            self._inbox.remove(callback)
+        except ValueError:
+            return  # it ran
+        raise ManagerClosed("The dispatcher")
 
-    def _run(self, selector: selectors.BaseSelector, wake_fd: int, wake_writer_fd: int) -> None:
-        with selector:
-            self._selector = selector
-            selector.register(wake_fd, selectors.EVENT_READ)
-            while not self._closed:
-                self.run_round(self._timeout())
-                if self._visit is not None:
-                    self._visit.host()
-            if self._visit is not None:  # it came just before the end, and waits
-                self._visit.host()
-            while self._soon:
-                self._run_due()
-        with self._lock:
-            self._wake_fds = None
-            self._thread_id = 0  # a thread that is started later may be given the same
-            os.close(wake_fd)
-            os.close(wake_writer_fd)
+    def _stand_in(self, act: Callable[[], T]) -> T:
+        """Do what the thread would do, which is not started; what asks for it meanwhile has it started."""
+        self.owner.stand_in()
+        try:
+            return act()
+        finally:
+            self.owner.end_standing_in()
+            if self._inbox or len(self._timers):
+                _thread.start_new_thread(self._start_if_possible, ())  # not here, where its lock is held
+
+    def _start_if_possible(self) -> None:
+        with contextlib.suppress(ManagerClosed, OSError):
+            self._start_thread()
+
+    # -- for whoever runs the rounds -----------------------------------------------------------------------------------
 
     def run_round(self, timeout: float | None) -> None:
-        """Wait for at most ``timeout`` seconds, and run what is due. For whoever has the dispatcher's work."""
+        """Wait for at most ``timeout`` seconds, and run what is due."""
         selector = self._selector
         if selector is None:
             return
-        for key, events in selector.select(timeout):
+        self._is_asleep = True
+        # In this order: what is put into the inbox from now on wakes the selector.
+        ready = selector.select(0 if self._inbox else timeout)
+        self._is_asleep = False
+        for key, events in ready:
             if key.data is None:
-                self._drain_wake_ups(key.fd)
+                key.fileobj.drain()  # type: ignore[union-attr]  # the one source without callbacks is ours
             else:
                 self._serve(key, events)
-        if self._has_due():
+        self._run_due()
+
+    def visit(self) -> float | None:
+        """Run a round for the loop that has taken over; see :class:`torchmgmt.loop_takeover.Rounds`."""
+        with self._round_lock:
+            if not self.owner.is_here():
+                return None
+            try:
+                self.run_round(0)
+            finally:
+                self._is_asleep = True
+                if self._doing is not None:
+                    self._do_again(self._doing)
+            interruption, self._interruption = self._interruption, None
+            if interruption is not None:
+                raise interruption
+            return self.clock() if self._inbox else self._timers.next_at()
+
+    def note_returned(self) -> None:
+        """Wake the parked thread. For takeovers."""
+        self._unparked.set()
+
+    def _run(self, selector: selectors.BaseSelector, wake_up: _WakeUp) -> None:
+        self.owner.begin()
+        while not self._is_closed or self._inbox:
+            takeover = self.owner.park()
+            if takeover is not None:
+                self._wait_for_return_of(takeover)
+                continue
+            with self._round_lock:
+                self.run_round(self._timeout())
+        self._is_running = False
+        self._has_ended = True  # from here on, who has put something into the inbox looks whether it is still there
+        while self._inbox:
             self._run_due()
+        self.owner.end()
+        selector.close()
+        wake_up.close()
+
+    def _wait_for_return_of(self, takeover: LoopTakeover) -> None:
+        """Let a loop run the rounds until it gives them back, or has stopped."""
+        self._unparked.clear()
+        with contextlib.suppress(RuntimeError):  # it is closed: then it does not run, either
+            takeover.loop.call_soon_threadsafe(takeover.begin)
+        was_running = True
+        while self.owner.host is takeover:
+            if self._unparked.wait(_PARKED_LOOK_S) and not self._is_closed:
+                continue
+            is_running = takeover.loop.is_running()
+            if self._is_closed or not (is_running or was_running):
+                with self._round_lock:  # not in the midst of a round
+                    takeover.is_over = True
+                    self.owner.give_back(takeover, RoundsEvent.LOSE)
+            was_running = is_running
+        self.owner.resume()
 
     def _timeout(self) -> float | None:
-        with self._lock:
-            if self._soon:
-                return 0
-            while self._timers and self._timers[0][2].callback is None:
-                heapq.heappop(self._timers)
-            if not self._timers:
-                return None
-            return min(max(0.0, self._timers[0][0] - self.clock()), _LONGEST_WAIT_S)
-
-    def _has_due(self) -> bool:
-        """Whether there is something to run. Without the lock: what comes at this moment also wakes the selector."""
-        timers = self._timers
-        return bool(self._soon) or bool(timers and timers[0][0] <= self.clock())
+        if self._inbox or self._is_closed:
+            return 0
+        next_at = self._timers.next_at()
+        return None if next_at is None else min(max(0.0, next_at - self.clock()), _LONGEST_WAIT_S)
 
     def _run_due(self) -> None:
-        now = self.clock()
-        due: list[Callback] = []
-        with self._lock:
-            due += self._soon
-            self._soon.clear()
-            while self._timers and self._timers[0][0] <= now:
-                due.append(heapq.heappop(self._timers)[2].run)
-        for callback in due:
-            self._call(callback)
+        if len(self._timers):
+            for timer in self._timers.take_due(self.clock()):
+                self._inbox.append(timer.run)
+        for _ in range(len(self._inbox)):
+            self._doing = self._inbox[0]  # first, so that it is known should this be interrupted
+            self._call(self._inbox.popleft())
 
     def _serve(self, key: selectors.SelectorKey, events: int) -> None:
         if events & selectors.EVENT_READ and (callback := key.data.get(selectors.EVENT_READ)) is not None:
@@ -279,15 +370,24 @@ class Dispatcher:
             self._call(callback)
 
     def _call(self, callback: Callback) -> None:
+        self._doing = callback
         try:
             callback()
-        except BaseException:  # sys.exit() in one callback must not end what serves all models
-            log.exception("A callback of %s failed", self._name)
+        except BaseException as error:  # sys.exit() in one callback must not end what serves all models
+            if self._may_be_interrupted() and not isinstance(callback, _Again):
+                self._do_again(callback)
+                self._interruption = error
+            else:
+                self.log(log, logging.ERROR, "A callback of %s failed", self._name, exc_info=error)
+        self._doing = None
 
-    def _drain_wake_ups(self, fd: int) -> None:
-        # Its byte may have been read together with an earlier one.
-        with contextlib.suppress(BlockingIOError):
-            os.read(fd, 4096)
+    def _may_be_interrupted(self) -> bool:
+        """Whether what a callback has raised may come from a signal handler: those run on the main thread."""
+        return self.owner.host is not None and threading.current_thread() is threading.main_thread()
+
+    def _do_again(self, callback: Callback) -> None:
+        self._doing = None
+        self._inbox.appendleft(callback if isinstance(callback, _Again) else _Again(callback))
 
     def _set_event(self, source: HasFileno, event: int, callback: Callback | None) -> None:
         selector = self._selector
@@ -306,89 +406,147 @@ class Dispatcher:
         if self._selector is not None and _is_open(source) and source in self._selector.get_map():
             self._selector.unregister(source)
         if then is not None:
-            self._call(then)
+            then()
 
 
-class _Visit:
-    """The time in which an event loop does a dispatcher's work, whose own thread waits for its return."""
+class Alarm:
+    """A callback that is due at one time, which may be moved. For the dispatcher's thread.
 
-    def __init__(self, dispatcher: Dispatcher, loop: Loop, poll_fd: int) -> None:
+    To move it to a later time costs nothing: it is looked at when the earlier one comes.
+
+    Args:
+        dispatcher: whose thread it runs on.
+        callback: what runs.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, callback: Callback) -> None:
         self._dispatcher = dispatcher
-        self._loop = loop
-        self._poll_fd = poll_fd
-        self._has_begun = threading.Event()
-        self._is_over = threading.Event()
-        self._thread_id = threading.get_ident()
-        # of the loop's thread
-        self._is_awake = False  # whether a round is running, or about to
-        self._timer: Handle | None = None
-        self._timer_at = math.inf
+        self._callback = callback
+        self._timer: Timer | None = None
+        self.when = math.inf
+        """When it is due; infinity: never."""
 
-    def host(self) -> None:
-        """Let the loop do the work until it has enough of that. On the dispatcher's own thread."""
-        own = self._dispatcher._thread_id
-        self._dispatcher._thread_id = self._thread_id
-        self._has_begun.set()
-        self._is_over.wait()
-        self._dispatcher._thread_id = own
+    def set(self, when: float) -> None:
+        """Have it due at ``when``, by the dispatcher's clock, in place of any other time; infinity: never."""
+        self.when = when
+        if when < (math.inf if self._timer is None else self._timer.when):
+            if self._timer is not None:
+                self._timer.cancel()
+            with contextlib.suppress(ManagerClosed):  # then nobody is there whom it could wake
+                self._timer = self._dispatcher.call_at(when, self._look)
 
-    def begin(self) -> None:
-        """Take the work over."""
-        self._has_begun.wait()
-        self._loop.add_reader(self._poll_fd, self._run)
-        self.wake()
+    def _look(self) -> None:
+        self._timer = None
+        when = self.when
+        if when <= self._dispatcher.clock():
+            self.when = math.inf
+            self._callback()
+        elif when < math.inf:
+            self.set(when)
 
-    def end(self) -> None:
-        """Give the work back. Idempotent; on the loop's thread."""
-        if self._is_over.is_set():
-            return
-        self._loop.remove_reader(self._poll_fd)
-        self._set_timer(math.inf)
-        self._is_awake = True  # nobody is to wake it any more
-        with self._dispatcher._lock:
-            self._dispatcher._visit = None
-        self._is_over.set()
 
-    def wake(self) -> None:
-        """Have a round run soon: something may be due that no descriptor tells of. On the loop's thread."""
-        if not self._is_awake:
-            self._is_awake = True
-            self._loop.call_soon(self._run)
+class _Timers:
+    """A heap of timers, the next one first. For one thread, but for :meth:`note_cancelled`."""
 
-    def _run(self) -> None:
-        if self._is_over.is_set():
-            return
-        self._is_awake = True
-        self._dispatcher.run_round(0)
-        if self._is_over.is_set():
-            return
-        if self._dispatcher._closed:
-            self.end()
-            return
-        self._is_awake = False
-        timeout = self._dispatcher._timeout()
-        if timeout == 0:
-            self.wake()
-        else:
-            self._set_timer(math.inf if timeout is None else self._dispatcher.clock() + timeout)
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._heap: list[tuple[float, int, Timer]] = []  # the number keeps the order of those of one time
+        self._cancelled = 0
 
-    def _set_timer(self, when: float) -> None:
-        """Have a round run at ``when``; a timer that is too early is left: it finds nothing to do."""
-        if self._timer is not None:
-            if self._timer_at <= when < math.inf:
-                return
-            self._timer.cancel()
-            self._timer = None
-        if when < math.inf:
-            self._timer_at = when
-            # Loops count in whole milliseconds, and uvloop takes what is left of the last one for none: until that is over
-            # it would look again and again, and take the time from who is waited for.
-            delay_ms = math.ceil((when - self._dispatcher.clock()) * 1000)
-            self._timer = self._loop.call_later(max(0, delay_ms) / 1000, self._on_timer)
+    def __len__(self) -> int:
+        return len(self._heap)
 
-    def _on_timer(self) -> None:
-        self._timer = None  # perhaps a little early: then the round sets it again
-        self._run()
+    def push(self, timer: Timer) -> bool:
+        """Add one; return whether it is the next."""
+        if self._cancelled > max(_FEW_TIMERS, len(self._heap) // 2):
+            self._heap = [entry for entry in self._heap if entry[2].callback is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+        heapq.heappush(self._heap, (timer.when, next(self._numbers), timer))
+        return self._heap[0][2] is timer
+
+    def next_at(self) -> float | None:
+        """Return when the next one is due that was not cancelled; None if there is none."""
+        while self._heap and self._heap[0][2].callback is None:
+            self._pop()
+        return self._heap[0][0] if self._heap else None
+
+    def take_due(self, now: float) -> list[Timer]:
+        """Take those away that are due by now, in their order."""
+        due = []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(self._heap[0][2])
+            self._pop()
+        return due
+
+    def note_cancelled(self) -> None:
+        """Note that one was cancelled: to look for them all takes its time, and is done when they are many. Any thread."""
+        self._cancelled += 1
+
+    def _pop(self) -> None:
+        if heapq.heappop(self._heap)[2].callback is None and self._cancelled:
+            self._cancelled -= 1
+
+
+class _Again:
+    """A callback that was interrupted, and is called once more."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+
+    def __call__(self) -> None:
+        self._callback()
+
+
+class _WakeUp:
+    """A descriptor that is readable once somebody has called :meth:`send`. Any thread, and signal handlers."""
+
+    def __init__(self) -> None:
+        # Re-entrant: a signal handler may send in the midst of sending.
+        self._lock = threading.RLock()
+        # guarded by _lock: a number that was closed may be another file's
+        self._reader, self._writer = _event_fds()
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._reader
+
+    def send(self) -> None:
+        """Make it readable. Does nothing once it is closed."""
+        with self._lock:
+            if self._writer >= 0:
+                try:
+                    os.write(self._writer, _ONE)
+                except BlockingIOError:
+                    pass  # so much is there to be read that more says nothing
+
+    def drain(self) -> None:
+        """Read all that was sent."""
+        try:
+            os.read(self._reader, 4096)
+        except BlockingIOError:
+            pass  # it was read with what was sent before
+
+    def close(self) -> None:
+        """Close the descriptors. One that somebody sends through for a second is left: a handler waits in the midst of it."""
+        if self._lock.acquire(timeout=_CLOSE_TIMEOUT_S):
+            fds = {self._reader, self._writer} - {-1}
+            self._reader = self._writer = -1
+            for fd in fds:
+                os.close(fd)
+            self._lock.release()
+
+
+def _event_fds() -> tuple[int, int]:
+    """Return where to read and where to write, not blocking; the same descriptor where the system has such."""
+    try:
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    except (AttributeError, OSError):  # another system, or a container that forbids it
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        return reader, writer
+    return fd, fd
 
 
 def _nothing() -> None:

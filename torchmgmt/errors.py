@@ -7,7 +7,9 @@ of HTTP: the codes are one table in ``torchmgmt.http``. They survive pickling wh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 from attrs import define
 
@@ -36,6 +38,8 @@ __all__ = [
     "WouldWaitForever",
     "WrongNumberOfAnswers",
 ]
+
+E = TypeVar("E", bound=BaseException)
 
 # attrs fills ``args`` of an exception from its fields, which is what makes these picklable.
 
@@ -193,6 +197,20 @@ class WorkerDied(TorchmgmtError):
         return _with_evidence(head, "", self.last_lines)
 
 
+class WorkerTraceback(Exception):
+    """What was raised in a worker, as the text of its traceback there: the cause of the error that a caller gets.
+
+    So that a traceback of the program goes on where the worker's begins, as of :mod:`concurrent.futures`.
+    """
+
+    def __init__(self, traceback: str) -> None:
+        super().__init__(traceback)
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.traceback.rstrip()}\n"""'
+
+
 @define(slots=False, eq=False, repr=False)
 class HandlerFailed(TorchmgmtError):
     """The handler raised, or answered with something that cannot be an answer.
@@ -333,6 +351,21 @@ class WouldWaitForever(TorchmgmtError):
             f"{self.call} waits for a worker, but was called on the thread that hears from the workers (in a future's"
             " callback, or in a listener); use submit and synchronous=False there, or another thread"
         )
+
+
+def copy_of(error: E) -> E:
+    """Return an error like ``error``, for one more who is to be told: each raise adds the frames of who raises it.
+
+    What cannot be copied is returned itself.
+    """
+    try:
+        copied = copy.copy(error)
+    except Exception:  # whatever the __init__ of somebody's error asks for
+        return error
+    if type(copied) is not type(error):
+        return error
+    copied.__cause__ = error.__cause__
+    return copied.with_traceback(error.__traceback__)
 
 
 def _with_evidence(head: str, traceback: str, last_lines: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from attrs import define, field, frozen
 
@@ -94,6 +94,10 @@ class WorkerRequest:
     """What the row is to be made of, if it is a body."""
     on_part: Callable[[Encoded], object] | None = None
     """Takes a part of the answer that came before the rest, and must not block; None: the answer is wanted whole."""
+    handovers: int = 0
+    """With how many workers it was that ended before they had begun it, and perhaps because of it."""
+    span: Any = None
+    """Its span, if it is traced and that has not ended."""
 
     def head(self) -> RequestHead:
         """Return what the worker is told of it beside its row."""

@@ -1,4 +1,4 @@
-"""FailedLoads: versions that were to be there from the start but could not be loaded. Pure; the caller holds the lock."""
+"""FailedLoads: versions that were to be there from the start but could not be loaded. Pure; who changes it holds the lock."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class _Failed:
 
 
 class FailedLoads:
-    """Remembers each with its reason, so that it can be shown beside what is registered. Not thread-safe."""
+    """Remembers each with its reason, so that it can be shown beside what is registered.
+
+    Any thread may read; one at a time may change it.
+    """
 
     def __init__(self) -> None:
         self._all: dict[str, dict[str, _Failed]] = {}  # by name and version
@@ -64,7 +67,7 @@ class FailedLoads:
 
     def versions(self, name: str) -> list[ModelInfo]:
         """Return those of one model, oldest first."""
-        return [failed.info for failed in self._all.get(name, {}).values()]
+        return [failed.info for failed in list(self._all.get(name, {}).values())]
 
     def find(self, name: str, version: str | None) -> ModelInfo | None:
         """Return a version, the oldest one if none is given; None if there is no such failure."""
@@ -95,7 +98,7 @@ class FailedLoads:
             raise NoWorker(info.name, info.version, reason)
 
     def _failed(self) -> Iterator[_Failed]:
-        return (failed for found in self._all.values() for failed in found.values())
+        return (failed for found in list(self._all.values()) for failed in list(found.values()))
 
 
 def failed_load(

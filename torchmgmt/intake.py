@@ -73,20 +73,23 @@ class Intake:
         promise = kind(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
         if isinstance(promise, AnswerStream):
             request.on_part = promise.take_part
-        if self.tracing is not None:
-            self.tracing.begin(served.spec.key, request, promise)
         try:
+            if self.tracing is not None:
+                self.tracing.begin(served.spec.key, request, promise)
             served.submit(request, promise, timeout, wait_timeout, priority)
         except TorchmgmtError as error:
             self._note_refused(served, request, error)
             if isinstance(error, (ManagerClosed, ModelNotFound)):
                 raise self._catalogue.not_found(served) from None
             raise
+        except BaseException:  # interrupted: nobody gets it
+            promise.abandon()
+            raise
         return promise
 
     def _note_refused(self, served: ServedVersion, request: WorkerRequest, error: TorchmgmtError) -> None:
         if isinstance(error, (NoWorker, QueueFull)):  # else the version is gone, and what was counted of it, too
-            self._announcer.tell_dropped(served.spec.key, type(error).__name__)
+            self._announcer.note_dropped(served.spec.key, type(error).__name__)
         if self.tracing is not None:
             self.tracing.refuse(request, error)
 

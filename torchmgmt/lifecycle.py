@@ -9,7 +9,9 @@ A step that the table does not have raises :class:`IllegalTransition`: it would 
                  |                 |  +--<----lose-----+
                  |               want |
                  |                 |  v give_up
-                 +----unwant----- FAILED --serve--> READY         (unwant leads back from LOADING and READY, too)
+                 +----unwant----- FAILED --serve--> READY
+                                   ^
+                                   +--give_up, also from REGISTERED and READY; unwant leads back from LOADING and READY, too
 
    worker:   WANTED --spawn--> LOADING --ready--> READY --assign--> BUSY --drain--> DRAINING
                                                     ^                 |
@@ -116,6 +118,9 @@ class IllegalTransition(RuntimeError):
 VERSION_TRANSITIONS: Mapping[VersionState, Mapping[VersionEvent, VersionState]] = {
     VersionState.REGISTERED: {
         VersionEvent.WANT: VersionState.LOADING,
+        VersionEvent.SERVE: VersionState.READY,
+        # Its backend was closed, so that none can be started.
+        VersionEvent.GIVE_UP: VersionState.FAILED,
         VersionEvent.RETIRE: VersionState.RETIRING,
     },
     VersionState.LOADING: {
@@ -127,6 +132,8 @@ VERSION_TRANSITIONS: Mapping[VersionState, Mapping[VersionEvent, VersionState]] 
     VersionState.READY: {
         VersionEvent.UNWANT: VersionState.REGISTERED,
         VersionEvent.LOSE: VersionState.LOADING,
+        # The last ready worker went, and none is to come.
+        VersionEvent.GIVE_UP: VersionState.FAILED,
         VersionEvent.RETIRE: VersionState.RETIRING,
     },
     VersionState.FAILED: {

@@ -1,7 +1,7 @@
 """What is shown of a manager's versions: those that are registered, and those that could not be loaded, in one list.
 
-Which ones belong into a list is decided here, purely, while the caller holds the lock; :func:`infos_of` looks into them
-after that.
+Which ones belong into a list is decided here; :func:`infos_of` looks into them after that. What is registered or
+unregistered meanwhile is in it, or not.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from torchmgmt.errors import ModelNotFound
 from torchmgmt.failed_loads import FailedLoads
 from torchmgmt.records import ModelInfo
 from torchmgmt.registry import Registry
@@ -27,25 +28,35 @@ def default_versions(
     end = None if limit is None else start + limit
     names = registry.names()
     missing = {name for name in failed.names() if name not in registry}  # a set minus all keys looks at each of them
-    page = (sorted([*names, *missing]) if missing else names)[start:end]
-    return [failed.versions(name)[0] if name in missing else (registry.get(name), True) for name in page]
+    page = (sorted({*list(names), *missing}) if missing else names)[start:end]
+    listed = (_default_version(registry, failed, name) for name in page)
+    return [each for each in listed if each is not None]
+
+
+def _default_version(registry: Registry[ServedVersion], failed: FailedLoads, name: str) -> Listed | None:
+    found = registry.find(name)
+    if found is not None:
+        return found, True
+    failures = failed.versions(name)
+    return failures[0] if failures else None  # it was unregistered at this moment
 
 
 def versions_of(registry: Registry[ServedVersion], failed: FailedLoads, name: str) -> list[Listed]:
     """Return all versions of a model, oldest first, and last those that failed; raise ModelNotFound."""
     absent = _absent(registry, failed.versions(name))
-    if absent and name not in registry:
-        return [*absent]
-    default = registry.default(name)
-    return [*((each, each.spec.key.version == default) for each in registry.versions(name)), *absent]
+    try:
+        served = registry.versions(name)
+    except ModelNotFound:
+        if not absent:
+            raise
+        served = []
+    return [*((each, registry.is_default(each.spec.key)) for each in served), *absent]
 
 
 def wanted_versions(registry: Registry[ServedVersion], failed: FailedLoads) -> list[Listed]:
     """Return, in no order, what shall have workers at all times, or has failed."""
-    served = [each for each in registry if each.is_wanted]
-    defaults = {each.spec.key.name: registry.default(each.spec.key.name) for each in served}
-    marked = [(each, defaults[each.spec.key.name] == each.spec.key.version) for each in served]
-    return [*marked, *_absent(registry, failed)]
+    served = [(each, registry.is_default(each.spec.key)) for each in registry if each.is_wanted]
+    return [*served, *_absent(registry, failed)]
 
 
 def infos_of(listed: Iterable[Listed]) -> tuple[ModelInfo, ...]:

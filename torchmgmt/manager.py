@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
+import contextlib
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchmgmt.announcer import Announcer, check_listeners
 from torchmgmt.answer_future import AnswerFuture
@@ -17,14 +17,16 @@ from torchmgmt.backends import Backend
 from torchmgmt.backends.backend_set import BackendSet
 from torchmgmt.catalogue import Catalogue
 from torchmgmt.checks import check_number, check_truth
+from torchmgmt.closing import Closing
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.events import DefaultVersionSet, Listener
 from torchmgmt.intake import Intake, tracing_for
+from torchmgmt.management_call import ManagementThreads
 from torchmgmt.model import Model
-from torchmgmt.records import CloseReport, ModelInfo, ModelKey, Scale, ShareWeights
+from torchmgmt.records import CancelRunning, CloseReport, ModelInfo, ModelKey, Scale, ShareWeights
 from torchmgmt.registrar import Registrar
 from torchmgmt.registration import Wishes, is_default_version, sources_of
-from torchmgmt.served import close_all, total_of
+from torchmgmt.served import ServedVersion
 from torchmgmt.settings import Settings
 from torchmgmt.state import from_torchserve
 from torchmgmt.streams import AnswerStream
@@ -32,9 +34,9 @@ from torchmgmt.streams import AnswerStream
 if TYPE_CHECKING:
     import asyncio
 
-    from torchmgmt.archive import ModelSources
-
 __all__ = ["ModelManager"]
+
+T = TypeVar("T")
 
 
 class ModelManager:
@@ -88,7 +90,8 @@ class ModelManager:
         if settings is not None and not isinstance(settings, Settings):
             raise InvalidArgument("settings", settings, "an instance of torchmgmt.Settings, or None")
         self.settings = Settings() if settings is None else settings
-        self._announcer = Announcer(check_listeners(listeners))
+        self._threads = ManagementThreads()
+        self._announcer = Announcer(check_listeners(listeners), self._threads.post)
         tracing = tracing_for(self.settings.tracing)
         if tracing is not None:
             self._announcer.add(tracing.listen)
@@ -103,11 +106,10 @@ class ModelManager:
             settings=self.settings,
         )
         self._intake = Intake(self._catalogue, self._announcer, tracing)
-        self._close_lock = threading.Lock()
-        self._report: CloseReport | None = None  # guarded by _close_lock
-        _open_managers.add(self)
         # Nothing of this knows the manager, or nobody could ever lose it.
-        self._finalizer = weakref.finalize(self, _abandon, self._catalogue, self._backends, self._sources)
+        self._closing = Closing(self._catalogue, self._backends, self._sources, self._announcer)
+        _open_managers.add(self)
+        self._finalizer = weakref.finalize(self, _abandon, self._closing)
         self._finalizer.atexit = False  # _close_open_managers is for that, and lets requests finish
         if restore and self._catalogue.has_stored:
             self._restore_or_close()
@@ -160,7 +162,7 @@ class ModelManager:
     def warm(self) -> None:
         """Start the process that imports torch, so that a first worker need not wait for it. Does not block."""
         self._catalogue.check_usable()
-        self._backends.warm()
+        self._call(self._backends.warm)
 
     def run_on(self, loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
         """Have an event loop read the answers of worker processes, which a thread of the library does otherwise.
@@ -175,7 +177,7 @@ class ModelManager:
             ManagerClosed: the manager was closed.
         """
         self._catalogue.check_usable()
-        return self._backends.get("process").run_on(loop)
+        return self._backends.get("process").dispatcher.run_on(loop)
 
     def register(
         self,
@@ -201,6 +203,7 @@ class ModelManager:
         max_requests: int | None = None,
         max_memory: int | None = None,
         isolate_errors: bool | None = None,
+        cancel_running: CancelRunning | str | None = None,
         scale_down_delay: float | None = None,
         template_idle_timeout: float | None = None,
         default_workers: int = 1,
@@ -250,6 +253,10 @@ class ModelManager:
                 While a worker is replaced there may be one more than ``max_workers``.
             isolate_errors: whether a batch that raised as a whole is run again, request by request, once and as far as
                 ``response_timeout`` has time for it; default: False. The arrays in requests are then copied for the handler.
+            cancel_running: what becomes of a batch that a worker runs and for which nobody waits any more, as its callers
+                have gone or their limits are over: "when_needed" (default): its worker is ended once others have waited for
+                one for longer than a new one takes to start; "now": at once; "never": it is run to its end. Closing and
+                unregistering do not wait for it. Workers that are threads cannot be ended.
             scale_down_delay: for how long, in s, a worker above ``initial_workers`` must not have been needed before it
                 goes, at least 0; default 60.
             template_idle_timeout: for how long, in s, there may be no worker before the process that has loaded the model
@@ -290,6 +297,7 @@ class ModelManager:
             max_requests=max_requests,
             max_memory=max_memory,
             isolate_errors=isolate_errors,
+            cancel_running=cancel_running,
             scale_down_delay=scale_down_delay,
             template_idle_timeout=template_idle_timeout,
             default_workers=default_workers,
@@ -299,10 +307,8 @@ class ModelManager:
         )
         if synchronous:
             self._backends.check_may_wait("register")
-        key = self._registrar.register(url, wishes)
-        if is_default_version(key, self.settings):
-            self.set_default(key.name, key.version)
-        return Model(self, key)
+        model, _ = self._call(lambda: self._register(url, wishes), lambda done: self._registrar.take_back(done[1]))
+        return model
 
     def restore(self, model_snapshot: Mapping[str, Any] | None = None) -> tuple[ModelKey, ...]:
         """Register what the state file holds and is not registered; return what that is. Blocks until all is ready.
@@ -323,7 +329,7 @@ class ModelManager:
         self._backends.check_may_wait("restore")
         if model_snapshot is not None and not self._catalogue.has_stored:
             self._catalogue.want(from_torchserve(model_snapshot))
-        return self._registrar.restore()
+        return self._call(self._registrar.restore, take_back=bool)  # what is there stays, and nothing more is begun
 
     def items_to_load(self, items: Iterable[str], *, over_state: bool) -> list[str]:
         """Return which items of ``load_models`` (``a.mar`` or ``name=a.mar``) are left to load after :meth:`restore`.
@@ -417,8 +423,7 @@ class ModelManager:
         served = self._catalogue.get(name, version)
         wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
         with self._catalogue.gone_is_not_found(served):
-            served.pool.scale(wanted, timeout=timeout)
-            self._catalogue.keep_scale(served)
+            self._call(lambda: self._scale(served, wanted, timeout))
             if synchronous:
                 served.pool.wait_ready()
         return self.describe(name, served.spec.key.version)
@@ -445,8 +450,8 @@ class ModelManager:
         Raises:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
-        key = self._catalogue.set_default(name, version)
-        self._announcer.tell(DefaultVersionSet(key))
+        self._catalogue.check_usable(name, version)
+        self._call(lambda: self._set_default(name, version))
 
     def unregister(self, name: str, version: str | None = None, *, timeout: float | None = None) -> CloseReport:
         """Remove a version (the default one unless given); return once it is gone and its name is free again.
@@ -463,7 +468,7 @@ class ModelManager:
         self._backends.check_may_wait("unregister")
         limit = self.settings.unregister_model_timeout if timeout is None else timeout
         check_number("timeout", limit, minimum=0, unit="seconds", whole=False)
-        return self._registrar.unregister(name, version, limit)
+        return self._call(lambda: self._registrar.unregister(name, version, limit))
 
     def predict(
         self,
@@ -598,10 +603,31 @@ class ModelManager:
         if self._catalogue.is_inherited:
             return CloseReport(0.0)
         self._backends.check_may_wait("close")
-        with self._close_lock:
-            if self._report is None:
-                self._report = self._close(timeout)
-            return self._report
+        self._closing.hurry(timeout)
+        report = self._call(self._closing.run)
+        self._finalizer.detach()
+        return report
+
+    def _call(self, act: Callable[[], T], take_back: Callable[[T], object] | None = None) -> T:
+        """Have a thread of the library do something; on those that nothing interrupts, or that must not wait, at once."""
+        if self._backends.is_on_own_thread():
+            return act()
+        return self._threads.call(act, take_back)
+
+    def _register(self, url: object, wishes: Wishes) -> tuple[Model, ServedVersion]:
+        served = self._registrar.register(url, wishes)
+        key = served.spec.key
+        if is_default_version(key, self.settings):
+            self._set_default(key.name, key.version)
+        return Model(self, key), served
+
+    def _scale(self, served: ServedVersion, wanted: Scale, timeout: float) -> None:
+        served.pool.scale(wanted, timeout=timeout)
+        self._catalogue.keep_scale(served)
+
+    def _set_default(self, name: str, version: str) -> None:
+        key = self._catalogue.set_default(name, version)
+        self._announcer.tell(DefaultVersionSet(key))
 
     def _names(self) -> tuple[str, ...]:
         self._catalogue.check_usable()
@@ -614,15 +640,6 @@ class ModelManager:
             self.close(0)
             raise
 
-    def _close(self, timeout: float) -> CloseReport:
-        started = time.monotonic()
-        reports = close_all(self._catalogue.close(), timeout)
-        self._backends.close()
-        self._sources.close()
-        self._catalogue.let_go()
-        self._finalizer.detach()
-        return total_of(time.monotonic() - started, reports)
-
 
 _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()
 
@@ -630,21 +647,20 @@ _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()
 @atexit.register
 def _close_open_managers() -> None:
     """Leaving the program closes what is open: requests finish, workers end in good order."""
+    failure: BaseException | None = None
     for manager in list(_open_managers):
-        manager.close()
+        try:
+            manager.close()
+        except BaseException as error:  # the others are closed all the same
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
-def _abandon(catalogue: Catalogue, backends: BackendSet, sources: ModelSources) -> None:
+def _abandon(closing: Closing) -> None:
     """End what a manager ran that nobody can reach any more."""
-    if catalogue.is_inherited:
-        return
-
-    def end() -> None:
-        for version in catalogue.close():
-            version.close(0)
-        backends.close()
-        sources.close()
-        catalogue.let_go()
-
     # Not here: a garbage collection may run anywhere, also while this thread holds one of the locks that this needs.
-    threading.Thread(target=end, name="torchmgmt-abandoned", daemon=True).start()
+    if not closing.is_inherited:
+        closing.hurry(0)
+        with contextlib.suppress(RuntimeError):  # the system gives us no more threads
+            _thread.start_new_thread(closing.run_on_thread, ())

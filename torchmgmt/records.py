@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from attrs import Attribute, field, frozen
 from attrs.validators import optional
 
-from torchmgmt.checks import number, text, truth
+from torchmgmt.checks import number, plain_fields, text, truth
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.lifecycle import VersionState, WorkerState
 
@@ -25,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "ENVELOPES",
     "EXPIRED",
+    "CancelRunning",
     "CloseReport",
     "MetricKind",
     "MetricRecord",
@@ -41,6 +42,7 @@ __all__ = [
     "WorkerInfo",
     "WorkerJob",
     "backend_name",
+    "cancel_running_of",
     "envelope_name",
     "share_weights_of",
 ]
@@ -57,7 +59,7 @@ WIRE_STATUS: Mapping[WorkerState, str] = {
 """What clients of the Management API read for each state; they know these three words only."""
 
 
-@frozen(order=True)
+@frozen(order=True, field_transformer=plain_fields)
 class ModelKey:
     """The name and version that identify a model version."""
 
@@ -68,7 +70,7 @@ class ModelKey:
         return f"{self.name}:{self.version}"
 
 
-@frozen
+@frozen(field_transformer=plain_fields)
 class Scale:
     """How many workers a version shall have: always at least the one, never more than the other."""
 
@@ -119,6 +121,26 @@ def share_weights_of(value: object) -> ShareWeights:
         raise InvalidArgument("share_weights", value, "auto, always or never") from None
 
 
+class CancelRunning(Enum):
+    """What becomes of a batch that a worker runs and for which nobody waits any more."""
+
+    WHEN_NEEDED = "when_needed"
+    """Its worker is ended when others have waited for one for longer than a new one takes to start, and at close."""
+    NOW = "now"
+    """Its worker is ended at once."""
+    NEVER = "never"
+    """It is run to its end, but at close."""
+
+
+def cancel_running_of(value: object) -> CancelRunning:
+    """Return the member that ``value`` is or names, in any case; raise InvalidArgument for anything else."""
+    text = value.value if isinstance(value, CancelRunning) else value
+    try:
+        return CancelRunning(text.lower() if isinstance(text, str) else text)
+    except ValueError:
+        raise InvalidArgument("cancel_running", value, "when_needed, now or never") from None
+
+
 @frozen
 class Sharing:
     """Which way a version's workers get their weights, and why."""
@@ -128,7 +150,7 @@ class Sharing:
     reason: str = "no worker has been started yet"
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, field_transformer=plain_fields)
 class ModelSpec:
     """All that a worker needs to serve a version, and the limits it was registered with."""
 
@@ -178,6 +200,8 @@ class ModelSpec:
     """A worker that has more private memory is replaced; None: no limit."""
     isolate_errors: bool = field(default=False, validator=truth("isolate_errors"))
     """Whether a batch that raised as a whole is run again, request by request."""
+    cancel_running: CancelRunning = field(default=CancelRunning.WHEN_NEEDED, converter=cancel_running_of)
+    """What becomes of a batch that a worker runs and for which nobody waits any more."""
     scale_down_delay_s: float = field(default=60, validator=number("scale_down_delay", 0, "seconds", whole=False))
     """For how long a worker above the least number must not have been needed before it goes."""
     template_idle_timeout_s: float = field(

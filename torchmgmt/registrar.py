@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from attrs import evolve
@@ -15,6 +17,7 @@ from torchmgmt.catalogue import Catalogue
 from torchmgmt.errors import AlreadyRegistered, ManagerClosed
 from torchmgmt.events import DefaultVersionSet, ModelRegistered, ModelUnregistered
 from torchmgmt.failed_loads import Certainty, failed_load
+from torchmgmt.management_call import check_wanted, still_wanted, when_abandoned
 from torchmgmt.pool import FIRST_WORKER_ID
 from torchmgmt.records import CloseReport, ModelKey, ModelSpec, Scale
 from torchmgmt.registration import Wishes, open_source, scale_of, shown, spec_of
@@ -58,7 +61,7 @@ class Registrar:
         self._settings = settings
         self._worker_ids = itertools.count(FIRST_WORKER_ID)
 
-    def register(self, url: object, wishes: Wishes, stored: StoredVersion | None = None) -> ModelKey:
+    def register(self, url: object, wishes: Wishes, stored: StoredVersion | None = None) -> ServedVersion:
         """Register a version, as ``stored`` if it was before; remember what failed if it was to be there from the start.
 
         Raises as :meth:`torchmgmt.ModelManager.register` does; then nothing is left over.
@@ -77,10 +80,10 @@ class Registrar:
                 spec = spec_of(folder, wishes, self._settings)
                 if spec.live is not None:
                     spec.live.prepare(spec.backend, isolates_errors=spec.isolate_errors)
+                check_wanted()
                 served = self._add(spec, folder, stored.scale)
                 undo.pop_all()  # from here on the version owns the folder
-            if wishes.synchronous:
-                self._wait_or_withdraw(spec.key)
+            self._start(served, stored.scale, wishes)
         except (AlreadyRegistered, ManagerClosed):
             raise
         except Exception as error:
@@ -89,16 +92,21 @@ class Registrar:
             raise
         if self._catalogue.keep(served, evolve(stored, digest=folder.digest), shown(url)):
             self._announcer.tell(DefaultVersionSet(spec.key))
-        return spec.key
+        return served
+
+    def take_back(self, served: ServedVersion) -> None:
+        """Undo a registration that has succeeded, of whose version nobody was told: its caller was interrupted."""
+        self._withdraw(served, is_kept=True)
 
     def restore(self) -> tuple[ModelKey, ...]:
         """Register what shall be there and is not; return what that is. What fails is remembered and stops no other."""
         state, missing = self._catalogue.missing()
         defaults = {ModelKey(model.name, model.default) for model in state.models}
+        is_wanted = still_wanted()
         # A request that names no version must not meet another one for the only reason that it was ready earlier.
         for is_default in (True, False):
             turn = [each for each in missing if (each.key in defaults) is is_default]
-            in_parallel(self._bring_back, turn, limit=RESTORED_AT_ONCE)
+            in_parallel(functools.partial(self._bring_back, is_wanted), turn, limit=RESTORED_AT_ONCE)
         return self._catalogue.arrange([model.name for model in state.models], [each.key for each in missing])
 
     def unregister(self, name: str, version: str | None, timeout: float) -> CloseReport:
@@ -125,22 +133,29 @@ class Registrar:
         self._announcer.tell(ModelRegistered(spec.key))
         if is_default:
             self._announcer.tell(DefaultVersionSet(spec.key))
-        if scale.max_workers:
-            served.pool.scale(scale)
         return served
 
-    def _wait_or_withdraw(self, key: ModelKey) -> None:
-        """Wait until a new version's workers are ready; if they cannot be, leave nothing registered."""
-        served = self._catalogue.get(key.name, key.version)
+    def _start(self, served: ServedVersion, scale: Scale, wishes: Wishes) -> None:
+        """Start a new version's workers, and wait for them if that is wished; if that fails, leave nothing registered."""
         try:
-            with self._catalogue.gone_is_not_found(served):
-                served.pool.wait_ready()
+            with when_abandoned(served.pool.retire_soon), self._catalogue.gone_is_not_found(served):
+                if scale.max_workers:
+                    served.pool.scale(scale)
+                if wishes.synchronous:
+                    served.pool.wait_ready()
         except BaseException:
-            with self._catalogue.withdrawing(served) as is_ours:
-                if is_ours:
-                    self._announcer.tell(ModelUnregistered(key))
-                served.close(0)
+            self._withdraw(served, is_kept=False)
+            check_wanted()  # if it is not, that is why
             raise
+
+    def _withdraw(self, served: ServedVersion, *, is_kept: bool) -> None:
+        key = served.spec.key
+        with self._catalogue.withdrawing(served, is_kept=is_kept) as withdrawal:
+            if withdrawal.was_there:
+                self._announcer.tell(ModelUnregistered(key))
+            if withdrawal.new_default is not None:
+                self._announcer.tell(DefaultVersionSet(ModelKey(key.name, withdrawal.new_default)))
+            served.close(0)
 
     def _remember(self, url: str, error: Exception, spec: ModelSpec | None, wishes: Wishes) -> None:
         name, version = wishes.model_name, wishes.version
@@ -148,8 +163,10 @@ class Registrar:
         certainty = Certainty.KEY if spec else Certainty.NAME if name else Certainty.NOTHING
         self._catalogue.add_failed(info, certainty, item=f"{name}={url}" if name else url)
 
-    def _bring_back(self, stored: StoredVersion) -> None:
+    def _bring_back(self, is_wanted: Callable[[], bool], stored: StoredVersion) -> None:
         """Restore a version and wait for its workers; what goes wrong is remembered and logged, and stops no other."""
+        if not is_wanted():
+            return
         try:
             self.register(stored.place or stored.url, wishes_of(stored), stored)
         except AlreadyRegistered:

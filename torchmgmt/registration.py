@@ -18,11 +18,20 @@ from attrs import Attribute, field, frozen
 from attrs.converters import optional as optional_converter
 from attrs.validators import optional
 
-from torchmgmt.checks import check_number, number, text, truth
+from torchmgmt.checks import check_number, number, plain_fields, text, truth
 from torchmgmt.errors import InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
 from torchmgmt.live import HANDLER, MODEL_FILES, Batching, live_file, live_object
-from torchmgmt.records import ModelKey, ModelSpec, Scale, ShareWeights, backend_name, share_weights_of
+from torchmgmt.records import (
+    CancelRunning,
+    ModelKey,
+    ModelSpec,
+    Scale,
+    ShareWeights,
+    backend_name,
+    cancel_running_of,
+    share_weights_of,
+)
 from torchmgmt.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,6 +62,7 @@ CONFIG_KEYS: Mapping[str, str] = {
     "max_requests": "maxRequests",
     "max_memory": "maxMemory",
     "isolate_errors": "isolateErrors",
+    "cancel_running": "cancelRunning",
     "scale_down_delay": "scaleDownDelay",
     "template_idle_timeout": "templateIdleTimeout",
 }
@@ -69,7 +79,7 @@ def _batching(_instance: object, _attribute: Attribute[Any], value: object) -> N
         raise InvalidArgument("batching", value, "stack or list")
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, field_transformer=plain_fields)
 class Wishes:
     """The arguments of ``ModelManager.register`` beside the url; None is what the call leaves open."""
 
@@ -94,6 +104,7 @@ class Wishes:
     max_requests: int | None = field(default=None, validator=optional(number("max_requests", 1)))
     max_memory: int | None = field(default=None, validator=optional(number("max_memory", 1, "bytes")))
     isolate_errors: bool | None = field(default=None, validator=optional(truth("isolate_errors")))
+    cancel_running: CancelRunning | None = field(default=None, converter=optional_converter(cancel_running_of))
     scale_down_delay: float | None = field(
         default=None, validator=optional(number("scale_down_delay", 0, "seconds", whole=False))
     )
@@ -247,6 +258,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             max_requests=value("max_requests", settings.max_requests),
             max_memory_bytes=value("max_memory", settings.max_memory),
             isolate_errors=value("isolate_errors", settings.isolate_errors),
+            cancel_running=value("cancel_running", settings.cancel_running),
             scale_down_delay_s=value("scale_down_delay", settings.scale_down_delay),
             template_idle_timeout_s=value("template_idle_timeout", settings.template_idle_timeout),
             is_sealed=folder.is_sealed,

@@ -1,35 +1,46 @@
-"""Registry: names to versions to the default version. Pure bookkeeping; the caller holds the lock.
+"""Registry: names to versions to the default version. Pure bookkeeping; who changes it holds the lock.
 
 The rules are TorchServe's: the first version of a model becomes its default, and the default cannot be removed while
 other versions exist.
+
+Readers need no lock: what is known of a model is one immutable entry, which a change replaces in one step.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, KeysView, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from attrs import define, field
+from attrs import evolve, frozen
 
 from torchmgmt.errors import AlreadyRegistered, DefaultVersionInUse, ModelNotFound, ModelVersionNotFound
 from torchmgmt.records import ModelKey
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "Withdrawal"]
 
 V = TypeVar("V")
 
 
-@define
+@frozen
 class _Entry(Generic[V]):
-    """One model: its versions in the order in which they came, and which of them is the default."""
+    """One model: its versions in the order in which they came, and which of them is the default. Never changed."""
 
     default: str
-    versions: dict[str, V] = field(factory=dict)
+    versions: Mapping[str, V]
+
+
+@frozen
+class Withdrawal:
+    """What taking a version back has come to."""
+
+    was_there: bool
+    new_default: str | None = None
+    """The version that has become its model's default by that, if one has."""
 
 
 class Registry(Generic[V]):
-    """Holds a value for each model version. Not thread-safe; nothing blocks."""
+    """Holds a value for each model version. Any thread may read; one at a time may change it. Nothing blocks."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry[V]] = {}
@@ -46,7 +57,7 @@ class Registry(Generic[V]):
 
     def __iter__(self) -> Iterator[V]:
         """Every version of every model."""
-        return iter([value for entry in self._entries.values() for value in entry.versions.values()])
+        return iter([value for entry in list(self._entries.values()) for value in entry.versions.values()])
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -69,11 +80,13 @@ class Registry(Generic[V]):
     def add(self, key: ModelKey, value: V) -> bool:
         """Add a version that was reserved; return whether it became the default."""
         self._reserved.discard(key)
-        entry = self._entries.get(key.name)
-        if entry is None:
-            entry = self._entries[key.name] = _Entry(key.version)
+        before = self._entries.get(key.name)
+        if before is None:
+            entry = _Entry(key.version, {key.version: value})
             bisect.insort(self._names, key.name)
-        entry.versions[key.version] = value
+        else:
+            entry = evolve(before, versions={**before.versions, key.version: value})
+        self._entries[key.name] = entry
         self._size += 1
         return entry.default == key.version
 
@@ -99,13 +112,14 @@ class Registry(Generic[V]):
         """Return the default version of a model; raise ModelNotFound if it is not registered."""
         return self._entry(name).default
 
+    def is_default(self, key: ModelKey) -> bool:
+        """Whether a version is its model's default one."""
+        entry = self._entries.get(key.name)
+        return entry is not None and entry.default == key.version
+
     def names(self) -> Sequence[str]:
         """Return the names of all models, sorted: what is kept of them, not a copy."""
         return self._names
-
-    def keys(self) -> KeysView[str]:
-        """Return the names of all models as a set, in no order; it changes with them."""
-        return self._entries.keys()
 
     def versions(self, name: str) -> list[V]:
         """Return all versions of a model, oldest first; raise ModelNotFound if it is not registered."""
@@ -114,7 +128,7 @@ class Registry(Generic[V]):
     def set_default(self, name: str, version: str) -> None:
         """Make ``version`` the default; raise as :meth:`get` does."""
         self.get(name, version)
-        self._entry(name).default = version
+        self._entries[name] = evolve(self._entry(name), default=version)
 
     def arrange(self, name: str, order: Sequence[str]) -> None:
         """Have the versions of a model in this order, which is their age, and those not in it last."""
@@ -122,7 +136,7 @@ class Registry(Generic[V]):
         if entry is not None:
             places = {version: place for place, version in enumerate(order)}
             found = sorted(entry.versions.items(), key=lambda item: places.get(item[0], len(places)))
-            entry.versions = dict(found)
+            self._entries[name] = evolve(entry, versions=dict(found))
 
     def remove(self, name: str, version: str | None = None) -> V:
         """Remove a version (the default one unless given) and return it.
@@ -140,25 +154,27 @@ class Registry(Generic[V]):
         self._drop(name, entry, removed)
         return value
 
-    def withdraw(self, key: ModelKey, value: V) -> bool:
-        """Remove a version whose registration has failed; False if ``value`` is not what is there any more.
+    def withdraw(self, key: ModelKey, value: V) -> Withdrawal:
+        """Remove a version whose registration has failed, if ``value`` is what is there.
 
         The oldest version that is left becomes the default if this one was.
         """
         entry = self._entries.get(key.name)
         if entry is None or entry.versions.get(key.version) is not value:
-            return False
+            return Withdrawal(was_there=False)
         self._drop(key.name, entry, key.version)
-        if entry.versions and entry.default == key.version:
-            entry.default = next(iter(entry.versions))
-        return True
+        left = self._entries.get(key.name)
+        new_default = left.default if left is not None and left.default != entry.default else None
+        return Withdrawal(was_there=True, new_default=new_default)
 
     def _drop(self, name: str, entry: _Entry[V], version: str) -> None:
-        del entry.versions[version]
-        self._size -= 1
-        if not entry.versions:
+        left = {each: value for each, value in entry.versions.items() if each != version}
+        if left:
+            self._entries[name] = _Entry(next(iter(left)) if entry.default == version else entry.default, left)
+        else:
             del self._entries[name]
             del self._names[bisect.bisect_left(self._names, name)]
+        self._size -= 1
 
     def _entry(self, name: str) -> _Entry[V]:
         entry = self._entries.get(name)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torchmgmt.checks import plain
 from torchmgmt.encoding import encode
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.exchange import Encoded, HttpBody, WorkerRequest
 
 __all__ = ["new_request"]
+
+_TEXT = frozenset({str})
 
 
 def new_request(
@@ -28,7 +31,8 @@ def new_request(
         raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
     if headers is not None and not _are_headers(headers):
         raise InvalidArgument("headers", headers, "a mapping of text to text, or None")
-    own_headers = dict(headers) if headers else None
+    request_id = plain(request_id)
+    own_headers = _plain_headers(headers) if headers else None
     if type(data) is HttpBody and fields is None:
         return WorkerRequest(Encoded([data.content]), request_id, own_headers, body=data.head())
     row = {"body": data} if fields is None else dict(fields)
@@ -38,6 +42,13 @@ def new_request(
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
     return WorkerRequest(encoded, request_id, own_headers)
+
+
+def _plain_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    own = dict(headers)
+    if _TEXT.issuperset(map(type, own)) and _TEXT.issuperset(map(type, own.values())):
+        return own
+    return {plain(name): plain(value) for name, value in own.items()}
 
 
 def _are_headers(value: object) -> bool:

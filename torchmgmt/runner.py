@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import queue
 import threading
 from collections.abc import Callable
+
+from torchmgmt.thread_call import on_new_thread
 
 __all__ = ["Runner"]
 
@@ -25,33 +29,40 @@ class Runner:
         self._run_next = run_next
         self._next_due = next_due
         self._clock = clock
-        self._condition = threading.Condition()
-        # guarded by _condition
-        self._thread: threading.Thread | None = None
-        self._awake = False
-        self._ending = False
+        # What a caller does to it is one call of C code, which nothing interrupts, and which a signal handler may make, too.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._start_lock = threading.Lock()
+        self._thread: threading.Thread | None = None  # guarded by _start_lock
+        self._is_ending = False
 
     def wake(self) -> None:
-        """Look what is due, starting the thread if there is none. Does not block."""
-        with self._condition:
-            self._awake = True
-            if self._thread is None and not self._ending:
-                self._thread = threading.Thread(target=self._run, name="torchmgmt-batcher", daemon=True)
-                self._thread.start()
-            self._condition.notify()
+        """Look what is due, starting the thread if there is none. Does not block.
 
-    def call_at(self, _when: float, _callback: Callable[[], object]) -> None:
-        """Look at the time again; the thread itself asks when something is due. Does not block."""
-        self.wake()
+        Raises OSError if it cannot be started: there is no more of something.
+        """
+        self._wakes.put(None)
+        if self._thread is None and not self._is_ending:
+            on_new_thread(self._start)
 
     def join(self, timeout: float | None) -> None:
         """End the thread when nothing is due any more; block for at most ``timeout`` seconds, but not on that thread."""
-        with self._condition:
-            self._ending = True
+        self._is_ending = True
+        self._wakes.put(None)
+        with self._start_lock:
             thread = self._thread
-            self._condition.notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
+
+    def _start(self) -> None:
+        with self._start_lock:
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="torchmgmt-batcher", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from error
+            self._thread = thread
 
     def _run(self) -> None:
         while self._run_next() or self._wait():
@@ -60,13 +71,12 @@ class Runner:
     def _wait(self) -> bool:
         """Wait until something may be due; False when the thread is to end."""
         due = self._next_due()
-        with self._condition:
-            if not self._awake:
-                if self._ending:  # only now: what made it awake may be that the queue drains
-                    return False
-                self._condition.wait(None if due is None else self._seconds_until(due))
-            self._awake = False
+        timeout = None if due is None else min(max(0.0, due - self._clock()), threading.TIMEOUT_MAX)
+        is_ending = self._is_ending
+        try:
+            self._wakes.get(not is_ending, timeout)
+        except queue.Empty:
+            return not is_ending
+        while not self._wakes.empty():  # one look is enough for all of them
+            self._wakes.get_nowait()
         return True
-
-    def _seconds_until(self, due: float) -> float:
-        return min(max(0.0, due - self._clock()), threading.TIMEOUT_MAX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ServedVersion", "close_all", "new_served", "total_of"]
 
+# So often, in s, who waits for a version to finish looks whether there is less time for that now.
+_ASKED_EACH_S = 0.1
+
 
 @frozen(eq=False)
 class ServedVersion:
@@ -36,7 +40,7 @@ class ServedVersion:
     batcher: Batcher[WorkerRequest, Encoded]
     pool: WorkerPool
     on_cancelled: Callable[[], object]
-    """Told of each request that its caller takes back."""
+    """Told of each request that its caller takes back. On the dispatcher's thread."""
 
     @property
     def is_wanted(self) -> bool:
@@ -70,11 +74,8 @@ class ServedVersion:
 
     def close(self, timeout: float) -> CloseReport:
         """Finish what was accepted within ``timeout`` seconds, then leave nothing behind."""
-        self.batcher.drain(ModelNotFound(self.spec.key.name))
-        try:
-            return self.pool.close(timeout)
-        finally:
-            self.folder.release()
+        until = time.monotonic() + timeout
+        return close_all([self], lambda: max(0.0, until - time.monotonic()))[0]
 
     def customized_metadata(self) -> Any:
         """Return what the handler says of its model, within the time that a batch may take."""
@@ -86,8 +87,9 @@ class ServedVersion:
             # Raised by the wait; before Python 3.11 it is no TimeoutError. The worker's own errors are of our tree.
             if isinstance(error, TorchmgmtError):
                 raise
-            future.cancel()
             raise DeadlineExceeded(f"Asking the handler of {self.spec.key} to describe its model", limit) from None
+        finally:
+            future.abandon()  # unless it has ended
 
     def info(self, *, is_default: bool, metadata: object = None) -> ModelInfo:
         """Return what ``describe`` shows of it. Does not block."""
@@ -123,29 +125,30 @@ def new_served(
         capacity=spec.job_queue_size,
         name=f"model {key.name} version {key.version}",
         on_ready=pool.pump,
-        call_at=backend.call_at,
+        dispatcher=backend.dispatcher,
         on_expired=functools.partial(announcer.tell_dropped, key, DeadlineExceeded.__name__),
     )
     pool.feed_from(batcher)
     return ServedVersion(spec, folder, batcher, pool, functools.partial(announcer.tell_dropped, key, "Cancelled"))
 
 
-def close_all(versions: Sequence[ServedVersion], timeout: float) -> list[CloseReport]:
-    """Finish what was accepted within ``timeout`` seconds, then leave nothing behind; return what each took.
+def close_all(versions: Sequence[ServedVersion], remaining_s: Callable[[], float]) -> list[CloseReport]:
+    """Finish what was accepted in the time that remains, then leave nothing behind; return what each took.
 
-    Each phase for all of them before the next one: their workers finish and end side by side.
+    Each phase for all of them before the next one: their workers finish and end side by side. ``remaining_s`` is asked again
+    and again: somebody may have less time by then.
     """
     started = time.monotonic()
-    for version in versions:
-        version.refuse()
-    for version in versions:
-        version.pool.wait_quiet(started + timeout - time.monotonic())
-    for version in versions:
-        version.pool.end(started + timeout)
-    reports = [version.pool.join(started) for version in versions]
-    for version in versions:
-        version.folder.release()
-    return reports
+    with contextlib.ExitStack() as at_end:
+        for version in versions:
+            at_end.callback(version.folder.release)
+            version.refuse()
+        for version in versions:
+            while not version.pool.wait_quiet(min(_ASKED_EACH_S, remaining_s())) and remaining_s() > 0:
+                pass
+        for version in versions:
+            version.pool.end(time.monotonic() + remaining_s())
+        return [version.pool.join(started) for version in versions]
 
 
 def total_of(seconds: float, reports: Sequence[CloseReport]) -> CloseReport:

@@ -197,6 +197,13 @@ class Settings:
         False,
         "Run a batch that failed as a whole again, request by request, so that one bad input cannot fail its neighbours.",
     )
+    cancel_running: str = _setting(
+        one_of("when_needed", "now", "never"),
+        "when_needed",
+        "What becomes of a batch that a worker runs and for which nobody waits any more. when_needed: its worker is ended once"
+        " others have waited for one for longer than a new one takes to start. now: at once. never: it is run to its end. Closing"
+        " the server does not wait for it.",
+    )
     scale_down_delay: float = _setting(
         amount(0),
         60,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import functools
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, InvalidStateError
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from attrs import define
 
 from torchmgmt import forks
 from torchmgmt.answer_future import is_slow_to_read, value_of
@@ -20,18 +22,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from torchmgmt.exchange import Encoded
+    from torchmgmt.owned_future import Owner, Waits
     from torchmgmt.records import ModelKey
 
 __all__ = ["AnswerStream"]
 
 MOST_WAITING_BYTES = 64 << 20
 """So much of one answer may wait to be read, or one part that is larger."""
+_PART_BYTES = 512  # that a part takes beside its content
 
 _WAITING = "waiting"
 _RUNNING = "running"
 _CANCELLED = "cancelled"
 _ENDED = "ended"
-_OVER = (_ENDED, _CANCELLED)
+_OVER = frozenset({_ENDED, _CANCELLED})
 
 
 class AnswerStream:
@@ -44,8 +48,8 @@ class AnswerStream:
     part, unless others wait for the same batch. Where more than 64 MiB of it wait to be read, it ends with ReaderTooSlow.
     """
 
-    # To whoever queues and answers requests it is what a Future is (torchmgmt.batch.Promise), at a fraction of its cost:
-    # predictions over HTTP are read through one.
+    # To whoever queues and answers requests it is what an OwnedFuture is (torchmgmt.batch.Promise), at a fraction of its
+    # cost: predictions over HTTP are read through one. As there, a caller calls nothing while it holds the lock.
 
     def __init__(
         self,
@@ -54,19 +58,27 @@ class AnswerStream:
         on_abandon: Callable[[], object],
         on_cancelled: Callable[[], object],
     ) -> None:
+        self.owner: Owner | None = None
+        """Whose thread brings the answer."""
+        self.place: Waits | None = None
+        """Where it waits, if it does."""
         self._key = key
         self._keeps_alive = keeps_alive
         self._on_abandon = on_abandon
         self._on_cancelled = on_cancelled
         self._depth = forks.depth()
-        self._lock = threading.Lock()
-        # guarded by _lock
+        self._gate = threading.Lock()
+        # guarded by _gate
         self._state = _WAITING
-        self._parts: deque[Encoded] | None = None  # that came before the last
+        self._first_part: _Part | None = None  # of those that came before the last
+        self._last_part: _Part | None = None
         self._waiting_bytes = 0
         self._last: Encoded | None = None
         self._error: BaseException | None = None
         self._is_read = False  # whether the last part was taken
+        self._is_told = False
+        self._was_taken_back = False
+        self._was_running = False  # then
         # An answer, and the shared memory that it lies in, is to go with its last reader and not at a garbage collection:
         # so who is called here, and may have the stream, is called once and forgotten.
         self._wake: Callable[[], object] | None = None
@@ -74,7 +86,7 @@ class AnswerStream:
 
     def __repr__(self) -> str:
         state = "closed" if self._is_read else self._state
-        return f"<AnswerStream: {state}, {len(self._parts or ())} parts to read>"
+        return f"<AnswerStream: {state}, {self._waiting_bytes} bytes of parts to read>"
 
     def __enter__(self) -> Self:
         return self
@@ -93,9 +105,10 @@ class AnswerStream:
 
     def __next__(self) -> Any:
         """Return the next part; block until it is there."""
-        there = threading.Event()
-        if not self.when_due(there.set):
-            there.wait()
+        sleeper = _thread.allocate_lock()
+        sleeper.acquire()
+        if not self.when_due(sleeper.release):
+            sleeper.acquire()
         part = self._take()
         if part is None:
             raise StopIteration
@@ -128,14 +141,18 @@ class AnswerStream:
 
         Then nothing was taken. Does not block; raises what ended the request, and TypeError as :meth:`next_body`.
         """
-        with self._lock:
-            if self._parts or self._is_read:
+        with self._gate:
+            if self._first_part is not None or self._is_read:
                 return None
-            last = self._last if self._error is None else self._fail_locked()
-            if last is None or not last.segments:
-                return None
-            self._is_read = True
-        return Response.of(last)
+            last, error = self._last, self._error
+            if error is not None or (last is not None and last.segments):
+                self._is_read, self._error = True, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
+        return Response.of(last) if last is not None and last.segments else None
 
     def when_due(self, wake: Callable[[], object]) -> bool:
         """Return whether there is something to read; if not, have ``wake`` called once there is. Does not block.
@@ -144,8 +161,8 @@ class AnswerStream:
         """
         if forks.depth() != self._depth:
             raise ManagerClosed("This stream", "belongs to the process that this one was forked from")
-        with self._lock:
-            if self._parts or self._is_read or self._state in _OVER:
+        with self._gate:
+            if self._first_part is not None or self._is_read or self._state in _OVER:
                 return True
             self._wake = wake
             return False
@@ -157,15 +174,12 @@ class AnswerStream:
     @property
     def is_complete(self) -> bool:
         """Whether nothing more comes after the parts that were read. False does not mean that there is more to read."""
-        with self._lock:
-            return self._is_read or (self._last is not None and not self._parts and not self._last.segments)
+        with self._gate:
+            return self._is_read or (self._last is not None and self._first_part is None and not self._last.segments)
 
     def close(self) -> None:
         """Have nothing more of it. Does not block; idempotent."""
-        self._abandon(CancelledError())
-        with self._lock:
-            self._is_read = True
-            self._parts = None
+        self._abandon(CancelledError(), is_read=True)
 
     # -- for who makes it, and queues and answers the request: as of concurrent.futures.Future -------------------------
 
@@ -190,81 +204,129 @@ class AnswerStream:
 
         Raises RuntimeError if it was begun before, or has ended.
         """
-        with self._lock:
-            if self._state is _WAITING:
+        with self._gate:
+            was = self._state
+            if was is _WAITING:
                 self._state = _RUNNING
-                return True
-            if self._state is _CANCELLED:
-                return False
-        raise RuntimeError(f"it is {self._state} already")
+        if was is _WAITING or was is _CANCELLED:
+            return was is _WAITING
+        raise RuntimeError(f"it is {was} already")
 
     def set_waiting(self) -> bool:
         """Mark it as not begun, so that it can be taken back again; False if it has ended."""
-        with self._lock:
-            if self._state is not _RUNNING:
-                return False
-            self._state = _WAITING
-            return True
+        with self._gate:
+            was = self._state
+            if was is _RUNNING:
+                self._state = _WAITING
+        return was is _RUNNING
 
     def set_result(self, answer: Encoded) -> None:
         """Take the rest of the answer, which is all of it if there was no part; raise InvalidStateError if it has ended."""
-        self._end(answer, None)
+        self._settle(answer, None)
 
     def set_exception(self, error: BaseException) -> None:
         """End it with an error; raise InvalidStateError if it has ended."""
-        self._end(None, error)
+        self._settle(None, error)
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
         """Have ``callback`` called with it when it has ended; one such callback at most."""
-        with self._lock:
-            if not self.done():
+        with self._gate:
+            is_told = self._is_told
+            if not is_told:
                 self._callback = callback
-                return
-        callback(self)
+        if is_told:
+            callback(self)
 
     def take_part(self, part: Encoded) -> None:
         """Note a part that came before the rest."""
-        with self._lock:
+        size = _bytes_of(part) + _PART_BYTES
+        added = _Part(part, size)
+        with self._gate:
             if self._is_read:
                 return
-            self._waiting_bytes += _bytes_of(part)
-            is_too_much = self._waiting_bytes > MOST_WAITING_BYTES and bool(self._parts)
+            is_too_much = self._first_part is not None and self._waiting_bytes + size > MOST_WAITING_BYTES
             if not is_too_much:
-                self._parts = self._parts or deque()
-                self._parts.append(part)
+                if self._last_part is None:
+                    self._first_part = added
+                else:
+                    self._last_part.next = added
+                self._last_part = added
+                self._waiting_bytes += size
             wake, self._wake = self._wake, None
         if is_too_much:
-            self._abandon(ReaderTooSlow(self._waiting_bytes, MOST_WAITING_BYTES))
+            self._abandon(ReaderTooSlow(self._waiting_bytes + size, MOST_WAITING_BYTES))
         if wake is not None:
             wake()
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _abandon(self, error: BaseException) -> None:
-        """End it with ``error``, unless it has ended, and let those know that may stop working for it."""
-        try:
-            was_running = self._end(None, error, takes_back=True)
-        except InvalidStateError:
-            return
-        self._on_cancelled()
-        if was_running:
-            self._on_abandon()
+    def abandon(self) -> None:
+        """Have nothing more of it; as :meth:`close`, for who has not read of it. Does not block; idempotent."""
+        self._abandon(CancelledError())
 
-    def _end(self, last: Encoded | None, error: BaseException | None, *, takes_back: bool = False) -> bool:
-        """End it; return whether it was begun. Raises InvalidStateError if it has ended."""
-        with self._lock:
-            before = self._state
-            if before in _OVER:
-                raise InvalidStateError(f"it is {before} already")
-            self._state = _CANCELLED if takes_back and before is _WAITING else _ENDED
-            self._last, self._error = last, error
+    def _abandon(self, error: BaseException, *, is_read: bool = False) -> None:
+        """End it with ``error``, unless it has ended, and let those know that may stop working for it.
+
+        ``is_read``: nobody is to read what it has, nor the error.
+        """
+        was = _ENDED
+        try:
+            with self._gate:
+                was = self._state
+                if was is _WAITING or was is _RUNNING:
+                    self._state = _CANCELLED if was is _WAITING else _ENDED
+                    self._error, self._was_taken_back, self._was_running = error, True, was is _RUNNING
+                if is_read:
+                    self._is_read = True
+                    self._first_part = self._last_part = None
+            if was not in _OVER:
+                self._note_end()
+        except BaseException:
+            if was not in _OVER:
+                self._note_end()
+            raise
+
+    def _settle(self, last: Encoded | None, error: BaseException | None) -> None:
+        with self._gate:
+            was = self._state
+            if was not in _OVER:
+                self._state, self._last, self._error = _ENDED, last, error
+        if was in _OVER:
+            raise InvalidStateError(f"it is {was} already")
+        self._tell()
+
+    def _note_end(self) -> None:
+        """Have the owner tell of an end that was not the owner's doing. Again, if it was interrupted."""
+        place, owner = self.place, self.owner
+        if place is not None:
+            place.leave()
+        if owner is not None and not owner.on_thread():
+            try:
+                owner.call_soon(self._tell)
+                return
+            except (ManagerClosed, OSError):
+                pass  # it is gone; so nobody else is in the midst of telling
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell those who wait for it, once, however often it is called."""
+        with self._gate:
+            was_told, self._is_told = self._is_told, True
             wake, self._wake = self._wake, None
             callback, self._callback = self._callback, None
+        if was_told:
+            return
+        if self.place is not None:
+            self.place.leave()
+            self.place = None  # which has the request
         if callback is not None:
             callback(self)
         if wake is not None:
             wake()
-        return before is _RUNNING
+        if self._was_taken_back:
+            self._on_cancelled()
+            if self._was_running:
+                self._on_abandon()
 
     async def _next(self) -> Encoded | None:
         waiter = _loops().Waiter()
@@ -274,25 +336,36 @@ class AnswerStream:
 
     def _take(self) -> Encoded | None:
         """Return the next part; None after the last. There is one, or it has ended."""
-        with self._lock:
-            if self._parts:
-                part = self._parts.popleft()
-                self._waiting_bytes -= _bytes_of(part)
-                return part
-            if self._is_read:
-                return None
+        with self._gate:
+            part, was_read = self._first_part, self._is_read
+            if part is not None:
+                self._first_part = part.next
+                if part.next is None:
+                    self._last_part = None
+                self._waiting_bytes -= part.size
+                return part.content
             self._is_read = True
-            last = self._last if self._error is None else self._fail_locked()
-        return last if last is not None and last.segments else None
+            last, error = self._last, self._error
+            self._error = None  # it refers to frames that have the stream
+        if was_read:
+            return None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
+        if last is None:
+            raise InvalidStateError("it has not ended")
+        return last if last.segments else None
 
-    def _fail_locked(self) -> NoReturn:
-        """Raise what ended it, once: the error refers to frames that have the stream, so the stream lets go of it."""
-        error, self._error = self._error, None
-        self._is_read = True
-        try:
-            raise error or InvalidStateError("it has not ended")
-        finally:
-            del error  # it refers to this frame
+
+@define(eq=False)
+class _Part:
+    """A part that waits to be read. They are chained: to add and to take one calls nothing."""
+
+    content: Encoded
+    size: int
+    next: _Part | None = None
 
 
 def _bytes_of(part: Encoded) -> int:

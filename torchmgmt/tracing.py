@@ -6,7 +6,6 @@ Imported only where the extra ``otel`` is there and tracing may be on; otherwise
 from __future__ import annotations
 
 import functools
-import threading
 import time
 import weakref
 from concurrent.futures import CancelledError, Future
@@ -37,17 +36,10 @@ def tracing_of(wish: str) -> Tracing | None:
 
 
 class Tracing:
-    """Makes the spans of requests. Thread-safe; a listener of the manager's events."""
+    """Makes the spans of requests; each lies with its request while it is open. Thread-safe; listens to the manager's events."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
-        self._lock = threading.Lock()
-        # guarded by _lock
-        # By the requests themselves: who asks may give several the same id.
-        self._open: weakref.WeakKeyDictionary[WorkerRequest, Span] = weakref.WeakKeyDictionary()
-
-    def __repr__(self) -> str:
-        return f"<Tracing: {len(self._open)} spans are open>"
 
     def begin(self, key: ModelKey, request: WorkerRequest, future: Promise[Any]) -> None:
         """Begin the span of a request, below that which its header ``traceparent`` names, else the caller's current one.
@@ -72,8 +64,7 @@ class Tracing:
         propagate.inject(carrier, trace.set_span_in_context(span))
         request.headers = {name: value for name, value in headers.items() if name.lower() not in carrier} | carrier
         if span.is_recording():
-            with self._lock:
-                self._open[request] = span
+            request.span = span
             # A future outlives its request, and must not keep its payload.
             future.add_done_callback(functools.partial(self._on_settled, span, weakref.ref(request)))
 
@@ -87,8 +78,7 @@ class Tracing:
             return
         epoch_s = time.time() - time.monotonic()  # one for all times of a batch, or they would not fit together
         for place, request in enumerate(event.requests):
-            with self._lock:
-                span = self._open.pop(request, None)
+            span, request.span = request.span, None
             if span is not None:
                 self._add_children(span, event, place, epoch_s)
                 _end(span, event.failed.get(place), _ns(epoch_s + event.ended))
@@ -107,8 +97,7 @@ class Tracing:
             self._end_early(request, name)
 
     def _end_early(self, request: WorkerRequest, error: str) -> None:
-        with self._lock:
-            span = self._open.pop(request, None)
+        span, request.span = request.span, None
         if span is not None:
             _end(span, error)
 

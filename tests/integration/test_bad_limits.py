@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.handlers import ECHO, Deployer, write_folder
 from tests.integration.test_bad_input import HUGE, NAN, check, identify
 from torchmgmt import ModelManager, Settings
 from torchmgmt.errors import InvalidArchive, InvalidArgument, TorchmgmtError
-from torchmgmt.records import ShareWeights
+from torchmgmt.records import CancelRunning, ShareWeights
 
 WHOLE = (0, -1, 1.5, "2", True, [], HUGE)
 SECONDS = (-1, -0.1, "1", True, NAN, float("inf"), [], HUGE)
@@ -20,6 +20,7 @@ SECONDS = (-1, -0.1, "1", True, NAN, float("inf"), [], HUGE)
 REGISTER = [
     ("backend", ("ray", "", 5, [], True, "Process")),
     ("share_weights", ("sometimes", "", 5, True, [], b"auto")),
+    ("cancel_running", ("sometimes", "", 5, True, [], b"now")),
     ("threads_per_worker", WHOLE),
     ("batches_in_flight", WHOLE),
     ("max_requests", WHOLE),
@@ -31,6 +32,7 @@ REGISTER = [
 KEYS = {
     "backend": "backend",
     "share_weights": "shareWeights",
+    "cancel_running": "cancelRunning",
     "threads_per_worker": "threadsPerWorker",
     "batches_in_flight": "batchesInFlight",
     "max_requests": "maxRequests",
@@ -39,9 +41,11 @@ KEYS = {
     "scale_down_delay": "scaleDownDelay",
     "template_idle_timeout": "templateIdleTimeout",
 }
+ENUMS: Mapping[str, Callable[[str], object]] = {"share_weights": ShareWeights, "cancel_running": CancelRunning}
 IN_YAML: Mapping[str, Sequence[str]] = {
     "backend": ("ray", "5", "[process]"),
     "shareWeights": ("sometimes", "true", "5", "[]"),
+    "cancelRunning": ("sometimes", "true", "5", "[]"),
     "threadsPerWorker": ("0", "-1", "1.5", "many", "true", "[]"),
     "batchesInFlight": ("0", "four", "2.5", "null"),
     "maxRequests": ("0", "1e3", "often", "{}"),
@@ -77,6 +81,7 @@ def test_every_limit_can_stand_in_every_place(tmp_path: Path, manager: ModelMana
     """What may be said in a call may be said in an archive, by the name that an archive would use, with the same effect."""
     told: dict[str, Any] = {
         "share_weights": "never",
+        "cancel_running": "now",
         "threads_per_worker": 2,
         "batches_in_flight": 3,
         "max_requests": 1000,
@@ -92,7 +97,7 @@ def test_every_limit_can_stand_in_every_place(tmp_path: Path, manager: ModelMana
     names = {"max_memory": "max_memory_bytes", "scale_down_delay": "scale_down_delay_s"}
     names["template_idle_timeout"] = "template_idle_timeout_s"
     for name, value in told.items():
-        expected = ShareWeights(value) if name == "share_weights" else value
+        expected = ENUMS[name](value) if name in ENUMS else value
         field = names.get(name, name)
         assert getattr(by_call, field) == getattr(by_archive, field) == expected, name
 

@@ -111,7 +111,7 @@ def test_making_a_manager_starts_nothing(folder: Path) -> None:
     program = run_program(
         HEADER
         + """
-import os, threading
+import os, threading, time
 import psutil
 def state():
     return len(os.listdir("/proc/self/fd")), threading.active_count(), len(psutil.Process().children())
@@ -119,6 +119,9 @@ import torchmgmt.manager
 before = state()
 manager = ModelManager()
 manager.register(sys.argv[1], model_name="m", handler="handler", initial_workers=0)
+deadline = time.monotonic() + 10
+while before != state() and time.monotonic() < deadline:
+    time.sleep(0.01)  # the thread that has registered it goes in a moment
 print(before == state(), "torch" in sys.modules)
 """,
         folder,

@@ -84,7 +84,7 @@ def test_what_lay_with_a_killed_worker_is_answered_by_another(scene: Scene) -> N
     running = scene.block()
     names = [str(number) for number in range(8)]
     futures = [scene.model.submit(name) for name in names]
-    assert scene.lying() == 4
+    until(lambda: scene.lying() == 4)
     scene.kill()
     assert isinstance(running.exception(20), WorkerDied)
     assert [future.result(20) for future in futures] == names
@@ -107,7 +107,7 @@ def test_what_is_too_late_is_never_begun(scene: Scene) -> None:
     running = scene.block()
     late = scene.model.submit("late", timeout=0.1)
     fine = scene.model.submit("fine", timeout=60)
-    assert scene.lying() == 3
+    until(lambda: scene.lying() == 3)
     assert isinstance(late.exception(20), DeadlineExceeded)
     scene.gate.open()
     assert (running.result(20), fine.result(20)) == ("gate", "fine")
@@ -159,9 +159,9 @@ def test_a_worker_that_goes_finishes_what_lies_with_it(scene: Scene) -> None:
     scene.model.scale(2)
     running = [scene.block("gate 1"), scene.block("gate 2")]
     futures = [scene.model.submit(name) for name in "abcdef"]
-    assert scene.lying() == 8
+    until(lambda: scene.lying() == 8)
     scene.model.scale(1, synchronous=False)
-    assert scene.lying() == 8
+    until(lambda: scene.lying() == 8)
     scene.gate.open()
     assert [future.result(20) for future in [*running, *futures]] == ["gate 1", "gate 2", *"abcdef"]
     until(lambda: len(scene.model.describe().workers) == 1, "one of them is gone")
@@ -229,7 +229,7 @@ def test_one_at_a_time_where_that_is_asked_for(deploy: Deployer, tmp_path: Path,
         model.predict("pid")
     scene.block()
     waiting = [model.submit(name) for name in "abc"]
-    assert scene.lying() == 1
+    until(lambda: scene.lying() == 1)
     scene.gate.open()
     assert [future.result(20) for future in waiting] == ["a", "b", "c"]
 

@@ -122,16 +122,16 @@ class Counter:
     """Counts how often a pool's timer goes off and its policy decides."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from torchmgmt import staffing
+        from torchmgmt.pool import supervisor
 
         self.decisions = 0
-        decide = staffing.decide
+        decide = supervisor.decide
 
         def counted(situation: object) -> object:
             self.decisions += 1
             return decide(situation)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(staffing, "decide", counted)
+        monkeypatch.setattr(supervisor, "decide", counted)
 
 
 @pytest.fixture
@@ -169,5 +169,4 @@ def test_a_version_at_zero_costs_no_timer_at_all(tmp_path: Path, own: ProcessBac
         assert model.predict("1", timeout=20) == 1
         until(lambda: count(model) == 0 and model.describe().sharing.is_shared is None, "it is at rest")
         until(lambda: not own._is_looking, "nobody is looked after")
-        due = [timer for timer in own._output_dispatcher._timers if timer.callback is not None]
-        assert due == []
+        assert own._output_dispatcher._timers.next_at() is None

@@ -232,17 +232,20 @@ def test_a_later_thread_is_not_taken_for_its_own() -> None:
     assert accepted == []
 
 
-@pytest.mark.parametrize("what", ["threading.Thread.start", "selectors.DefaultSelector", "os.pipe"])
+@pytest.mark.parametrize(
+    "what", ["_thread.start_new_thread", "threading.Thread.start", "selectors.DefaultSelector", "os.pipe"]
+)
 def test_one_that_cannot_be_started_says_so(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Without a thread or a descriptor for it the call raises OSError, leaves nothing, and works when there is one."""
 
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("can't start new thread") if "Thread" in what else OSError(errno.EMFILE, "none left")
+        raise RuntimeError("can't start new thread") if "thread" in what else OSError(errno.EMFILE, "none left")
 
     dispatcher = Dispatcher()
     with monkeypatch.context() as patch:
         patch.setattr(what, fail)
-        with pytest.raises(OSError, match="new thread" if "Thread" in what else "none left"):
+        patch.delattr("os.eventfd", raising=False)
+        with pytest.raises(OSError, match="new thread" if "thread" in what else "none left"):
             dispatcher.call_soon(int)
     done = threading.Event()
     dispatcher.call_soon(done.set)

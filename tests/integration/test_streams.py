@@ -119,6 +119,7 @@ def test_what_is_sent_between_goes_to_each_request_of_the_batch(deploy_each: Dep
     model = deploy_each(SENDING, batch_size=2)
     gate = Gate(tmp_path / "gate")
     first = model.submit(gate.path)  # meanwhile the others come together
+    until(first.running)
     streams = [model.stream(HttpBody(name, "text/plain")) for name in (b"a", b"b")]
     gate.open()
     assert first.result(PATIENCE_S)[-1] == f"{gate.path}!"

@@ -107,7 +107,7 @@ def test_a_hang_is_final_until_the_pool_is_scaled_again(
             pool.run(bodies(HANG))
         assert any("handler.py" in line for line in died.value.last_lines)
         until(lambda: pool.state is VersionState.FAILED, "the version's failure")
-        assert threading.active_count() == before
+        until(lambda: threading.active_count() == before)
         with pytest.raises(NoWorker):
             pool.run(bodies("1"))
         gate.set()

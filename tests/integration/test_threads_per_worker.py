@@ -9,7 +9,7 @@ import pytest
 
 from tests.handlers import EVAL, TOOLS, Deployer
 from torchmgmt import ModelManager, ProcessBackend, Settings
-from torchmgmt import starter as starter_module
+from torchmgmt.pool import starter as starter_module
 
 THREADS = "__import__('torch').get_num_threads()"
 

@@ -105,7 +105,6 @@ def test_a_request_that_is_given_up_ends_its_span(spans, manager, deploy: Deploy
     future.abandon()
     (span,) = ended(spans, 1)
     assert span.attributes["error.type"] == "Cancelled"
-    assert repr(manager._intake.tracing) == "<Tracing: 0 spans are open>"
 
 
 def test_every_span_ends_and_says_how_the_request_did(spans, manager, deploy: Deployer, gate: Gate) -> None:
@@ -131,7 +130,6 @@ def test_every_span_ends_and_says_how_the_request_did(spans, manager, deploy: De
     errors = sorted(span.attributes["error.type"] for span in ended(spans, 6))
     assert errors == ["Cancelled", "DeadlineExceeded", "HandlerFailed", "NoWorker", "QueueFull", "WorkerDied"]
     assert all(span.status.status_code is trace.StatusCode.ERROR for span in ended(spans, 6))
-    assert repr(manager._intake.tracing) == "<Tracing: 0 spans are open>"
 
 
 def test_a_request_that_was_dropped_from_its_queue_first_ends_its_span(spans) -> None:
@@ -141,7 +139,6 @@ def test_a_request_that_was_dropped_from_its_queue_first_ends_its_span(spans) ->
     request, future = WorkerRequest(encode("a"), "id"), AnswerFuture(key)
     tracing.begin(key, request, future)
     del request
-    assert repr(tracing) == "<Tracing: 0 spans are open>"
     future.set_exception(TimeoutError())
     (span,) = ended(spans, 1)
     assert span.attributes["error.type"] == "TimeoutError"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
+from typing import Any
+
+from torchmgmt.dispatcher import Timer
 
 
 class FakeClock:
@@ -18,27 +21,54 @@ class FakeClock:
 
 
 class FakeTimers:
-    """``call_at`` of a FakeClock: callbacks run in :meth:`advance`, each at its own time."""
+    """A dispatcher on a FakeClock, whose thread is the caller's: timers go off in :meth:`advance`, each at its own time."""
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
         self.armed_in_all = 0
-        self._pending: list[tuple[float, int, Callable[[], object]]] = []
+        self._pending: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
         """How many timers are pending."""
-        return len(self._pending)
+        return len(self.times())
 
-    def call_at(self, when: float, callback: Callable[[], object]) -> None:
+    def times(self) -> list[float]:
+        """When each pending timer goes off."""
+        return [when for when, _, timer in self._pending if timer.callback is not None]
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         self.armed_in_all += 1
-        heapq.heappush(self._pending, (when, next(self._numbers), callback))
+        timer = Timer(when, callback)
+        heapq.heappush(self._pending, (when, next(self._numbers), timer))
+        return timer
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        callback()
+
+    def call(self, act: Callable[[], Any]) -> Any:
+        return act()
+
+    def run_all(self) -> None:
+        """Have every timer that is pending now go off, whatever its time."""
+        pending, self._pending = sorted(self._pending, key=lambda entry: entry[:2]), []
+        for when, _, timer in pending:
+            if timer.callback is not None:
+                self.clock.now = max(self.clock.now, when)
+                timer.run()
+
+    def on_thread(self) -> bool:
+        return True
+
+    def log(self, logger: Any, level: int, message: str, *args: object, exc_info: Any = None) -> None:
+        logger.log(level, message, *args, exc_info=exc_info)
 
     def advance(self, seconds: float = 0.0) -> None:
         """Let time pass; on the way every timer goes off when the clock shows its time."""
         target = self.clock.now + seconds
         while self._pending and self._pending[0][0] <= target:
-            when, _, callback = heapq.heappop(self._pending)
-            self.clock.now = max(self.clock.now, when)
-            callback()
+            when, _, timer = heapq.heappop(self._pending)
+            if timer.callback is not None:
+                self.clock.now = max(self.clock.now, when)
+                timer.run()
         self.clock.now = target

@@ -79,7 +79,7 @@ class Simulation:
             cuts_early=self.cuts_early,
             capacity=1000,
             clock=self.clock,
-            call_at=self.timers.call_at,
+            dispatcher=self.timers,
             on_ready=self._pump,
         )
 

@@ -187,8 +187,9 @@ def test_many_threads_send_large_frames(echo: Echo):
 def test_a_frame_about_memory_that_is_not_there_is_an_error(pair):
     """Nonsense from the other end is said, as a broken connection, not taken for data."""
     left, right = pair
-    wire = pickle.dumps((None, [10], [], False, 4096), 5)
-    left.send(struct.pack("<IIQ", Kind.RUN, len(wire), len(wire)) + wire)
+    head, news = pickle.dumps(None, 5), pickle.dumps(([], False, 4096), 5)
+    body = struct.pack("<Q", 10) + head + news
+    left.send(struct.pack("<IIIIQQ", Kind.RUN, 1, len(head), len(news), len(body), 7) + body)
     with pytest.raises(BrokenSegment), Channel(right) as channel:
         channel.read()
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import uvloop
 
+from tests.handlers import until
 from tests.unit.clocks import FakeClock
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
@@ -47,6 +48,7 @@ def visiting(dispatcher: Dispatcher, make: Callable[[], asyncio.AbstractEventLoo
     thread.start()
     assert begun.wait(WAIT_S)
     try:
+        until(lambda: dispatcher.owner.host is not None, "a loop has taken over")
         yield
     finally:
         loop.call_soon_threadsafe(ended.set)
@@ -215,6 +217,7 @@ def test_timers_run_in_the_order_of_their_times(timed: Dispatcher, clock: FakeCl
     ran: list[str] = []
     for when, name in [(3, "c"), (1, "a1"), (2, "b"), (1, "a2"), (1, "a3")]:
         timed.call_at(clock.now + when, lambda name=name: ran.append(name))
+    rounds(timed)
     clock.now += 10
     rounds(timed)
     assert ran == ["a1", "a2", "a3", "b", "c"]
@@ -408,11 +411,12 @@ def test_what_a_callback_raises_is_logged_and_the_others_go_on(
         dispatcher.call_at(0, fail)
         dispatcher.call_at(0, lambda: ran.append("timer"))
         dispatcher.unwatch(right, fail)
-        dispatcher.watch(left, lambda: (left.recv(10), fail()))
+        dispatcher.watch(left, lambda: (dispatcher.unwatch(left), left.recv(10), fail()))
         right.send(b"x")
-    rounds(dispatcher, 3)
-    assert sorted(ran) == ["soon", "timer"]
-    failures = [record for record in caplog.records if record.name == "torchmgmt.dispatcher"]
+    until(lambda: sorted(ran) == ["soon", "timer"])
+    failures = until(
+        lambda: [each for each in caplog.records if each.name == "torchmgmt.dispatcher"][3:] and caplog.records
+    )
     assert len(failures) == 4
     for record in failures:
         assert record.levelno == logging.ERROR

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -52,6 +54,9 @@ class FakeDispatcher:
     def watch_writable(self, *_: object) -> None:
         pass
 
+    def log(self, *_args: object, **_kwargs: object) -> None:
+        pass
+
     def run_soon(self) -> None:
         while self.soon:
             self.soon.popleft()()
@@ -94,8 +99,8 @@ class Scene:
     ends: list[str]
     waits_on: bool = True
 
-    def says(self, kind: Kind, head: Any, fds: Sequence[int] = ()) -> None:
-        send(self.process, Frame(kind, head), fds)
+    def says(self, kind: Kind, head: Any, fds: Sequence[int] = (), *, number: int = 0) -> None:
+        send(self.process, Frame(kind, head, number=number), fds)
         assert self.dispatcher.readable is not None
         self.dispatcher.readable()
 
@@ -149,11 +154,12 @@ def test_a_child_is_told_of_from_its_fork_to_its_end(scene: Scene) -> None:
     listener, fd = Listener(), pipe_end()
     number = scene.forker.fork(JOB, [fd], listener)
     (frame,) = scene.was_told()
-    assert (frame.kind, frame.head) == (Kind.FORK, (number, JOB, False))
+    pickled, count = frame.head
+    assert (frame.kind, frame.number, pickle.loads(pickled), count) == (Kind.FORK, number, (JOB, False), 1)
     assert not is_open(fd)
     pidfd = pipe_end()
-    scene.says(Kind.FORKED, (number, 77, True), [pidfd])
-    scene.says(Kind.EXITED, (number, -9))
+    scene.says(Kind.FORKED, (77, True), [pidfd], number=number)
+    scene.says(Kind.EXITED, -9, number=number)
     os.close(pidfd)
     assert listener.told == [("forked", 77, True), ("exited", -9)]
 
@@ -162,7 +168,7 @@ def test_a_fork_that_failed_is_told_with_its_reason(scene: Scene) -> None:
     """NOT_FORKED ends the matter: the reason is told, and nothing follows."""
     listener = Listener()
     number = scene.forker.fork(JOB, [], listener)
-    scene.says(Kind.NOT_FORKED, (number, "no memory"))
+    scene.says(Kind.NOT_FORKED, "no memory", number=number)
     assert listener.told == [("fork_failed", "no memory")]
     assert scene.forker.take_listeners() == {}
 
@@ -171,9 +177,9 @@ def test_a_pidfd_that_got_lost_on_its_way_is_none(scene: Scene) -> None:
     """In a program that has no descriptor left a pidfd does not arrive; its child is known all the same."""
     first, second = Listener(), Listener()
     one, two = (scene.forker.fork(JOB, [], each) for each in (first, second))
-    scene.says(Kind.FORKED, (one, 77, True))  # without the descriptor that it speaks of
+    scene.says(Kind.FORKED, (77, True), number=one)  # without the descriptor that it speaks of
     pidfd = pipe_end()
-    scene.says(Kind.FORKED, (two, 78, True), [pidfd])
+    scene.says(Kind.FORKED, (78, True), [pidfd], number=two)
     os.close(pidfd)
     assert (first.told, second.told) == ([("forked", 77, False)], [("forked", 78, True)])
 
@@ -184,7 +190,7 @@ def test_a_pidfd_for_nobody_is_closed(scene: Scene) -> None:
     scene.forker.take_listeners()
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
     pidfd = pipe_end()
-    scene.says(Kind.FORKED, (number, 77, True), [pidfd])
+    scene.says(Kind.FORKED, (77, True), [pidfd], number=number)
     os.close(pidfd)
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
@@ -215,7 +221,7 @@ def test_one_that_becomes_what_was_asked_for_is_told_of_as_what_it_was(scene: Sc
     """In place nothing is forked: the listener is not told by this number, nor looked for when time passes."""
     listener = Listener()
     scene.forker.fork(JOB, [], listener, in_place=True)
-    assert scene.was_told()[0].head[2] is True
+    assert pickle.loads(scene.was_told()[0].head[0]) == (JOB, True)
     assert scene.forker.take_listeners() == {}
     scene.dispatcher.run_timers()
     assert scene.ends == []
@@ -227,7 +233,7 @@ def test_who_answers_others_is_not_taken_for_stuck(scene: Scene, monkeypatch: py
     monkeypatch.setattr(forker_module.time, "monotonic", lambda: clock[0])
     one, _ = (scene.forker.fork(JOB, [], Listener()) for _ in range(2))
     clock[0] += forker_module.FORK_LIMIT_S - 1
-    scene.says(Kind.FORKED, (one, 77, False))
+    scene.says(Kind.FORKED, (77, False), number=one)
     clock[0] += 2
     scene.dispatcher.run_timers()
     assert scene.ends == []
@@ -251,8 +257,8 @@ def test_an_answered_wish_is_not_asked_about(scene: Scene, monkeypatch: pytest.M
     """A child that was forked, or not, in time is not taken for one whose parent hangs."""
     monkeypatch.setattr(forker_module, "FORK_LIMIT_S", 0.0)
     one, two = (scene.forker.fork(JOB, [], Listener()) for _ in range(2))
-    scene.says(Kind.FORKED, (one, 77, False))
-    scene.says(Kind.NOT_FORKED, (two, "why"))
+    scene.says(Kind.FORKED, (77, False), number=one)
+    scene.says(Kind.NOT_FORKED, "why", number=two)
     scene.dispatcher.run_timers()
     assert scene.ends == []
 
@@ -263,7 +269,7 @@ def test_orphans_are_told_of_by_who_adopts_them(scene: Scene) -> None:
     scene.forker.adopt(5, {33: (77, orphan)})
     (frame,) = scene.was_told()
     assert (frame.kind, frame.head) == (Kind.ADOPT, (5, {77: 33}))
-    scene.says(Kind.EXITED, (33, 1))
+    scene.says(Kind.EXITED, 1, number=33)
     assert orphan.told == [("exited", 1)]
 
 
@@ -271,12 +277,33 @@ def test_what_the_process_said_before_its_end_is_dealt_with(scene: Scene) -> Non
     """Frames that lie in the socket of a dead process are read before anybody is told that it is gone."""
     listener = Listener()
     number = scene.forker.fork(JOB, [], listener)
-    send(scene.process, Frame(Kind.FORKED, (number, 77, False)))
+    send(scene.process, Frame(Kind.FORKED, (77, False), number=number))
     send(scene.process, Frame(Kind.READY, None))
     scene.process.close()
     scene.forker.read_the_rest()
     assert listener.told == [("forked", 77, False)]
     assert scene.ends == ["message READY"]
+
+
+def test_a_job_that_cannot_be_written_down_is_an_error_of_who_asks(scene: Scene) -> None:
+    """It raises what pickling raises, keeps no descriptor and no listener, and the process hears nothing."""
+    job, fd = attrs.evolve(JOB, spec=attrs.evolve(JOB.spec, config={"lock": threading.Lock()})), pipe_end()
+    with pytest.raises(TypeError, match="lock"):
+        scene.forker.fork(job, [fd], Listener())
+    assert not is_open(fd)
+    assert scene.forker.take_listeners() == {}
+    scene.process.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        scene.process.recv(1)
+
+
+def test_nonsense_is_the_end_of_the_process(scene: Scene) -> None:
+    """Nobody knows what follows it, so what the process says is read no more, as if it had hung up."""
+    scene.process.send(bytes(range(256)) * 4)
+    assert scene.dispatcher.readable is not None
+    scene.dispatcher.readable()
+    assert scene.ends == ["end"]
+    assert scene.dispatcher.readable is None
 
 
 def test_the_end_of_the_process_is_told_once(scene: Scene) -> None:

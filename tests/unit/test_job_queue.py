@@ -8,8 +8,8 @@ import pytest
 from torchmgmt.channel import encode
 from torchmgmt.errors import HandlerFailed, ManagerClosed, WorkerDied, WorkerStartFailed
 from torchmgmt.exchange import Encoded, WorkerRequest
-from torchmgmt.job import Job, JobQueue, OwnJob, size_of
-from torchmgmt.outcomes import answers_of, error_of_death
+from torchmgmt.pool.jobs import Job, JobQueue, OwnJob, size_of
+from torchmgmt.pool.results import answers_of, error_of_death
 from torchmgmt.records import ModelKey, WorkerExit, WorkerFault
 
 KEY = ModelKey("m", "1.0")

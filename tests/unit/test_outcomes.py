@@ -6,7 +6,7 @@ import pytest
 
 from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 from torchmgmt.exchange import Encoded, WorkerRequest
-from torchmgmt.outcomes import answers_of, error_of_death
+from torchmgmt.pool.results import answers_of, error_of_death
 from torchmgmt.records import EXPIRED, ModelKey, WorkerExit, WorkerFault
 
 KEY = ModelKey("m", "1.0")

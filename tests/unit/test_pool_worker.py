@@ -12,16 +12,17 @@ from typing import Any
 import attrs
 import pytest
 
+from tests.unit.clocks import FakeClock, FakeTimers
 from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import WorkerListener
 from torchmgmt.batcher import Batcher
 from torchmgmt.channel import encode
 from torchmgmt.errors import ManagerClosed, WorkerDied, WorkerStartFailed
 from torchmgmt.exchange import WorkerRequest
-from torchmgmt.job import OwnJob
 from torchmgmt.lifecycle import IllegalTransition, VersionState, WorkerEvent, WorkerState
 from torchmgmt.pool import WorkerPool
-from torchmgmt.pool_worker import NEVER, PoolWorker
+from torchmgmt.pool.jobs import OwnJob
+from torchmgmt.pool.workers import NEVER, PoolWorker
 from torchmgmt.records import ModelKey, ModelSpec, Scale, Sharing, WorkerExit, WorkerFault
 
 KEY = ModelKey("m", "1.0")
@@ -209,22 +210,16 @@ class FakeHost:
 
 
 class FakeBackend:
-    """Its timers go off when a test says so."""
+    """Its thread is the test's own, and its timers go off when a test says so."""
 
     can_kill = True
 
     def __init__(self) -> None:
         self.model = FakeHost()
-        self.timers: list[Callable[[], object]] = []
+        self.dispatcher = FakeTimers(FakeClock(0.0))
 
     def host(self, _spec: ModelSpec) -> FakeHost:
         return self.model
-
-    def call_at(self, _when: float, callback: Callable[[], object]) -> None:
-        self.timers.append(callback)
-
-    def on_own_thread(self) -> bool:
-        return False
 
     def warm(self) -> None:
         pass
@@ -234,9 +229,7 @@ class FakeBackend:
 
     def look(self) -> None:
         """Have every timer go off."""
-        timers, self.timers = self.timers, []
-        for timer in timers:
-            timer()
+        self.dispatcher.run_all()
 
 
 @pytest.fixture
@@ -282,7 +275,7 @@ def test_who_waits_for_quiet_hears_of_the_last_batch_that_was_recalled(
 ) -> None:
     """Nobody waits for its requests any more, so it is not run anywhere, and no answer comes after it."""
     pool = make(batches_in_flight=4)
-    batcher: Batcher[WorkerRequest, Any] = Batcher(batch_size=1, on_ready=pool.pump, call_at=backend.call_at)
+    batcher: Batcher[WorkerRequest, Any] = Batcher(batch_size=1, on_ready=pool.pump, dispatcher=backend.dispatcher)
     pool.feed_from(batcher)
     (handle,) = backend.model.workers
     pool.submit([0])
@@ -389,7 +382,7 @@ def test_a_busy_worker_gets_more_only_where_batches_are_short(
     """Nothing lies with a worker whose batches take long: another one may be free before it."""
     pool = make(batches_in_flight=3)
     (handle,) = backend.model.workers
-    monkeypatch.setattr("torchmgmt.pool_worker._LYING_S", 0.0)
+    monkeypatch.setattr("torchmgmt.pool.workers._LYING_S", 0.0)
     pool.submit([0])
     handle.answers()
     for number in range(3):

@@ -11,10 +11,10 @@ import attrs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torchmgmt.job import OwnJob
 from torchmgmt.lifecycle import WorkerEvent
 from torchmgmt.page import PAGE_BYTES, Page
-from torchmgmt.pool_worker import PoolWorker
+from torchmgmt.pool.jobs import OwnJob
+from torchmgmt.pool.workers import PoolWorker
 from torchmgmt.records import ModelKey
 
 

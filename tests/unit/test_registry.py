@@ -17,7 +17,7 @@ from torchmgmt.errors import (
     TorchmgmtError,
 )
 from torchmgmt.records import ModelKey
-from torchmgmt.registry import Registry
+from torchmgmt.registry import Registry, Withdrawal
 
 
 def registry_with(*keys: str) -> Registry[str]:
@@ -138,15 +138,15 @@ def test_setting_an_unknown_default_changes_nothing():
 def test_withdrawing_the_default_makes_the_oldest_left_the_default():
     """A registration that failed late takes its version out even if that was the default."""
     registry = registry_with("a:1", "a:2", "a:3")
-    assert registry.withdraw(ModelKey("a", "1"), registry.get("a", "1"))
+    assert registry.withdraw(ModelKey("a", "1"), registry.get("a", "1")) == Withdrawal(True, new_default="2")
     assert (registry.default("a"), registry.versions("a")) == ("2", ["a:2", "a:3"])
 
 
 def test_withdrawing_what_is_not_there_is_nothing():
     """withdraw cleans up: it may be called for what never came to be, or was removed meanwhile."""
     registry = registry_with("a:1")
-    assert not registry.withdraw(ModelKey("a", "2"), "a:2")
-    assert not registry.withdraw(ModelKey("b", "1"), "b:1")
+    assert registry.withdraw(ModelKey("a", "2"), "a:2") == Withdrawal(was_there=False)
+    assert registry.withdraw(ModelKey("b", "1"), "b:1") == Withdrawal(was_there=False)
     assert list(registry) == ["a:1"]
 
 
@@ -157,7 +157,7 @@ def test_a_failed_registration_does_not_withdraw_its_successor():
     registry.add(ModelKey("a", "1"), failed)
     registry.remove("a", "1")
     registry.add(ModelKey("a", "1"), successor)
-    assert not registry.withdraw(ModelKey("a", "1"), failed)
+    assert not registry.withdraw(ModelKey("a", "1"), failed).was_there
     assert registry.get("a") is successor
 
 
@@ -267,12 +267,14 @@ class RegistryRules(RuleBasedStateMachine):
     @rule(key=KEYS, is_current=st.booleans())
     def withdraw(self, key: ModelKey, is_current: bool) -> None:
         was_there = is_current and key in self.keys(key.name)
-        assert self.registry.withdraw(key, self.value(key) if was_there else object()) is was_there
-        if not was_there:
-            return
-        self.forget(key)
-        if self.defaults[key.name] == key.version and self.keys(key.name):
-            self.defaults[key.name] = self.keys(key.name)[0].version
+        withdrawal = self.registry.withdraw(key, self.value(key) if was_there else object())
+        assert withdrawal.was_there is was_there
+        new_default = None
+        if was_there:
+            self.forget(key)
+            if self.defaults[key.name] == key.version and self.keys(key.name):
+                new_default = self.defaults[key.name] = self.keys(key.name)[0].version
+        assert withdrawal.new_default == new_default
 
     @invariant()
     def it_lists_what_is_registered(self) -> None:

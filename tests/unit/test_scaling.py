@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchmgmt.lifecycle import WorkerState
-from torchmgmt.records import Scale
-from torchmgmt.scaling import (
+from torchmgmt.pool.autoscaling import (
     FIRST_BACK_OFF_S,
     LONGEST_BACK_OFF_S,
     LOOK_AT_WAITING_S,
@@ -29,6 +28,7 @@ from torchmgmt.scaling import (
     decide,
     default_threads,
 )
+from torchmgmt.records import Scale
 
 WANTED, LOADING, READY, BUSY = WorkerState.WANTED, WorkerState.LOADING, WorkerState.READY, WorkerState.BUSY
 DRAINING, STOPPING, EXITED = WorkerState.DRAINING, WorkerState.STOPPING, WorkerState.EXITED

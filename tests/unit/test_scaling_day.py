@@ -14,8 +14,8 @@ import pytest
 from attrs import define, field, frozen
 
 from torchmgmt.lifecycle import WorkerState
+from torchmgmt.pool.autoscaling import LOOK_S, Load, Observation, Plan, Situation, WorkerFacts, decide
 from torchmgmt.records import Scale
-from torchmgmt.scaling import LOOK_S, Load, Observation, Plan, Situation, WorkerFacts, decide
 
 WANTED, LOADING, READY, BUSY = WorkerState.WANTED, WorkerState.LOADING, WorkerState.READY, WorkerState.BUSY
 DRAINING = WorkerState.DRAINING

@@ -42,6 +42,7 @@ TEXTS = {
     "isolate_errors": "true",
     "decode_input_request": "false",
     "show_handler_errors": "true",
+    "cancel_running": "Now",
     "scale_down_delay": "1.5",
     "template_idle_timeout": "0",
     "models": '{"a": {"1.0": {"minWorkers": 1}}}',

@@ -8,10 +8,10 @@ an actor of a cluster engine could be the third: nothing here says that a worker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from torchmgmt.dispatcher import Loop
+from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.records import ModelSpec, RawMetric, Sharing, WorkerExit, WorkerFault
 
@@ -24,7 +24,7 @@ Outcome = Encoded | WorkerFault
 class WorkerListener(Protocol):
     """Whom a backend tells what becomes of one worker.
 
-    Called on the backend's one own thread, which is that of :meth:`Backend.call_at`, in order and with no lock held.
+    Called on the thread of :attr:`Backend.dispatcher`, in order and with no lock held.
     """
 
     def ready(self) -> None:
@@ -35,6 +35,9 @@ class WorkerListener(Protocol):
 
     def skipped(self, number: int) -> None:
         """The batch of this number was recalled, and is not begun; unless there was a ``done``, there will be none."""
+
+    def refused(self, number: int, fault: WorkerFault) -> None:
+        """The batch of this number could not be read by the worker, and is not begun."""
 
     def part(self, number: int, index: int, part: Encoded) -> None:
         """A part of the answer to the request at ``index`` of the batch of this number is there, before ``done``."""
@@ -47,7 +50,7 @@ class WorkerListener(Protocol):
 
 
 class WorkerHandle(Protocol):
-    """One worker. Every method may be called from any thread and does not block.
+    """One worker. Every method is called on the thread of :attr:`Backend.dispatcher`, and does not block.
 
     What comes before :meth:`start` or after the worker's end does nothing.
     """
@@ -132,20 +135,15 @@ class Backend(Protocol):
     """A way to run workers. Thread-safe."""
 
     @property
+    def dispatcher(self) -> Dispatcher:
+        """Its own one thread, which calls listeners, and on which pools decide. It ends when the backend is closed."""
+
+    @property
     def can_kill(self) -> bool:
         """Whether a worker that hangs can be ended. If not, none is started in its place: each would leave one more."""
 
     def host(self, spec: ModelSpec) -> ModelHost:
         """Return what will run the workers of ``spec``. Starts nothing."""
-
-    def call_at(self, when: float, callback: Callable[[], object]) -> object:
-        """Run ``callback`` at a time of the monotonic clock, on the thread that calls listeners."""
-
-    def on_own_thread(self) -> bool:
-        """Return whether the caller runs on the thread that calls listeners; one that waits there waits for ever."""
-
-    def run_on(self, loop: Loop) -> Callable[[], object]:
-        """Have an event loop be that thread, if that is possible, until what this returns is called; both on its thread."""
 
     def warm(self) -> None:
         """Prepare for a first worker in the background. Does not block; idempotent."""

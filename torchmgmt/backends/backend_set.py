@@ -44,9 +44,12 @@ class BackendSet:
 
     def check_may_wait(self, call: str) -> None:
         """Raise :class:`WouldWaitForever` on a thread that reads answers: ``call`` waits for one. Takes no lock."""
-        for backend in self._all:
-            if backend.on_own_thread():
-                raise WouldWaitForever(call)
+        if self.is_on_own_thread():
+            raise WouldWaitForever(call)
+
+    def is_on_own_thread(self) -> bool:
+        """Whether the caller is a thread that reads answers. Takes no lock."""
+        return any(backend.dispatcher.on_thread() for backend in self._all)
 
     def close(self) -> None:
         """End what was made here, and make no further one. Blocks until that is over; idempotent."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
+import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torchmgmt.backends.child import Child
@@ -18,6 +20,8 @@ from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import TemplateJob, WorkerJob
 
 __all__ = ["FORK_LIMIT_S", "ForkListener", "Forker"]
+
+log = logging.getLogger(__name__)
 
 # A fork takes milliseconds, so a process that answers nothing for longer than this hangs. One of many forks that were
 # asked for together may take longer: a hundred models that are loaded at once leave the torch-only process little time.
@@ -101,6 +105,7 @@ class Forker:
 
         Raises:
             ManagerClosed: the process is gone, and so is the dispatcher that would tell ``listener`` of it.
+            Exception: ``job`` cannot be pickled; whatever that raises.
         """
         number = next(self._numbers)
         with self._lock:
@@ -109,14 +114,20 @@ class Forker:
                 self._listeners[number] = listener
                 self._unanswered.add(number)
         if is_over:
-            for fd in fds:
-                os.close(fd)
+            _close_all(fds)
             if not in_place:
                 # Its end was dealt with while we were on our way here: nobody else will say so.
                 reason = "the process that was to fork it ended"
                 self._dispatcher.call_soon(lambda: listener.fork_failed(reason, [], is_retryable=True))
             return number
-        self._sender.send(Frame(Kind.FORK, (number, job, in_place)), fds)
+        try:
+            # By itself, so that a job which cannot be unpickled over there is known by its number.
+            pickled = pickle.dumps((job, in_place), pickle.HIGHEST_PROTOCOL)
+            self._sender.send(Frame(Kind.FORK, (pickled, len(fds)), number=number), fds)
+        except Exception:  # the job cannot be written down: nothing was sent
+            self._answered(number, is_over=True)
+            _close_all(fds)
+            raise
         self._look_later(number, time.monotonic() + FORK_LIMIT_S)
         return number
 
@@ -155,7 +166,7 @@ class Forker:
 
     def read_the_rest(self) -> None:
         """Deal with what the process said before it ended."""
-        with contextlib.suppress(OSError, ValueError):  # nothing there, or closed
+        with contextlib.suppress(Exception):  # nothing is there, or what cannot be read; it has ended anyway
             while (frames := self._reader.read(self._control)) is not None:
                 for frame in frames:
                     self._on_frame(frame)
@@ -163,21 +174,22 @@ class Forker:
     def _on_readable(self) -> None:
         try:
             frames = self._reader.read(self._control)
+            for frame in frames or ():
+                self._on_frame(frame)
         except BlockingIOError:
             return
-        except OSError:
+        except Exception as error:  # nobody knows what follows it
+            message = "What a process that forks others has said cannot be read"
+            self._dispatcher.log(log, logging.ERROR, message, exc_info=error)
             frames = None
         if frames is None:
             self._dispatcher.unwatch(self._control)
             self._on_end()
-            return
-        for frame in frames:
-            self._on_frame(frame)
 
     def _on_frame(self, frame: Frame) -> None:
         self._heard_at = time.monotonic()
         if frame.kind is Kind.FORKED:
-            number, pid, has_pidfd = frame.head
+            number, (pid, has_pidfd) = frame.number, frame.head
             # It got lost if this program has no descriptor left.
             pidfd = self._reader.fds.pop(0) if has_pidfd and self._reader.fds else None
             listener = self._answered(number, is_over=False)
@@ -186,21 +198,18 @@ class Forker:
             elif pidfd is not None:
                 os.close(pidfd)
         elif frame.kind is Kind.NOT_FORKED:
-            number, reason = frame.head
-            if listener := self._answered(number, is_over=True):
-                listener.fork_failed(reason, [])
+            if listener := self._answered(frame.number, is_over=True):
+                listener.fork_failed(frame.head, [])
         elif frame.kind is Kind.EXITED:
-            number, exitcode = frame.head
-            if listener := self._answered(number, is_over=True):
-                listener.process_exited(exitcode)
+            if listener := self._answered(frame.number, is_over=True):
+                listener.process_exited(frame.head)
         else:
             self._on_message(frame)
 
     def _close_control(self) -> None:
         self._control.close()
         fds, self._reader.fds = self._reader.fds, []
-        for fd in fds:
-            os.close(fd)
+        _close_all(fds)
 
     def _answered(self, number: int, *, is_over: bool) -> ForkListener | None:
         with self._lock:
@@ -224,3 +233,8 @@ class Forker:
 
     def _watch_writable(self, on: bool) -> None:
         self._dispatcher.watch_writable(self._control, self._sender.flush if on else None)
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

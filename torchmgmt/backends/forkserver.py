@@ -120,7 +120,7 @@ class ForkServer:
         with self._lock:
             server = self._server
         if server is not None and server.child.is_stopped_for_long():
-            log.error("Killing the torch-only process %d: it was stopped (SIGSTOP)", server.process.pid)
+            self._log("Killing the torch-only process %d: it was stopped (SIGSTOP)", server.process.pid)
             server.process.kill()
 
     def close(self) -> None:
@@ -134,6 +134,9 @@ class ForkServer:
             _reap(server.process, _CLOSE_TIMEOUT_S)
             forker.close()
             server.output.close()
+
+    def _log(self, message: str, *args: object) -> None:
+        self._dispatcher.log(log, logging.ERROR, message, *args)
 
     def _ensure_running_locked(self) -> Forker:
         if self._closed:
@@ -178,7 +181,7 @@ class ForkServer:
         """Whether to wait on for a torch-only process; one that hangs is killed. Its children live on."""
         if not server.is_ready and time.monotonic() < server.started_at + _IMPORT_LIMIT_S:
             return True  # it may well be importing torch still, on a slow disk
-        log.error("Killing the torch-only process %d: it did not fork a process in time", server.process.pid)
+        self._log("Killing the torch-only process %d: it did not fork a process in time", server.process.pid)
         server.process.kill()
         return False
 
@@ -190,7 +193,7 @@ class ForkServer:
         forker.close()
         exitcode = _reap(server.process, _EXIT_TIMEOUT_S)
         reason = f"the torch-only process {server.process.pid} ended with exit code {exitcode}"
-        log.error("%s; the next worker starts another", reason)
+        self._log("%s; the next worker starts another", reason)
         last_lines = server.output.last_lines()
         for listener in forker.take_listeners().values():
             if listener.child.pid is None:
@@ -204,7 +207,8 @@ def _popen(control: socket.socket, output_fd: int, environment: Mapping[str, str
         raise OSError("sys.executable is empty, so no interpreter is known that could load a model")
     pidfd = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
     passed = [control.fileno()] if pidfd is None else [control.fileno(), pidfd]
-    path = [entry or str(Path.cwd()) for entry in sys.path]
+    entries: Sequence[object] = sys.path
+    path = [entry or str(Path.cwd()) for entry in entries if isinstance(entry, str)]  # Python heeds no others
     fds = [str(control.fileno()), str(-1 if pidfd is None else pidfd)]
     try:
         return subprocess.Popen(

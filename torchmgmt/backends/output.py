@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import os
@@ -35,7 +34,7 @@ class Output:
     Args:
         fd: a pipe's reading end; it is owned from now on, closed when the last writer closed its end, and also if this
             raises.
-        dispatcher: reads it. Not the one that carries answers: somebody's slow log handler must not delay those.
+        dispatcher: reads it, and has it logged. Not the one that carries answers: a process may print without end.
         log: gets each line, as INFO unless the line begins with a syslog priority such as ``<4>``.
 
     Raises:
@@ -52,9 +51,8 @@ class Output:
         # guarded by _lock
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._rest = b""
-        self._unlogged: deque[bytes] = deque()
         try:
-            dispatcher.watch(self._pipe, self._on_readable)
+            dispatcher.watch(self._pipe, self._read)
         except BaseException:
             self._pipe.close()
             raise
@@ -62,9 +60,7 @@ class Output:
     def last_lines(self) -> list[str]:
         """Return the last lines, those included that were printed but not read yet."""
         # Bounded by what a pipe holds, so a process that prints without end cannot keep us here. Nor can whoever logs it.
-        if self._read():
-            with contextlib.suppress(ManagerClosed):
-                self._dispatcher.call_soon(self._log_lines)
+        self._read()
         with self._lock:
             return [*self._lines, *([_text(self._rest)] if self._rest else [])]
 
@@ -79,42 +75,31 @@ class Output:
         with self._lock:  # somebody may be reading the last lines
             self._pipe.close()
 
-    def _on_readable(self) -> None:
-        self._read()
-        self._log_lines()
-
-    def _read(self) -> bool:
-        """Read once; return whether there is something to log."""
+    def _read(self) -> None:
+        """Read once, and have what is there logged: in the order in which it was read, whoever reads."""
         with self._lock:
             if self._pipe.closed:
-                return bool(self._unlogged)
-            is_over = False
+                return
             data = self._pipe.read(_READ_SIZE)
             if data is None:  # nothing is there now
-                return bool(self._unlogged)
-            if not data:
+                return
+            is_over = not data
+            if is_over:
                 lines, self._rest = ([self._rest] if self._rest else []), b""
-                is_over = True
             else:
                 *lines, self._rest = (self._rest + data).split(b"\n")
                 if len(self._rest) > _LONGEST_LINE:
                     lines, self._rest = [*lines, self._rest], b""
             self._lines.extend(_PRIORITY.sub("", _text(line), count=1) for line in lines[-_LINES_KEPT:])
-            self._unlogged.extend(lines)
-            has_unlogged = bool(self._unlogged)
+            for line in lines:
+                self._log_line(_text(line))
         if is_over:
             self.close()
-        return has_unlogged
 
-    def _log_lines(self) -> None:
-        """Log what was read. For the dispatcher's thread alone, so that the lines stay in their order."""
-        while self._unlogged:
-            line = self._unlogged.popleft()
-            text = _text(line)
-            mark = _PRIORITY.match(text)
-            level = _LEVELS[mark[1]] if mark else logging.INFO
-            if self._log.isEnabledFor(level):
-                self._log.log(level, "%s", text[mark.end() :] if mark else text)
+    def _log_line(self, text: str) -> None:
+        mark = _PRIORITY.match(text)
+        level = _LEVELS[mark[1]] if mark else logging.INFO
+        self._dispatcher.log(self._log, level, "%s", text[mark.end() :] if mark else text)
 
 
 def _text(line: bytes) -> str:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from torchmgmt.backends import WorkerListener
@@ -19,8 +19,9 @@ from torchmgmt.backends.output import Output
 from torchmgmt.backends.process_worker import ProcessWorker
 from torchmgmt.backends.template import Template
 from torchmgmt.checks import check_pattern
-from torchmgmt.dispatcher import Dispatcher, Loop
+from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed, TorchmgmtError
+from torchmgmt.log_relay import LogRelay
 from torchmgmt.records import ModelSpec, ShareWeights, Sharing, WorkerJob
 
 __all__ = ["ProcessBackend"]
@@ -49,7 +50,7 @@ class ProcessBackend:
     """Runs each worker in a process of its own (the default backend).
 
     One object serves any number of models. It starts nothing before the first worker or :meth:`warm`: then one process
-    that imports torch, and two threads. POSIX only: it needs fork and descriptors passed over sockets.
+    that imports torch, and two threads; one more once something is logged. POSIX only: it needs fork and descriptors passed over sockets.
 
     Args:
         blacklist_env_vars: a regular expression: no environment variable whose whole name matches is given to any process.
@@ -63,10 +64,11 @@ class ProcessBackend:
 
     def __init__(self, blacklist_env_vars: str | None = None) -> None:
         check_pattern("blacklist_env_vars", blacklist_env_vars)
-        self.dispatcher = Dispatcher("torchmgmt-dispatcher")
-        """Reads channels; for this backend's own parts."""
-        # Lines go to the program's log handlers, which may be slow; answers must not wait for them.
-        self._output_dispatcher = Dispatcher("torchmgmt-output")
+        self._relay = LogRelay()
+        self.dispatcher = Dispatcher("torchmgmt-dispatcher", relay=self._relay)
+        """Reads channels, and has pools decide."""
+        # Answers must not wait for who prints much, nor for psutil.
+        self._output_dispatcher = Dispatcher("torchmgmt-output", relay=self._relay)
         self.forkserver = ForkServer(self.dispatcher, self._output_dispatcher, blacklist_env_vars)
         self.is_closed = False
         self._close_lock = threading.Lock()
@@ -86,18 +88,6 @@ class ProcessBackend:
         """Start the torch-only process in the background. Any thread; idempotent."""
         self.forkserver.warm()
 
-    def call_at(self, when: float, callback: Callable[[], object]) -> object:
-        """Run ``callback`` at a time of ``time.monotonic``, on the thread that reads answers; it must not block."""
-        return self.dispatcher.call_at(when, callback)
-
-    def run_on(self, loop: Loop) -> Callable[[], object]:
-        """Have an event loop read all answers; see :meth:`torchmgmt.dispatcher.Dispatcher.run_on`."""
-        return self.dispatcher.run_on(loop)
-
-    def on_own_thread(self) -> bool:
-        """Return whether the caller runs on the thread that reads answers."""
-        return self.dispatcher.on_thread()
-
     def close(self) -> None:
         """End the torch-only process, every process that is left, and the two threads. Blocks shortly; idempotent."""
         self.is_closed = True
@@ -106,10 +96,15 @@ class ProcessBackend:
             self._report_the_rest()
             self.dispatcher.close()
             self._output_dispatcher.close()
+            self._relay.close()
 
     def output(self, fd: int, spec: ModelSpec, who: str) -> Output:
         """Read what a process prints that is called ``who``; for this backend's own parts."""
         return Output(fd, self._output_dispatcher, _WorkerLog(worker_log, spec, who))
+
+    def log(self, level: int, message: str, *args: object) -> None:
+        """Log a message on another thread; for this backend's own parts."""
+        self._relay.log(log, level, message, *args)
 
     def look_after(self, process: _Looked) -> None:
         """Sample its memory and see that it is not stopped, until :meth:`forget`; for this backend's own parts."""
@@ -309,7 +304,7 @@ class ProcessHost:
         with self._changed:
             said, self._said = self._said, self._sharing.reason
         if said != self._said:
-            log.log(level, "Workers of %s load the model by themselves: %s", self._spec.key, self._said)
+            self._backend.log(level, "Workers of %s load the model by themselves: %s", self._spec.key, self._said)
 
     # -- for its template, on the dispatcher's thread ------------------------------------------------------------------
 
@@ -319,7 +314,8 @@ class ProcessHost:
         may = not objections or (self._spec.share_weights is ShareWeights.ALWAYS and not is_impossible)
         if may:
             reason = f"share_weights=always, in spite of {found}" if found else "loading it left nothing behind"
-            log.info("Workers of %s are forked from a template and share its weights: %s", self._spec.key, reason)
+            message = "Workers of %s are forked from a template and share its weights: %s"
+            self._backend.log(logging.INFO, message, self._spec.key, reason)
         else:
             reason = f"loading it left behind {found}"
         with self._changed:

@@ -26,7 +26,6 @@ from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import AnswerHead, Encoded, WorkerRequest
 from torchmgmt.page import PAGE_BYTES, Page
 from torchmgmt.records import WorkerExit, WorkerFault, WorkerJob
-from torchmgmt.segments import BrokenSegment
 
 __all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]
 
@@ -34,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # A worker whose channel is closed can do nothing for us any more; it gets this long to end by itself.
 _LINGER_S = 2.0
+# Whoever has forked a worker reports its end within this time, or hangs.
+_REPORT_LIMIT_S = 2.0
 # After so long each side has seen what the other one wrote before: the worker that a batch is recalled, or we that it has
 # begun it. It takes microseconds.
 _SEEN_S = 0.002
@@ -87,6 +88,9 @@ class ProcessWorker:
         self._is_alive = False
         self._end_reason = ""
         self._stop_watching: Callable[[], object] = no_watch
+        self._is_orphan = False
+        self._is_gone = False
+        self._is_broken = False
         self._was_cut_off = False
         self._channel: Channel  # these three from start on
         self._output: Output
@@ -142,7 +146,7 @@ class ProcessWorker:
         """Send it a batch."""
         head = [each.head() for each in requests]
         segments = [segment for request in requests for segment in request.row.segments]
-        self._send(Frame(Kind.RUN, (number, head), segments))
+        self._send(Frame(Kind.RUN, head, segments, number))
 
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for a batch any more."""
@@ -158,19 +162,22 @@ class ProcessWorker:
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
-        self._send(Frame(Kind.DESCRIBE, number))
+        self._send(Frame(Kind.DESCRIBE, number=number))
 
     def stop(self) -> None:
         """Ask it to end after what it was sent."""
         self._send(Frame(Kind.STOP))
 
     def terminate(self) -> None:
-        """Send it SIGTERM; one that is not forked yet never is."""
+        """End it as it loads, or although it did not heed :meth:`stop`; one that is not forked yet never is.
+
+        By SIGKILL: workers heed no other signal, since those that a service manager sends to all processes of a service
+        reach them, too.
+        """
         with self._lock:
             if not self._is_started:
                 return
-        # What waits for a process that is not there yet is sent as soon as it is.
-        if self._parent.withdraw(self) or not (self.child.send(signal.SIGTERM) or self.child.send(signal.SIGKILL)):
+        if self._parent.withdraw(self) or not self.child.kill():
             self._on_dispatcher(lambda: self._finish_unforked("it was told to end before it was forked"))
 
     def kill(self) -> None:
@@ -199,6 +206,8 @@ class ProcessWorker:
         if self._is_over:
             return
         self._dispatcher.watch(self._channel, self._on_readable)
+        if pidfd is not None:
+            self._stop_watching = watch_exit(self._dispatcher, self.child, self._on_gone)
         if self.template is not None:
             self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, self._check_sign_of_life)
 
@@ -223,8 +232,20 @@ class ProcessWorker:
         self._finish(WorkerExit(self.child.pid or 0, exitcode, reason, lines, self._fault, started))
 
     def orphaned(self) -> None:
-        """The process lives on without anybody who reports its end, so watch it ourselves."""
-        self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
+        """The process may live on without anybody who reports its end: what we see of that counts."""
+        self._is_orphan = True
+        if self._is_gone:
+            self.process_exited(None)
+        elif self._stop_watching is no_watch:
+            self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
+
+    def _on_gone(self, _exitcode: int | None) -> None:
+        """It has ended. Whoever has forked it is to say how, if that one is there and well."""
+        self._is_gone = True
+        if self._is_orphan:
+            self.process_exited(None)
+        else:
+            self._dispatcher.call_at(time.monotonic() + _REPORT_LIMIT_S, lambda: self.process_exited(None))
 
     def _tell_skipped(self, numbers: Collection[int]) -> None:
         """Tell which of these batches it has not begun by now: that it never does."""
@@ -248,24 +269,29 @@ class ProcessWorker:
 
     def _end(self, reason: str) -> None:
         self._end_reason = reason
-        log.error("Killing worker %s of %s: %s", self._job.worker_id, self._job.spec.key, reason)
+        message = "Killing worker %s of %s: %s"
+        self._dispatcher.log(log, logging.ERROR, message, self._job.worker_id, self._job.spec.key, reason)
         self.child.kill()
 
     def _on_readable(self) -> None:
         try:
             frames = self._channel.read()
+            for frame in frames or ():
+                self._on_frame(frame)
         except BlockingIOError:
             return
-        except BrokenSegment:
-            log.exception("%s sent what it cannot have sent", self)
-            frames = None
-        except OSError:
-            frames = None
+        except Exception as error:  # nonsense, or more than there is memory for: nobody knows what follows it
+            self._break(error)
+            return
         if frames is None:
             self._on_channel_closed()
-            return
-        for frame in frames:
-            self._on_frame(frame)
+
+    def _break(self, error: Exception) -> None:
+        """Read nothing of it any more, and end it."""
+        self._is_broken = True
+        self._dispatcher.unwatch(self._channel)
+        what = "the connection to it broke" if isinstance(error, OSError) else "what it sent could not be read"
+        self._end(f"{what} ({type(error).__name__}: {error})")
 
     def _on_channel_closed(self) -> None:
         self._channel.close_sending()
@@ -277,22 +303,26 @@ class ProcessWorker:
         self._was_cut_off = self.child.send(signal.SIGKILL)
 
     def _read_the_rest(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
+        if self._is_broken:
+            return
+        with contextlib.suppress(Exception):  # nothing is there, or what cannot be read; it has ended anyway
             while (frames := self._channel.read()) is not None:
                 for frame in frames:
                     self._on_frame(frame)
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind is Kind.DONE:
-            number, head, metrics, handler_s = frame.head
-            self._listener.done(number, _outcomes(head, frame.segments), handler_s)
+            head, metrics, handler_s = frame.head
+            self._listener.done(frame.number, _outcomes(head, frame.segments), handler_s)
             if metrics:
                 self._listener.measured(metrics)
         elif frame.kind is Kind.PART:
-            number, index, head = frame.head
-            self._listener.part(number, index, _answer(head, frame.segments))
+            index, head = frame.head
+            self._listener.part(frame.number, index, _answer(head, frame.segments))
         elif frame.kind is Kind.SKIPPED:
-            self._listener.skipped(frame.head)
+            self._listener.skipped(frame.number)
+        elif frame.kind is Kind.REFUSED:
+            self._listener.refused(frame.number, frame.head)
         elif frame.kind is Kind.READY:
             self._is_alive = True
             self._listener.ready()

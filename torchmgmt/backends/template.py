@@ -166,7 +166,7 @@ class Template:
     def end_if_stopped(self) -> None:
         """Kill it if somebody has stopped it for too long. Not for a thread that carries answers."""
         if self.child.is_stopped_for_long():
-            log.error("Killing the template %s of %s: it was stopped (SIGSTOP)", self.pid, self._spec.key)
+            self._log(logging.ERROR, "Killing the template %s of %s: it was stopped (SIGSTOP)")
             self.kill("it was stopped (SIGSTOP) for over a second")
 
     # -- called by who forks it, on the dispatcher's thread ------------------------------------------------------------
@@ -191,7 +191,7 @@ class Template:
         self._forker.read_the_rest()
         reason = self._end_reason or describe_exit(exitcode)
         if not (self._end_reason or self._fault):
-            log.warning("The template %s of %s ended: %s", self.pid, self._spec.key, reason)
+            self._log(logging.WARNING, "The template %s of %s ended: %s", reason)
         exit = WorkerExit(
             self.pid or 0,
             exitcode,
@@ -210,6 +210,9 @@ class Template:
         else:
             self._is_orphan = True
             self._stop_watching = watch_exit(self._dispatcher, self.child, self.process_exited)
+
+    def _log(self, level: int, message: str, *args: object) -> None:
+        self._dispatcher.log(log, level, message, self.pid, self._spec.key, *args)
 
     def _hand_over_workers(self, exit: WorkerExit) -> None:
         listeners = self._forker.take_listeners()
@@ -277,7 +280,7 @@ class Template:
         self.kill("it had closed the socket through which it is told what to do")
 
     def _on_stuck(self) -> bool:
-        log.error("Killing the template %s of %s: it did not fork a worker in time", self.pid, self._spec.key)
+        self._log(logging.ERROR, "Killing the template %s of %s: it did not fork a worker in time")
         self.kill("it did not fork a worker in time")
         return False
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from torchmgmt.backends import Outcome, WorkerListener
-from torchmgmt.dispatcher import Dispatcher, Loop
+from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.records import ModelSpec, Sharing, WorkerExit, WorkerFault
@@ -68,7 +68,8 @@ class ThreadBackend:
 
     def __init__(self) -> None:
         self.memory_bytes = 0
-        self._dispatcher = Dispatcher("torchmgmt-threads")
+        self.dispatcher = Dispatcher("torchmgmt-threads")
+        """Calls listeners, and has pools decide."""
         self._lock = threading.Lock()
         # guarded by _lock
         self._workers: list[ThreadWorker] = []  # whose threads live, or did when last looked at
@@ -82,18 +83,6 @@ class ThreadBackend:
     def host(self, spec: ModelSpec) -> ThreadHost:
         """Return what will run the workers of ``spec``. Starts nothing."""
         return ThreadHost(self, spec)
-
-    def call_at(self, when: float, callback: Callable[[], object]) -> object:
-        """Run ``callback`` at a time of ``time.monotonic``, on the thread that calls listeners; it must not block."""
-        return self._dispatcher.call_at(when, callback)
-
-    def run_on(self, loop: Loop) -> Callable[[], object]:
-        """Have an event loop take all answers; see :meth:`torchmgmt.dispatcher.Dispatcher.run_on`."""
-        return self._dispatcher.run_on(loop)
-
-    def on_own_thread(self) -> bool:
-        """Return whether the caller runs on the thread that calls listeners."""
-        return self._dispatcher.on_thread()
 
     def warm(self) -> None:
         """Import torch into this process, on a thread of its own. Any thread; does not block; idempotent.
@@ -127,7 +116,7 @@ class ThreadBackend:
             worker.kill()
         if warming is not None:
             warming.join(max(0.0, deadline - time.monotonic()))
-        self._dispatcher.close()  # after it has told what was noted until now
+        self.dispatcher.close()  # after it has told what was noted until now
 
     # -- for this backend's own workers --------------------------------------------------------------------------------
 
@@ -140,7 +129,7 @@ class ThreadBackend:
                 if (
                     not self._is_sampling
                 ):  # which also makes sure that there is a thread that can tell what becomes of it
-                    self._dispatcher.call_at(time.monotonic() + _MEMORY_PERIOD_S, self._sample)
+                    self.dispatcher.call_at(time.monotonic() + _MEMORY_PERIOD_S, self._sample)
                     self._is_sampling = True
                 begin()
             except RuntimeError as error:
@@ -150,7 +139,7 @@ class ThreadBackend:
     def tell(self, callback: Callable[[], object]) -> None:
         """Run ``callback`` on the thread that calls listeners, after those that were given before."""
         with contextlib.suppress(ManagerClosed):  # no worker has anything to tell then: each was killed before
-            self._dispatcher.call_soon(callback)
+            self.dispatcher.call_soon(callback)
 
     def sample_memory(self) -> None:
         """Read how much memory this process uses: its resident set size, in bytes."""
@@ -164,7 +153,7 @@ class ThreadBackend:
             self._workers = [worker for worker in self._workers if worker.is_alive()]
             self._is_sampling = bool(self._workers) and not self._is_closed
             if self._is_sampling:
-                self._dispatcher.call_at(time.monotonic() + _MEMORY_PERIOD_S, self._sample)
+                self.dispatcher.call_at(time.monotonic() + _MEMORY_PERIOD_S, self._sample)
         self.sample_memory()
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import pickle
 import selectors
 import signal
 import socket
@@ -38,9 +39,6 @@ _READ = selectors.EVENT_READ
 _MAX_FDS = 16
 # So often, a second apart, what is left is killed once more; what lives on then cannot be killed by us.
 _MOST_ROUNDS = 10
-# What a job brings with it: the process's channel and its output, and a worker's page of shared memory. A live object
-# that was written down comes behind them.
-_FDS: Mapping[type[WorkerJob] | type[TemplateJob], int] = {WorkerJob: 3, TemplateJob: 2}
 
 log = logging.getLogger(__name__)
 
@@ -149,19 +147,21 @@ class Forker:
             if frame.kind is Kind.HELLO:
                 self.environment = frame.head
             elif frame.kind is Kind.FORK:
-                self._on_fork(*frame.head)
+                self._on_fork(frame.number, *frame.head)
             elif frame.kind is Kind.ADOPT:
                 self._adopt(*frame.head)
         return frames is not None
 
-    def _on_fork(self, number: int, job: WorkerJob | TemplateJob, in_place: bool) -> None:
-        live = job.spec.live
-        count = _FDS[type(job)] + (live is not None and live.is_written)
+    def _on_fork(self, number: int, pickled: bytes, count: int) -> None:
+        """Fork what is asked for, with ``count`` descriptors; what cannot be read of it is said, and harms nobody else."""
         fds, self._reader.fds[:count] = self._reader.fds[:count], []
-        if len(fds) < count:  # what this process has no room for gets lost on its way
+        try:
+            if len(fds) < count:  # what this process has no room for gets lost on its way
+                raise OSError("too many files are open in the one that forks it")
+            job, in_place = pickle.loads(pickled)
+        except Exception as error:
             _close_all(fds)
-            reason = "no process could be forked: too many files are open in the one that forks it"
-            send(self._control, Frame(Kind.NOT_FORKED, (number, reason)))
+            self._refuse(number, str(error))
             return
         body = self._make_body(job, fds)
         if in_place:
@@ -176,12 +176,15 @@ class Forker:
         process = self._context.Process(target=self._run_child, args=(body,), daemon=False)
         try:
             process.start()
-        except OSError as error:
-            send(self._control, Frame(Kind.NOT_FORKED, (number, f"no process could be forked: {error}")))
+        except Exception as error:  # no memory, no process
+            self._refuse(number, str(error))
             return
         pid = process.pid or 0
         self._children[pid] = _Child(number, is_template, process)
         self._report_fork(number, pid)
+
+    def _refuse(self, number: int, reason: str) -> None:
+        send(self._control, Frame(Kind.NOT_FORKED, f"no process could be forked: {reason}", number=number))
 
     def _report_fork(self, number: int, pid: int) -> None:
         # Opened by the parent, before it reaps, this can be no other process that got the same pid. None: the system has
@@ -192,7 +195,7 @@ class Forker:
                 pidfd = os.pidfd_open(pid)
         fds = [] if pidfd is None else [pidfd]
         try:
-            send(self._control, Frame(Kind.FORKED, (number, pid, bool(fds))), fds)
+            send(self._control, Frame(Kind.FORKED, (pid, bool(fds)), number=number), fds)
         finally:
             _close_all(fds)
 
@@ -209,7 +212,7 @@ class Forker:
             if _is_child(pid):
                 self._children[pid] = _Child(number, is_template=False)
             else:
-                send(self._control, Frame(Kind.EXITED, (number, self._ended_orphans.pop(pid, None))))
+                send(self._control, Frame(Kind.EXITED, self._ended_orphans.pop(pid, None), number=number))
         if not self._bereaved:
             self._ended_orphans.clear()
             self._kill_strays()
@@ -246,7 +249,7 @@ class Forker:
             child.process.close()
         if child.is_template:
             self._bereaved.add(child.number)
-        send(self._control, Frame(Kind.EXITED, (child.number, exitcode)))
+        send(self._control, Frame(Kind.EXITED, exitcode, number=child.number))
 
     def _kill_strays(self) -> None:
         """Kill what dead workers' handlers had started: it belongs to no model any more."""

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from torchmgmt.allocator import keep_freed_memory
 from torchmgmt.channel import Buffer, Channel, Frame, Kind
@@ -107,7 +107,7 @@ class WorkerProcess:
 
     def _run(self) -> int:
         self._take_over_process()
-        channel = Channel(socket.socket(fileno=self._channel_fd))
+        channel = Channel(socket.socket(fileno=self._channel_fd), forgives=True)
         # A child that the handler forks must not keep our channel open when we are gone.
         os.register_at_fork(after_in_child=channel.close)
         try:
@@ -233,29 +233,32 @@ def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) ->
             return
         attention.note_arrival()
         for frame in frames:
-            if frame.kind is Kind.RUN:
-                number, requests = frame.head
-                if not _begins(channel, page, frame, number):
-                    continue
-                began = time.perf_counter()
-                outcomes = run_batch(handler, requests, frame.segments, _ChannelSender(channel, page, number))
-                frame.segments = ()  # their memory can be used again: the answer says so
-                _answer(channel, number, outcomes, handler.take_metrics(), time.perf_counter() - began)
-            elif frame.kind is Kind.DESCRIBE:
-                if _begins(channel, page, frame, frame.head):
-                    _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
-            elif frame.kind is Kind.STOP:
+            if frame.kind is Kind.STOP:
                 return
+            if frame.error is not None:
+                channel.send(Frame(Kind.REFUSED, _refusal(frame.error), number=frame.number))
+            elif frame.kind is Kind.RUN and _begins(channel, page, frame):
+                began = time.perf_counter()
+                outcomes = run_batch(handler, frame.head, frame.segments, _ChannelSender(channel, page, frame.number))
+                frame.segments = ()  # their memory can be used again: the answer says so
+                _answer(channel, frame.number, outcomes, handler.take_metrics(), time.perf_counter() - began)
+            elif frame.kind is Kind.DESCRIBE and _begins(channel, page, frame):
+                _answer(channel, frame.number, [attempt(handler.describe)], handler.take_metrics())
 
 
-def _begins(channel: Channel, page: Page, frame: Frame, number: int) -> bool:
+def _begins(channel: Channel, page: Page, frame: Frame) -> bool:
     """Note that a batch begins, if it was not recalled; else say so."""
-    page.start(number)  # in this order: what is recalled now is known to be begun
-    if not page.is_recalled(number):
+    page.start(frame.number)  # in this order: what is recalled now is known to be begun
+    if not page.is_recalled(frame.number):
         return True
     frame.segments = ()  # their memory can be used again: the answer says so
-    channel.send(Frame(Kind.SKIPPED, number))
+    channel.send(Frame(Kind.SKIPPED, number=frame.number))
     return False
+
+
+def _refusal(error: Exception) -> WorkerFault:
+    fault = fault_of(error)
+    return evolve(fault, reason=f"its worker could not read the request: {fault.reason}")
 
 
 class _ChannelSender(PartSender):
@@ -267,7 +270,7 @@ class _ChannelSender(PartSender):
         self._number = number
 
     def send(self, index: int, part: Encoded) -> None:
-        self._channel.send(Frame(Kind.PART, (self._number, index, _head_of(part)), part.segments))
+        self._channel.send(Frame(Kind.PART, (index, _head_of(part)), part.segments, self._number))
 
     def is_abandoned(self) -> bool:
         return self._page.abandoned == self._number
@@ -288,7 +291,7 @@ def _answer(
             continue
         head.append(_head_of(outcome))
         segments += outcome.segments
-    channel.send(Frame(Kind.DONE, (number, head, metrics, handler_s), segments))
+    channel.send(Frame(Kind.DONE, (head, metrics, handler_s), segments, number))
 
 
 def _head_of(answer: Encoded) -> AnswerHead:

@@ -1,4 +1,4 @@
-"""Outcomes: what becomes of the batches of a pool: an answer for each request, or the error that says why not."""
+"""What becomes of the batches of a pool: an answer for each request, or the error that says why not."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias, cast
 
 from torchmgmt.backends import Outcome
-from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
+from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed, WorkerTraceback
 from torchmgmt.events import NO_FAILURES, BatchFinished, Listener, RequestsDropped
 from torchmgmt.exchange import Encoded, WorkerRequest
-from torchmgmt.job import Job, size_of
-from torchmgmt.pool_worker import PoolWorker
+from torchmgmt.pool.jobs import Job, size_of
+from torchmgmt.pool.workers import PoolWorker
 from torchmgmt.records import EXPIRED, ModelKey, WorkerExit, WorkerFault
 
-__all__ = ["Outcomes", "Ran", "answers_of", "error_of_death"]
+__all__ = ["Ran", "Results", "answers_of", "error_of_death"]
 
 Ran: TypeAlias = tuple[float, float, "float | None"]
 """When a batch began and ended (``time.monotonic``), and how long its worker took; None if that did not end well."""
 
 
-class Outcomes:
-    """Gives requests what became of them, and tells the listener of it. Any thread, with no lock held.
+class Results:
+    """Gives requests what became of them, and tells the listener of it. For the dispatcher's thread.
 
     Args:
         key: the model version that was asked.
-        listener: called with each event; while it is false, what is told of each batch is not made.
+        listener: called with each event, and must not raise; while it is false, what is told of each batch is not made.
     """
 
     def __init__(self, key: ModelKey, listener: Listener | None) -> None:
@@ -47,8 +47,8 @@ class Outcomes:
             failed = _failures_of(answers, abandoned) if has_faults else NO_FAILURES
             self._listener(BatchFinished(self._key, worker.id, items, job.arrived, *ran, failed, abandoned))
 
-    def lose(self, worker: PoolWorker, jobs: Iterable[Job], error: WorkerStartFailed | WorkerDied) -> None:
-        """Fail the batches that died with their worker."""
+    def lose(self, worker: PoolWorker, jobs: Iterable[Job], error: BaseException) -> None:
+        """Fail batches that were with a worker."""
         for job in jobs:
             abandoned = job.fail(error)
             items = job.items
@@ -96,7 +96,7 @@ def _error_of(
 
 
 def _handler_failed(key: ModelKey, fault: WorkerFault, last_lines: Sequence[str]) -> HandlerFailed:
-    return HandlerFailed(
+    error = HandlerFailed(
         key.name,
         key.version,
         fault.reason,
@@ -106,6 +106,8 @@ def _handler_failed(key: ModelKey, fault: WorkerFault, last_lines: Sequence[str]
         traceback=fault.traceback,
         last_lines=tuple(last_lines),
     )
+    error.__cause__ = WorkerTraceback(fault.traceback) if fault.traceback else None
+    return error
 
 
 def error_of_death(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from datetime import datetime, timezone
 
 from attrs import define, field
 
 from torchmgmt.backends import WorkerHandle
-from torchmgmt.job import Job, JobQueue
 from torchmgmt.lifecycle import WorkerEvent, WorkerState, advance_worker
+from torchmgmt.pool.autoscaling import Observation, WorkerFacts
+from torchmgmt.pool.jobs import Job, JobQueue
 from torchmgmt.records import ModelSpec, WorkerInfo
-from torchmgmt.scaling import Observation, WorkerFacts
 
 __all__ = ["LATE_S", "NEVER", "PoolWorker", "PoolWorkers"]
 
@@ -30,7 +29,7 @@ _PROMISING = (WorkerState.WANTED, WorkerState.LOADING, *_SERVING)
 
 @define(eq=False)
 class PoolWorker:
-    """Facts and bookkeeping of one worker. All of it is guarded by its pool's lock."""
+    """Facts and bookkeeping of one worker. Changed on the dispatcher's thread; may be read on any."""
 
     id: str
     wanted_at: datetime
@@ -39,10 +38,7 @@ class PoolWorker:
     spawned_at: float = 0.0
     ready_at: float = NEVER
     jobs: dict[int, Job] = field(factory=dict)
-    """The batches that are with it, by their numbers: it runs one, the others lie there.
-
-    Two threads may send it theirs in another order than that in which they were assigned.
-    """
+    """The batches that are with it, by their numbers, in the order in which it runs them."""
     recalled: int = 0
     """The last batch that it was told not to begin, if it had not."""
     began_at: float = 0.0
@@ -56,6 +52,7 @@ class PoolWorker:
     end_reason: str = ""
     """Why it was made to end, if it was."""
     is_unwanted: bool = False
+    """Whether it is made to end: that it ends is no failure then."""
     is_terminated: bool = False
     is_worn: bool = False
     """Whether another one shall take its place: it has answered or grown as much as one may."""
@@ -120,6 +117,11 @@ class PoolWorker:
         lost = [jobs.pop(last_started)] if last_started in jobs else []
         return lost, list(jobs.values())
 
+    def unwanted_job(self) -> int | None:
+        """Return the number of the batch that it runs, if nobody waits for that any more; None otherwise."""
+        first = next(iter(self.jobs), None)
+        return first if first is not None and self.jobs[first].is_over() else None
+
     def computed_s(self, now: float) -> float:
         """For how long it has computed until now."""
         return self.busy_s + (now - self.began_at if self.jobs else 0.0)
@@ -151,15 +153,17 @@ class PoolWorker:
 
 
 class PoolWorkers:
-    """All workers of a pool, by their ids, oldest first. Guarded by the pool's lock."""
+    """All workers of a pool, by their ids, oldest first. For the dispatcher's thread, but for :meth:`__iter__`."""
 
     def __init__(self) -> None:
         self.empty_since: float | None = time.monotonic()
         """Since when there has been none at all; None if there is one."""
         self._by_id: dict[str, PoolWorker] = {}
-        self._idle: deque[PoolWorker] = deque()  # the last one in is the first one out: its caches are warm
+        self._idle: dict[str, PoolWorker] = {}  # the last one in is the first one out: its caches are warm
         self._run_s = 0.0  # what a batch takes, as a moving average
         self._past_busy_s = 0.0  # of workers that are gone
+        self.start_s = 0.0
+        """How long the last one that became ready took for that."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -179,12 +183,13 @@ class PoolWorkers:
         """Drop one that is gone. Idempotent."""
         self._past_busy_s += worker.busy_s
         self._by_id.pop(worker.id, None)
+        self._idle.pop(worker.id, None)
         if not self._by_id:
             self.empty_since = time.monotonic()
 
     def note_idle(self, worker: PoolWorker) -> None:
         """Note that one is ready and has nothing to do."""
-        self._idle.append(worker)
+        self._idle[worker.id] = worker
 
     def note_run(self, seconds: float) -> None:
         """Note how long a batch has taken."""
@@ -193,7 +198,7 @@ class PoolWorkers:
     def take_idle(self) -> PoolWorker | None:
         """Return one that has nothing to do, no longer to be found here; None if there is none."""
         while self._idle:
-            worker = self._idle.pop()
+            _, worker = self._idle.popitem()
             if worker.state is WorkerState.READY:  # else it was told to go since
                 return worker
         return None
@@ -217,9 +222,9 @@ class PoolWorkers:
         """Return whether there is one that takes batches, or will."""
         return any(worker.state in _PROMISING for worker in self._by_id.values())
 
-    def any_with_jobs(self) -> bool:
-        """Return whether a batch is with one."""
-        return any(worker.jobs for worker in self._by_id.values())
+    def any_with_wanted_jobs(self) -> bool:
+        """Return whether a batch is with one for which somebody waits."""
+        return any(not job.is_over() for worker in self._by_id.values() for job in worker.jobs.values())
 
     def unwanted_batches(self) -> list[tuple[WorkerHandle, int]]:
         """Return the batches for which nobody waits any more: with whom each is, and its number; oldest first."""
@@ -229,6 +234,10 @@ class PoolWorkers:
             for number, job in worker.jobs.items()
             if worker.handle is not None and job.is_over()
         ]
+
+    def any_idle(self) -> bool:
+        """Return whether one has nothing to do."""
+        return any(worker.state is WorkerState.READY for worker in self._idle.values())
 
     def next_overdue_at(self) -> float:
         """Return when the first one's time is over."""

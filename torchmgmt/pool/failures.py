@@ -1,48 +1,43 @@
-"""Attempts: how starting the workers of a pool has gone so far, and whether it is given up."""
+"""How starting the workers of a pool has gone so far, and whether it is given up."""
 
 from __future__ import annotations
 
 import logging
 import random
 import time
-from collections.abc import Callable
 
-from torchmgmt.agenda import Agenda
 from torchmgmt.errors import WorkerDied, WorkerStartFailed
-from torchmgmt.pool_worker import PoolWorker
+from torchmgmt.pool.actions import Actions
+from torchmgmt.pool.autoscaling import Failures
+from torchmgmt.pool.workers import PoolWorker
 from torchmgmt.records import ModelKey
-from torchmgmt.scaling import Failures
 
-__all__ = ["Attempts"]
-
-log = logging.getLogger(__name__)
+__all__ = ["StartFailures"]
 
 # A worker that ended after it had been ready for this long was well: its end is the first failure, not one more.
 WELL_AFTER_S = 10.0
 
 
-class Attempts:
-    """What the next attempt to start a worker depends on. Changed only with the pool's lock.
+class StartFailures:
+    """What the next attempt to start a worker depends on. Changed on the dispatcher's thread.
 
     Args:
         key: the model version that the workers are to serve.
-        agenda: the pool's.
-        on_given_up: called, without the lock, when starting workers was given up.
+        actions: the pool's.
     """
 
-    def __init__(self, key: ModelKey, agenda: Agenda, on_given_up: Callable[[], object]) -> None:
+    def __init__(self, key: ModelKey, actions: Actions) -> None:
         self._key = key
-        self._agenda = agenda
-        self._on_given_up = on_given_up
+        self._actions = actions
         self.failures = Failures()
         self.jitter = 1.0
         """What the next back-off is multiplied by, so that pools that failed together do not try again together."""
         self.failed_starts = 0
         """How many workers could not be started for a reason that stays."""
         self.gave_up = False
-        """Whether no worker is to be started until :meth:`begin_anew`."""
+        """Whether no worker is to be started until :meth:`begin_anew`. May be read on any thread."""
         self.last_error: WorkerStartFailed | WorkerDied | None = None
-        """Why a worker ended unasked the last time, unless all is well since. May be read without the lock."""
+        """Why a worker ended unasked the last time, unless all is well since. May be read on any thread."""
 
     def begin_anew(self) -> None:
         """Forget what failed, as somebody asks for workers."""
@@ -64,14 +59,13 @@ class Attempts:
         self.last_error = error
         # Whoever waits for a start need not hear of what another attempt, which is made in a moment, may well set right.
         self.failed_starts += isinstance(error, WorkerStartFailed) and not is_retryable
-        self._agenda.add(lambda: log.warning("%s", error))
+        self._actions.log(logging.WARNING, "%s", error)
 
     def give_up(self, reason: WorkerStartFailed | WorkerDied | None = None) -> None:
         """Start none any more, and say so: for this ``reason``, or else for that of the last failure."""
         self.cease()
-        self.last_error = error = reason or self.last_error
-        self._agenda.add(lambda: log.error("Starting workers of %s was given up: %s", self._key, error))
-        self._agenda.add(self._on_given_up)
+        self.last_error = reason or self.last_error
+        self._actions.log(logging.ERROR, "Starting workers of %s was given up: %s", self._key, self.last_error)
 
     def cease(self) -> None:
         """Start none any more."""

@@ -37,26 +37,23 @@ class Job(Protocol):
         """Take the error that ended all of them; return as ``finish`` does."""
 
     def give_back(self) -> bool:
-        """Have its requests wait where they were taken from, as if they had never been; False if there is no such place.
+        """Have its requests wait where they were taken from, as if they had never been; False if there is no such place."""
 
-        Called with the pool's lock held.
-        """
+    def split(self) -> Sequence[Job]:
+        """Return a job for each of its requests; it is not to be used any more."""
 
 
 class JobSource(Protocol):
     """Where a pool gets its batches from; a :class:`torchmgmt.Batcher` is one. None of its methods may block."""
 
     def take(self, *, full: bool = False) -> Job | None:
-        """Return the next batch if one is due; with ``full``, only one as large as may be.
-
-        Called with the pool's lock held.
-        """
+        """Return the next batch if one is due; with ``full``, only one as large as may be."""
 
     def fail_waiting(self, error: BaseException) -> int:
         """Answer all that waits with ``error``; return how many requests that were."""
 
     def may_have_some(self) -> bool:
-        """Whether something may wait; False only if nothing does. Called with the pool's lock held."""
+        """Whether something may wait; False only if nothing does."""
 
     def waited_s(self) -> float:
         """For how many seconds the oldest request has waited; 0 if none does."""
@@ -68,7 +65,8 @@ class JobSource(Protocol):
 class JobQueue:
     """What a pool has to run, in this order: what was given back to it, what it was given itself, what its source has.
 
-    What came from a source that takes it back waits there again, in its place. Guarded by the pool's lock.
+    What came from a source that takes it back waits there again, in its place. For the dispatcher's thread, but for
+    :meth:`add`.
     """
 
     def __init__(self) -> None:
@@ -77,17 +75,24 @@ class JobQueue:
         self._own: deque[OwnJob] = deque()
 
     def add(self, job: OwnJob) -> None:
-        """Queue a batch of the pool's own."""
+        """Queue a batch of the pool's own. Any thread: one step, which nothing interrupts."""
         self._own.append(job)
 
     def give_back(self, jobs: Iterable[Job]) -> None:
         """Queue batches that were taken and not begun: where they waited before, else before all others, in their order."""
-        self._returned.extendleft([job for job in reversed(list(jobs)) if not job.give_back()])
+        self.put_first([job for job in jobs if not job.give_back()])
+
+    def put_first(self, jobs: Sequence[Job]) -> None:
+        """Queue batches before all others, in their order."""
+        self._returned.extendleft(reversed(jobs))
 
     def take(self, *, full: bool = False) -> Job | None:
         """Return the next batch if there is one; with ``full``, from the source only one as large as may be."""
-        if self._returned:
-            return self._returned.popleft()
+        while self._returned:
+            returned = self._returned.popleft()
+            if not returned.is_over():
+                return returned
+            returned.finish([Encoded(())] * len(returned.items))  # it hears that it has ended; nobody hears it
         while self._own:
             job = self._own.popleft()
             if job.begin():
@@ -140,13 +145,18 @@ class OwnJob:
         """Do nothing: it is the pool's own."""
         return False
 
+    def split(self) -> Sequence[OwnJob]:
+        """Return itself: it has one answer."""
+        return (self,)
+
     def finish(self, outcomes: Sequence[Encoded | BaseException]) -> Sequence[int]:
         """Answer with the list of all outcomes, or fail with the first that is an error."""
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if errors:
-            self.future.set_exception(errors[0])
-        else:
-            self.future.set_result(outcomes[0] if self.is_description else list(outcomes))
+        with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
+            if errors:
+                self.future.set_exception(errors[0])
+            else:
+                self.future.set_result(outcomes[0] if self.is_description else list(outcomes))
         return ()
 
     def fail(self, error: BaseException) -> Sequence[int]:
