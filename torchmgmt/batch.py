@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -10,12 +11,15 @@ from attrs import define, field
 
 from torchmgmt.admission import Admission
 from torchmgmt.errors import WrongNumberOfAnswers, copy_of
+from torchmgmt.log_relay import log_guarded
 from torchmgmt.owned_future import Owner, Waits
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
 __all__ = ["Batch", "Placed", "Promise", "Waiting", "is_placed", "settle"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -168,6 +172,8 @@ def settle(future: Promise[Any], outcome: object) -> bool:
             future.set_result(outcome)
     except InvalidStateError:
         return False
+    except BaseException as error:  # of one of its callbacks, as sys.exit() raises it: others wait for their outcomes, too
+        log_guarded(log, logging.ERROR, "A callback of a future failed", exc_info=error)
     return True
 
 

@@ -41,9 +41,6 @@ Clock = Callable[[], float]
 _PRIORITY_IS_WORTH_S = 1.0
 """For so many seconds of waiting stands one step of priority. So priorities age without anybody looking at the queue."""
 _HIGHEST_PRIORITY = 10
-_LOOK_AGAIN_S = 0.05
-"""A look that somebody was to ask for, and did not because a second interruption met the first, is asked for by who comes then."""
-
 _MANY_LEFT = 64
 """So many items that were taken back or have expired may lie in the queue, however few wait."""
 
@@ -104,7 +101,8 @@ class Batcher(Generic[T, R]):
         self._depth = forks.depth()
         self._admission = Admission(capacity)
         self._refusal: TorchmgmtError | None = None
-        self._announced_at = -math.inf  # when somebody last asked the owner to look, which has not looked since
+        self._looks = 0  # that the owner has begun
+        self._asked_after = -1  # so many of them somebody has asked for the next one
         self._owner: Dispatcher | None = dispatcher
         self._runner: Runner | None = None
         self._on_ready: Callable[[], object]
@@ -200,10 +198,9 @@ class Batcher(Generic[T, R]):
         try:
             admitted = self._admission.enter(entry)
             if admitted is Admitted.YES:
-                self._ask_for_look(now, entry)
+                self._ask_for_look(entry)
         except BaseException:
-            self._announced_at = -math.inf
-            self._ask_for_look(now, entry)
+            self._ask_for_look(entry)
             raise
         if admitted is not Admitted.YES:
             raise self._refused(admitted)
@@ -219,7 +216,7 @@ class Batcher(Generic[T, R]):
         with self._lock:
             self._draining = True
         if self._runner is not None or self.may_have_some():
-            self._ask_for_look(math.inf)
+            self._ask_for_look()
 
     def close(self, timeout: float | None = 30) -> int:
         """Refuse new items, run what waits for at most ``timeout`` seconds, fail the rest; return how many failed.
@@ -292,7 +289,7 @@ class Batcher(Generic[T, R]):
 
     def _look(self) -> None:
         """See to what has come, and to what is due."""
-        self._announced_at = -math.inf
+        self._looks += 1  # first: who asks from now on asks for another one
         self.expire()
         with self._lock:
             is_ready, next_at = self._outlook_locked(self.clock())
@@ -304,7 +301,7 @@ class Batcher(Generic[T, R]):
         if self._runner is None:
             self._alarm.set(next_at)
 
-    def _ask_for_look(self, now: float, entry: Waiting[T, R] | None = None) -> None:
+    def _ask_for_look(self, entry: Waiting[T, R] | None = None) -> None:
         """Have the owner see to what has come, such as ``entry``. Any thread."""
         dispatcher = self._owner
         if dispatcher is None:
@@ -312,10 +309,12 @@ class Batcher(Generic[T, R]):
                 self._timekeeper.call_soon(self._keep_limits)
             self._on_ready()
         elif dispatcher.on_thread():
-            self._look()
-        elif now - self._announced_at > _LOOK_AGAIN_S:
-            self._announced_at = now
-            dispatcher.call_soon(self._look)
+            dispatcher.act_here(self._look)
+        else:
+            looks = self._looks
+            if self._asked_after != looks:  # else one is to come that has not begun
+                dispatcher.call_soon(self._look)
+                self._asked_after = looks  # last: who comes in the midst of this, on whatever thread, asks as well
 
     def _keep_limits(self) -> None:
         """Fail what is late, also while the function runs. On the timekeeper's thread."""

@@ -22,6 +22,7 @@ import selectors
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -30,10 +31,10 @@ from attrs import define, field
 
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.log_relay import AnyLogger, LogRelay
-from torchmgmt.loop_takeover import Callback, Loop, LoopTakeover, RoundsEvent, RoundsOwner
+from torchmgmt.loop_takeover import Callback, Loop, LoopTakeover, RoundsOwner
 from torchmgmt.thread_call import ThreadCall, on_new_thread
 
-__all__ = ["Alarm", "Dispatcher", "HasFileno", "Loop", "Timer"]
+__all__ = ["Alarm", "Dependent", "Dispatcher", "HasFileno", "Loop", "Timer"]
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ _PARKED_LOOK_S = 0.5
 """So often the parked thread looks whether the loop that has its rounds still runs."""
 _FEW_TIMERS = 64
 """So many cancelled timers may lie in the heap, however few others there are."""
+_MOST_BAD_ROUNDS = 3
+"""So many rounds in a row may fail as a whole."""
 _ONE = (1).to_bytes(8, sys.byteorder)
-_CLOSE_TIMEOUT_S = 1.0
 
 
 class HasFileno(Protocol):
@@ -54,6 +56,13 @@ class HasFileno(Protocol):
 
     def fileno(self) -> int:
         """Return the file descriptor."""
+
+
+class Dependent(Protocol):
+    """What cannot go on without the dispatcher's thread."""
+
+    def dispatcher_ended(self) -> None:
+        """See to what is left. On that thread, which ends; what asks for it after this is refused."""
 
 
 @define(eq=False)
@@ -72,7 +81,7 @@ class Timer:
 
     def run(self) -> None:
         """Run the callback, unless it was cancelled. For the dispatcher."""
-        callback = self.callback
+        callback, self.callback = self.callback, None
         if callback is not None:
             callback()
 
@@ -113,8 +122,8 @@ class Dispatcher:
         self._unparked = threading.Event()
         self._selector: selectors.BaseSelector | None = None
         self._timers = _Timers()
-        self._doing: Callback | None = None  # what runs, or is about to
-        self._interruption: BaseException | None = None
+        self._bad_rounds = 0  # that failed as a whole, one after the other
+        self._dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
 
     def call_soon(self, callback: Callback) -> None:
         """Run ``callback`` on the dispatcher's thread.
@@ -131,8 +140,8 @@ class Dispatcher:
             self._inbox.append(callback)
         finally:
             if not is_here:
-                if self._is_asleep and self._wake_up is not None:
-                    self._wake_up.send()
+                if self._is_asleep and (wake_up := self._wake_up) is not None:
+                    wake_up.send()
             elif self.owner.host is not None:
                 self.owner.host.wake()
         if self._has_ended and not is_here:
@@ -155,21 +164,34 @@ class Dispatcher:
     def call(self, act: Callable[[], T]) -> T:
         """Return what ``act`` returns, or raise what it raises; it runs on the dispatcher's thread. Blocks until then.
 
-        Where there is no thread yet, the calling one stands in for it, and none is started unless ``act`` needs it. One
-        that is interrupted while it waits leaves ``act`` to be done.
+        Where there is no thread yet, a short-lived one stands in for it, unless ``act`` needs it. Who is interrupted while
+        it waits leaves ``act`` to be done.
 
         Raises:
             ManagerClosed, OSError: as :meth:`call_soon`.
         """
         if self.owner.is_here():
-            return act()
-        if not self._is_running:
-            with self._start_lock:
-                if self._thread is None and not self._is_closed:
-                    return self._stand_in(act)
+            return self.act_here(act)
+        if not (self._is_running or self._is_closed):
+            return on_new_thread(lambda: self._call_without_thread(act))
         call = ThreadCall(act)
         self.call_soon(call.run)
         return call.result()
+
+    def act_here(self, act: Callable[[], T]) -> T:
+        """Return what ``act`` returns, or raise what it raises; the caller is on the dispatcher's thread.
+
+        Where that is the main thread, as its event loop has the rounds, no signal handler interrupts it.
+        """
+        host = self.owner.host
+        if host is None:
+            return act()
+        with host.held_signals:
+            return act()
+
+    def add_dependent(self, dependent: Dependent) -> None:
+        """Tell ``dependent`` should the thread end, in which way ever. It is not kept alive by this."""
+        self._dependents.add(dependent)
 
     def watch(self, source: HasFileno, on_readable: Callback) -> None:
         """Call ``on_readable`` whenever ``source`` is readable, until :meth:`unwatch`."""
@@ -199,8 +221,7 @@ class Dispatcher:
         never wait for anything. One that has stopped for a second without having given the work back loses it. Changes
         nothing if another loop has it already, or the system has no selector that can be waited for.
 
-        What a signal handler raises in the midst of that work is raised on the loop once the round is done; what it
-        interrupted is done again.
+        Where the loop is the main thread's, signal handlers run between the rounds, not in the midst of one.
 
         Raises:
             ManagerClosed, OSError: as :meth:`call_soon`.
@@ -223,8 +244,8 @@ class Dispatcher:
         with self._start_lock:
             self._is_closed = True
             thread = self._thread
-        if self._wake_up is not None:
-            self._wake_up.send()
+        if (wake_up := self._wake_up) is not None:
+            wake_up.send()
             self._unparked.set()
         if not self.owner.is_here():
             if thread is not None:
@@ -242,15 +263,15 @@ class Dispatcher:
             if self._thread is not None:
                 return
             selector = undo.enter_context(selectors.DefaultSelector())
-            wake_up = _WakeUp()
-            undo.callback(wake_up.close)
+            wake_up = _WakeUp(_event_fds())
             selector.register(wake_up, selectors.EVENT_READ)
-            thread = threading.Thread(target=self._run, args=(selector, wake_up), name=self._name, daemon=True)
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._selector, self._wake_up = selector, wake_up
             self._is_asleep = True  # as far as anybody knows: what comes before it has looked wakes it for nothing
             try:
                 thread.start()
             except RuntimeError as error:
+                self._selector = self._wake_up = None
                 raise OSError(errno.EAGAIN, str(error)) from error
             undo.pop_all()
             self._thread, self._is_running = thread, True
@@ -262,6 +283,12 @@ class Dispatcher:
         except ValueError:
             return  # it ran
         raise ManagerClosed("The dispatcher")
+
+    def _call_without_thread(self, act: Callable[[], T]) -> T:
+        with self._start_lock:
+            if self._thread is None and not self._is_closed:
+                return self._stand_in(act)
+        return self.call(act)
 
     def _stand_in(self, act: Callable[[], T]) -> T:
         """Do what the thread would do, which is not started; what asks for it meanwhile has it started."""
@@ -302,35 +329,66 @@ class Dispatcher:
                 return None
             try:
                 self.run_round(0)
-            finally:
-                self._is_asleep = True
-                if self._doing is not None:
-                    self._do_again(self._doing)
-            interruption, self._interruption = self._interruption, None
-            if interruption is not None:
-                raise interruption
+            except BaseException as error:
+                self.log(log, logging.ERROR, "%s goes back to its own thread", self._name, exc_info=error)
+                if self.owner.host is not None:
+                    self.owner.host.lose()
+                return None
+            self._is_asleep = True
             return self.clock() if self._inbox else self._timers.next_at()
 
     def note_returned(self) -> None:
         """Wake the parked thread. For takeovers."""
         self._unparked.set()
 
-    def _run(self, selector: selectors.BaseSelector, wake_up: _WakeUp) -> None:
+    def _run(self) -> None:
         self.owner.begin()
+        try:
+            self._run_rounds()
+        except BaseException as error:  # what is owed to others must not depend on what somebody has foreseen
+            self.log(log, logging.CRITICAL, "%s ends", self._name, exc_info=error)
+        self._is_closed = True
+        self._is_running = False
+        for dependent in list(self._dependents):
+            self._call(dependent.dispatcher_ended)
+        self._has_ended = True  # from here on, who has put something into the inbox looks whether it is still there
+        while self._inbox:
+            self._run_due()
+        self.owner.end()
+        self._wake_up = None
+        if self._selector is not None:
+            with contextlib.suppress(OSError):
+                self._selector.close()
+
+    def _run_rounds(self) -> None:
         while not self._is_closed or self._inbox:
             takeover = self.owner.park()
             if takeover is not None:
                 self._wait_for_return_of(takeover)
                 continue
-            with self._round_lock:
-                self.run_round(self._timeout())
-        self._is_running = False
-        self._has_ended = True  # from here on, who has put something into the inbox looks whether it is still there
-        while self._inbox:
-            self._run_due()
-        self.owner.end()
-        selector.close()
-        wake_up.close()
+            try:
+                with self._round_lock:
+                    self.run_round(self._timeout())
+                self._bad_rounds = 0
+            except BaseException as error:  # such as that somebody has closed all descriptors of the program
+                self._bad_rounds += 1
+                if self._bad_rounds > _MOST_BAD_ROUNDS:
+                    raise
+                self.log(log, logging.ERROR, "%s begins anew", self._name, exc_info=error)
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Wait for all that is watched in a new selector. What that refuses hears that it can be read, and sees why not."""
+        keys = list(self._selector.get_map().values()) if self._selector is not None else []
+        self._selector, self._wake_up = selectors.DefaultSelector(), _WakeUp(_event_fds())
+        self._selector.register(self._wake_up, selectors.EVENT_READ)
+        for key in keys:
+            if key.data is None:
+                continue  # the old wake-up
+            try:
+                self._selector.register(key.fileobj, key.events, key.data)
+            except (OSError, ValueError):
+                self._inbox.append(key.data[selectors.EVENT_READ])
 
     def _wait_for_return_of(self, takeover: LoopTakeover) -> None:
         """Let a loop run the rounds until it gives them back, or has stopped."""
@@ -344,8 +402,7 @@ class Dispatcher:
             is_running = takeover.loop.is_running()
             if self._is_closed or not (is_running or was_running):
                 with self._round_lock:  # not in the midst of a round
-                    takeover.is_over = True
-                    self.owner.give_back(takeover, RoundsEvent.LOSE)
+                    takeover.lose()
             was_running = is_running
         self.owner.resume()
 
@@ -360,7 +417,6 @@ class Dispatcher:
             for timer in self._timers.take_due(self.clock()):
                 self._inbox.append(timer.run)
         for _ in range(len(self._inbox)):
-            self._doing = self._inbox[0]  # first, so that it is known should this be interrupted
             self._call(self._inbox.popleft())
 
     def _serve(self, key: selectors.SelectorKey, events: int) -> None:
@@ -370,24 +426,10 @@ class Dispatcher:
             self._call(callback)
 
     def _call(self, callback: Callback) -> None:
-        self._doing = callback
         try:
             callback()
         except BaseException as error:  # sys.exit() in one callback must not end what serves all models
-            if self._may_be_interrupted() and not isinstance(callback, _Again):
-                self._do_again(callback)
-                self._interruption = error
-            else:
-                self.log(log, logging.ERROR, "A callback of %s failed", self._name, exc_info=error)
-        self._doing = None
-
-    def _may_be_interrupted(self) -> bool:
-        """Whether what a callback has raised may come from a signal handler: those run on the main thread."""
-        return self.owner.host is not None and threading.current_thread() is threading.main_thread()
-
-    def _do_again(self, callback: Callback) -> None:
-        self._doing = None
-        self._inbox.appendleft(callback if isinstance(callback, _Again) else _Again(callback))
+            self.log(log, logging.ERROR, "A callback of %s failed", self._name, exc_info=error)
 
     def _set_event(self, source: HasFileno, event: int, callback: Callback | None) -> None:
         selector = self._selector
@@ -488,37 +530,26 @@ class _Timers:
             self._cancelled -= 1
 
 
-class _Again:
-    """A callback that was interrupted, and is called once more."""
-
-    def __init__(self, callback: Callback) -> None:
-        self._callback = callback
-
-    def __call__(self) -> None:
-        self._callback()
-
-
 class _WakeUp:
-    """A descriptor that is readable once somebody has called :meth:`send`. Any thread, and signal handlers."""
+    """A descriptor that is readable once somebody has called :meth:`send`. Any thread, and signal handlers.
 
-    def __init__(self) -> None:
-        # Re-entrant: a signal handler may send in the midst of sending.
-        self._lock = threading.RLock()
-        # guarded by _lock: a number that was closed may be another file's
-        self._reader, self._writer = _event_fds()
+    It is closed with the object: its number may be another file's afterwards, and who is in the midst of sending has the
+    object. A lock would not do: a signal handler in the midst of sending may wait for a thread that sends, too.
+    """
+
+    def __init__(self, fds: tuple[int, int]) -> None:
+        self._reader, self._writer = fds
 
     def fileno(self) -> int:
         """Return the descriptor."""
         return self._reader
 
     def send(self) -> None:
-        """Make it readable. Does nothing once it is closed."""
-        with self._lock:
-            if self._writer >= 0:
-                try:
-                    os.write(self._writer, _ONE)
-                except BlockingIOError:
-                    pass  # so much is there to be read that more says nothing
+        """Make it readable."""
+        try:
+            os.write(self._writer, _ONE)
+        except BlockingIOError:
+            pass  # so much is there to be read that more says nothing
 
     def drain(self) -> None:
         """Read all that was sent."""
@@ -527,14 +558,9 @@ class _WakeUp:
         except BlockingIOError:
             pass  # it was read with what was sent before
 
-    def close(self) -> None:
-        """Close the descriptors. One that somebody sends through for a second is left: a handler waits in the midst of it."""
-        if self._lock.acquire(timeout=_CLOSE_TIMEOUT_S):
-            fds = {self._reader, self._writer} - {-1}
-            self._reader = self._writer = -1
-            for fd in fds:
-                os.close(fd)
-            self._lock.release()
+    def __del__(self) -> None:
+        for fd in {self._reader, self._writer}:
+            os.close(fd)
 
 
 def _event_fds() -> tuple[int, int]:

@@ -100,36 +100,55 @@ def decode(encoded: Encoded) -> Any:
     it go through all objects of the program again and again, which takes longer than the unpickling.
     """
     data, *buffers = encoded.segments
-    if len(data) < _MANY_OBJECTS_FROM or not _rest.begin():
+    if len(data) < _MANY_OBJECTS_FROM:
         return pickle.loads(data, buffers=buffers)
+    use = _Use()
     try:
+        _rest.begin(use)
         return pickle.loads(data, buffers=buffers)
     finally:
-        _rest.end()
+        try:
+            _rest.end(use)
+        except BaseException:  # interrupted: by Ctrl-C, or a signal handler that raises
+            _rest.end(use)
+            raise
+
+
+class _Use:
+    """One who may need the rest."""
+
+    is_counted = False
+    was_counted = False
 
 
 class _Rest:
-    """The rest of the garbage collector, for as long as any thread needs it."""
+    """The rest of the garbage collector, for as long as any thread needs it. Thread-safe; nothing blocks.
+
+    A caller may be interrupted at every call that it makes, so the lock is held only while none is made.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0  # guarded by _lock
+        self._gate = threading.Lock()
+        self._users = 0  # guarded by _gate
 
-    def begin(self) -> bool:
-        """Have it rest until :meth:`end`; False if it does not run anyway."""
-        with self._lock:
-            if not (self._users or gc.isenabled()):
-                return False
-            gc.disable()
+    def begin(self, use: _Use) -> None:
+        """Have it rest until :meth:`end`, unless it does not run anyway."""
+        if not (self._users or gc.isenabled()):
+            return
+        with self._gate:
+            use.is_counted = use.was_counted = True
             self._users += 1
-            return True
+        gc.disable()
 
-    def end(self) -> None:
-        """Have it go on, if nobody else needs its rest."""
-        with self._lock:
-            self._users -= 1
-            if self._users <= 0:
-                gc.enable()
+    def end(self, use: _Use) -> None:
+        """Have it go on, if nobody else needs its rest. Idempotent."""
+        with self._gate:
+            if use.is_counted:
+                use.is_counted = False
+                self._users -= 1
+            is_last = self._users == 0
+        if use.was_counted and is_last:
+            gc.enable()
 
     def end_in_child(self) -> None:
         """Have it go on in a process that was just forked: there nobody else ends the rest that other threads needed."""

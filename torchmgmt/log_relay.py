@@ -26,20 +26,19 @@ _LINGER_S = 0.5
 
 
 class LogRelay:
-    """A bounded queue of log records and the daemon thread that empties it. Thread-safe; only :meth:`close` blocks.
+    """A bounded queue of log records and the daemon thread that empties it. Any thread, and signal handlers.
 
-    There is a thread only while there are records, and for a moment longer. A handler that hangs keeps it for ever; then
-    records are dropped, and how many is logged once the handler goes on.
+    Only :meth:`close` blocks. There is a thread only while there are records, and for a moment longer. A handler that hangs
+    keeps it for ever; then records are dropped, and how many is logged once the handler goes on.
     """
 
     def __init__(self, name: str = "torchmgmt-log") -> None:
         self._name = name
         self._records: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        # guarded by _lock
+        self._dropped: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._starting = threading.Lock()  # held by who starts the thread; nobody waits for it
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        self._dropped = 0
 
     def log(self, logger: AnyLogger, level: int, message: str, *args: object, exc_info: Any = None) -> None:
         """Have ``logger`` log a message soon, as its own ``log`` does; ``exc_info`` is an exception, or None.
@@ -49,39 +48,48 @@ class LogRelay:
         if not logger.isEnabledFor(level):
             return
         record = functools.partial(log_guarded, logger, level, message, args, exc_info)
-        with self._lock:
-            is_late = self._is_closed
-            if not is_late and self._records.qsize() >= MOST_WAITING:
-                self._dropped += 1
-                return
-            if not is_late:
-                self._records.put(record)
-                self._ensure_running_locked()
-        if is_late:
+        if self._is_closed:
             record()
+        elif self._records.qsize() >= MOST_WAITING:
+            self._dropped.put(None)
+        else:
+            self._records.put(record)
+            self._ensure_running()
 
     def close(self) -> None:
         """Log what waits, and end the thread. Blocks for at most a second: a handler that hangs is left behind."""
-        with self._lock:
-            self._is_closed = True
-            thread = self._thread
+        self._is_closed = True
+        thread = self._thread
         self._records.put(None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(_END_TIMEOUT_S)
 
-    def _ensure_running_locked(self) -> None:
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            # Without a thread left in the system, what waits is logged with what comes later, or dropped.
-            with contextlib.suppress(RuntimeError):
-                thread.start()
-                self._thread = thread
+    def _ensure_running(self) -> None:
+        # Who finds that another one starts it leaves it to that one, also where that is the same thread, interrupted.
+        if self._thread is None and self._starting.acquire(blocking=False):
+            try:
+                if self._thread is None:
+                    self._start()
+            finally:
+                self._starting.release()
+
+    def _start(self) -> None:
+        self._thread = thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread is left in the system: what waits is logged with what comes later, or dropped
+            self._thread = None
+        except BaseException:  # interrupted: if it runs all the same, there is one more for a while
+            self._thread = None
+            raise
 
     def _run(self) -> None:
         while (record := self._next()) is not None:
             record()
-            with self._lock:
-                dropped, self._dropped = self._dropped, 0
+            dropped = 0
+            while not self._dropped.empty():
+                self._dropped.get()
+                dropped += 1
             if dropped:
                 log_guarded(log, logging.WARNING, "%d log records were dropped: log handlers took too long", (dropped,))
 
@@ -90,12 +98,10 @@ class LogRelay:
         try:
             return self._records.get(timeout=_LINGER_S)
         except queue.Empty:
-            pass
-        with self._lock:
-            if self._records.empty():
-                self._thread = None
-                return None
-        return self._records.get()
+            self._thread = None
+        if not self._records.empty():
+            self._ensure_running()  # who put it there may have found this one
+        return None
 
 
 def log_guarded(

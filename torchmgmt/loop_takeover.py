@@ -19,6 +19,7 @@ from enum import Enum
 from typing import Protocol
 
 from torchmgmt.lifecycle import IllegalTransition
+from torchmgmt.signals_held import SignalsHeld
 
 __all__ = ["TRANSITIONS", "Handle", "Loop", "LoopTakeover", "Rounds", "RoundsEvent", "RoundsOwner", "RoundsState"]
 
@@ -208,6 +209,8 @@ class LoopTakeover:
 
     def __init__(self, rounds: Rounds, loop: Loop, poll_fd: int) -> None:
         self.loop = loop
+        self.held_signals = SignalsHeld()
+        """Whatever does the dispatcher's work on the loop's thread is to do it in this block."""
         self.is_over = False
         """Whether it has ended, or been lost. May change on another thread."""
         self._rounds = rounds
@@ -232,6 +235,12 @@ class LoopTakeover:
         if self._rounds.owner.give_back(self):
             self._rounds.note_returned()
 
+    def lose(self) -> None:
+        """Take the rounds away from a loop that has stopped, or cannot go on. On any thread, while no round runs."""
+        self.is_over = True
+        if self._rounds.owner.give_back(self, RoundsEvent.LOSE):
+            self._rounds.note_returned()
+
     def wake(self) -> None:
         """Have a round run soon: something may be due that no descriptor tells of."""
         if not self._is_awake:
@@ -242,12 +251,11 @@ class LoopTakeover:
         if self.is_over:
             self._unhook()  # it was lost while the loop did not run
             return
-        self._is_awake = True
-        try:
+        with self.held_signals:
+            self._is_awake = True
             next_at = self._rounds.visit()
-        finally:
             self._is_awake = False
-        self._plan(next_at)
+            self._plan(next_at)
 
     def _plan(self, next_at: float | None) -> None:
         """Have the next round run by ``next_at``."""

@@ -26,7 +26,8 @@ class LoopBridge:
         # It must not keep a loop alive that nobody runs any more: the loop is its key in what is kept of bridges.
         self.loop = weakref.ref(loop)
         self._posted: deque[Callable[[], object]] = deque()
-        self._is_woken = False
+        self._runs = 0  # that the loop has begun
+        self._woken_after = -1  # so many of them it was woken for the next one
 
     def post(self, callback: Callable[[], object]) -> None:
         """Run ``callback`` on the loop: on its own thread at once, from another one soon, in the order in which they came.
@@ -37,21 +38,21 @@ class LoopBridge:
             callback()
             return
         self._posted.append(callback)
-        if self._is_woken:
+        runs = self._runs
+        if self._woken_after == runs:
             return  # it has not begun to take what was posted, and this came before it does
-        self._is_woken = True
         loop = self.loop()
         try:
             if loop is not None:
                 loop.call_soon_threadsafe(self._run)
+                self._woken_after = runs  # last: who comes in the midst of this, in a signal handler, wakes it as well
                 return
         except RuntimeError:
             pass  # it is closed
-        self._is_woken = False
         self._posted.clear()  # nobody waits there any more
 
     def _run(self) -> None:
-        self._is_woken = False  # before it takes anything: what comes after that wakes it again
+        self._runs += 1  # before it takes anything: what comes after that wakes it again
         while self._posted:
             self._posted.popleft()()
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _LINGER_S = 0.1
 """For so long a thread waits for another call: they come in bursts, and a program that makes none has no such thread."""
-_GIVEN_S = 5.0
+_GIVEN_S = 1.0
 """For so long it waits for a call that somebody was about to give it, and may have been interrupted in that."""
 _TAKEN_BACK_S = 3.0
 """So long an interrupted caller waits at most until what was done for it is taken back."""

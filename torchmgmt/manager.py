@@ -610,8 +610,9 @@ class ModelManager:
 
     def _call(self, act: Callable[[], T], take_back: Callable[[T], object] | None = None) -> T:
         """Have a thread of the library do something; on those that nothing interrupts, or that must not wait, at once."""
-        if self._backends.is_on_own_thread():
-            return act()
+        dispatcher = self._backends.dispatcher_here()
+        if dispatcher is not None:
+            return dispatcher.act_here(act)
         return self._threads.call(act, take_back)
 
     def _register(self, url: object, wishes: Wishes) -> tuple[Model, ServedVersion]:

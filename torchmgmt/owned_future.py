@@ -40,6 +40,9 @@ class Owner(Protocol):
     def on_thread(self) -> bool:
         """Whether the caller is that thread."""
 
+    def act_here(self, act: Callable[[], T]) -> T:
+        """Return what ``act`` returns; the caller is that thread."""
+
     def log(self, logger: AnyLogger, level: int, message: str, *args: object, exc_info: Any = None) -> None:
         """Log a message."""
 
@@ -176,7 +179,10 @@ class OwnedFuture(Future[T]):
         place, owner = self.place, self.owner
         if place is not None:
             place.leave()
-        if owner is not None and not owner.on_thread():
+        if owner is not None and owner.on_thread():
+            owner.act_here(self._tell)
+            return
+        if owner is not None:
             try:
                 owner.call_soon(self._tell)
                 return

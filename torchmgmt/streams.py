@@ -300,7 +300,10 @@ class AnswerStream:
         place, owner = self.place, self.owner
         if place is not None:
             place.leave()
-        if owner is not None and not owner.on_thread():
+        if owner is not None and owner.on_thread():
+            owner.act_here(self._tell)
+            return
+        if owner is not None:
             try:
                 owner.call_soon(self._tell)
                 return

@@ -49,6 +49,8 @@ class FakeTimers:
     def call(self, act: Callable[[], Any]) -> Any:
         return act()
 
+    act_here = call
+
     def run_all(self) -> None:
         """Have every timer that is pending now go off, whatever its time."""
         pending, self._pending = sorted(self._pending, key=lambda entry: entry[:2]), []
@@ -56,6 +58,9 @@ class FakeTimers:
             if timer.callback is not None:
                 self.clock.now = max(self.clock.now, when)
                 timer.run()
+
+    def add_dependent(self, dependent: object) -> None:
+        pass
 
     def on_thread(self) -> bool:
         return True

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.interruptions import interruptions
 from tests.unit.patterns import pattern
+from torchmgmt import encoding
 from torchmgmt.encoding import decode, encode
 from torchmgmt.exchange import Encoded
 
@@ -126,3 +128,12 @@ def test_who_is_forked_while_much_is_unpickled_collects_garbage():
     """Though the collector rests meanwhile in the process that unpickles."""
     assert decode(encode([Forking(), *range(20_000)]))[0] == 1
     assert gc.isenabled()
+
+
+def test_the_collector_goes_on_whatever_interrupts_the_unpickling() -> None:
+    """Ctrl-C at any point of it does not leave the program without garbage collection."""
+    much = encode([str(number) for number in range(5000)])
+    for interruption in interruptions():
+        interruption.of(lambda: decode(much))
+        assert gc.isenabled(), interruption.where
+        assert encoding._rest._users == 0, interruption.where

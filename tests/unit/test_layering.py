@@ -26,6 +26,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "log_relay",
             "records",
             "redaction",
+            "signals_held",
             "thread_call",
             "variables",
         }

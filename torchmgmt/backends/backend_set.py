@@ -6,6 +6,7 @@ import threading
 
 from torchmgmt.backends import Backend
 from torchmgmt.backends.process import ProcessBackend
+from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed, WouldWaitForever
 
 __all__ = ["BackendSet"]
@@ -44,12 +45,15 @@ class BackendSet:
 
     def check_may_wait(self, call: str) -> None:
         """Raise :class:`WouldWaitForever` on a thread that reads answers: ``call`` waits for one. Takes no lock."""
-        if self.is_on_own_thread():
+        if self.dispatcher_here() is not None:
             raise WouldWaitForever(call)
 
-    def is_on_own_thread(self) -> bool:
-        """Whether the caller is a thread that reads answers. Takes no lock."""
-        return any(backend.dispatcher.on_thread() for backend in self._all)
+    def dispatcher_here(self) -> Dispatcher | None:
+        """Return the dispatcher whose thread the caller is; None if it is none. Takes no lock."""
+        for backend in self._all:
+            if backend.dispatcher.on_thread():
+                return backend.dispatcher
+        return None
 
     def close(self) -> None:
         """End what was made here, and make no further one. Blocks until that is over; idempotent."""

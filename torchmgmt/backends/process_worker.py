@@ -21,7 +21,7 @@ from torchmgmt.backends.child import Child, describe_exit
 from torchmgmt.backends.forker import FORK_LIMIT_S
 from torchmgmt.backends.output import Output
 from torchmgmt.channel import Buffer, Channel, Frame, Kind
-from torchmgmt.dispatcher import Dispatcher
+from torchmgmt.dispatcher import Dispatcher, Timer
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import AnswerHead, Encoded, WorkerRequest
 from torchmgmt.page import PAGE_BYTES, Page
@@ -88,6 +88,7 @@ class ProcessWorker:
         self._is_alive = False
         self._end_reason = ""
         self._stop_watching: Callable[[], object] = no_watch
+        self._timers: list[Timer] = []
         self._is_orphan = False
         self._is_gone = False
         self._is_broken = False
@@ -158,7 +159,7 @@ class ProcessWorker:
         with contextlib.suppress(ValueError, ManagerClosed):
             with self._lock:
                 self._page.recall(max(numbers), but=but)
-            self._dispatcher.call_at(time.monotonic() + _SEEN_S, functools.partial(self._tell_skipped, numbers))
+            self._after(_SEEN_S, functools.partial(self._tell_skipped, numbers))
 
     def describe(self, number: int) -> None:
         """Have it run its handler's ``describe_handle``."""
@@ -209,7 +210,7 @@ class ProcessWorker:
         if pidfd is not None:
             self._stop_watching = watch_exit(self._dispatcher, self.child, self._on_gone)
         if self.template is not None:
-            self._dispatcher.call_at(time.monotonic() + FORK_LIMIT_S, self._check_sign_of_life)
+            self._after(FORK_LIMIT_S, self._check_sign_of_life)
 
     def fork_failed(self, reason: str, last_lines: Sequence[str], *, is_retryable: bool = False) -> None:
         """There is no process."""
@@ -245,7 +246,7 @@ class ProcessWorker:
         if self._is_orphan:
             self.process_exited(None)
         else:
-            self._dispatcher.call_at(time.monotonic() + _REPORT_LIMIT_S, lambda: self.process_exited(None))
+            self._after(_REPORT_LIMIT_S, functools.partial(self.process_exited, None))
 
     def _tell_skipped(self, numbers: Collection[int]) -> None:
         """Tell which of these batches it has not begun by now: that it never does."""
@@ -297,7 +298,7 @@ class ProcessWorker:
         self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._channel.close)
         # Its end is reported by whoever reaps it. A handler may have closed the descriptor and live on, though.
-        self._dispatcher.call_at(time.monotonic() + _LINGER_S, self._cut_off)
+        self._after(_LINGER_S, self._cut_off)
 
     def _cut_off(self) -> None:
         self._was_cut_off = self.child.send(signal.SIGKILL)
@@ -337,6 +338,9 @@ class ProcessWorker:
         if not self._is_last():
             return
         self._stop_watching()
+        for timer in self._timers:
+            timer.cancel()  # or it would keep this one until it goes off
+        self._timers.clear()
         self.child.forget()
         self._channel.close_sending()
         self._dispatcher.unwatch(self._channel, self._close_ends)
@@ -381,6 +385,12 @@ class ProcessWorker:
     def _on_dispatcher(self, callback: Callable[[], object]) -> None:
         with contextlib.suppress(ManagerClosed):  # then all are told of their end
             self._dispatcher.call_soon(callback)
+
+    def _after(self, seconds: float, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called, unless this one has ended by then."""
+        if not self._is_over:
+            self._timers = [timer for timer in self._timers if timer.callback is not None]
+            self._timers.append(self._dispatcher.call_at(time.monotonic() + seconds, callback))
 
     def _watch_writable(self, on: bool) -> None:
         self._dispatcher.watch_writable(self._channel, self._channel.flush if on else None)

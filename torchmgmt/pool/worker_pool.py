@@ -38,7 +38,7 @@ from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerS
 from torchmgmt.pool.actions import Actions
 from torchmgmt.pool.dispatch import JobDispatch
 from torchmgmt.pool.jobs import Job, JobQueue, JobSource, OwnJob
-from torchmgmt.pool.results import Results, error_of_death
+from torchmgmt.pool.results import Ran, Results, error_of_death
 from torchmgmt.pool.starter import FIRST_WORKER_ID, WorkerStarter
 from torchmgmt.pool.supervisor import Supervisor
 from torchmgmt.pool.version import PoolVersion
@@ -126,6 +126,7 @@ class WorkerPool:
         self._is_to_pump_again = False
         self._stopped = 0
         self._lost = 0
+        self._dispatcher.add_dependent(self)
         # Published for callers: what a request that came now would be told.
         self._refusal: TorchmgmtError | None = self._supervisor.no_worker_error()
 
@@ -288,7 +289,7 @@ class WorkerPool:
         """Block until no worker is left, after :meth:`end`; return what closing, begun at ``started``, has done."""
         # Whoever does not end when told to is killed, and a backend reports every end, its own included.
         if not self._wait_until(lambda: not self._workers, self._join_timeout()):
-            self._call(self._give_up_workers)
+            self._call(functools.partial(self._give_up_workers, "it was killed, but did not end"))
         self._host.close()
         self._call(self._vanish)
         killed = tuple(self._supervisor.killed)
@@ -357,6 +358,15 @@ class WorkerPool:
             self._is_pumping = False
         self._actions.run()
 
+    def dispatcher_ended(self) -> None:
+        """Fail all that is asked of the pool: nobody will hear of its workers any more. As its thread ends."""
+        self._supervisor.stop_all(time.monotonic())
+        for worker in self._workers:
+            if worker.handle is not None:
+                self._actions.add(worker.handle.kill)
+        self._lose_backend()
+        self._give_up_workers("the thread that serves it has ended")
+
     def abandon_unwanted(self) -> None:
         """Let workers know for whose batch nobody waits any more."""
         unwanted = self._workers.unwanted_batches()
@@ -392,10 +402,9 @@ class WorkerPool:
             self._version.advance(VersionEvent.VANISH)
         self._note_change()
 
-    def _give_up_workers(self) -> None:
-        """Go on without workers that the system does not end."""
+    def _give_up_workers(self, reason: str) -> None:
+        """Go on without workers that the system does not end, or whose end nobody would hear of."""
         for worker in self._workers:
-            reason = "it was killed, but did not end"
             self._on_exited(worker, WorkerExit(0, None, reason, is_final=True))
 
     def _send(self, worker: PoolWorker, number: int, job: Job) -> None:
@@ -407,7 +416,7 @@ class WorkerPool:
                 handle.describe(number)
             else:
                 handle.run(number, job.items)
-        except Exception as error:  # it could not be written down: nothing of it was sent
+        except BaseException as error:  # it could not be written down: nothing of it was sent
             self._dispatch.take_off(worker, number)
             self._results.lose(worker, [job], error)
 
@@ -484,10 +493,17 @@ class WorkerPool:
         finished = self._dispatch.finish(worker, number, handler_s)
         if finished is None:
             return
+        job, ran = finished
+        try:
+            self._after_batch(worker, job, outcomes, ran)
+        except BaseException as error:  # the batch is with nobody now: whoever has no answer gets none any more
+            self._results.lose(worker, [job], error)
+            raise
+
+    def _after_batch(self, worker: PoolWorker, job: Job, outcomes: Sequence[Outcome], ran: Ran) -> None:
         is_worn = self._wears and worker.note_wear(self.spec)
         may_wait = self._queue.may_have_some()
         is_idle = worker.state is WorkerState.READY and not may_wait
-        job, ran = finished
         if is_idle:
             self._results.answer(worker, job, outcomes, ran)  # first, as somebody waits for this, and for nothing else
         if is_worn:
