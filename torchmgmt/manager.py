@@ -625,6 +625,9 @@ class ModelManager:
 
 
 _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()
+_abandoned: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_ABANDONED_S = 10.0
+"""How long the end of the program waits for the end of a manager that nobody closed: that finishes no requests."""
 
 
 @atexit.register
@@ -632,6 +635,8 @@ def _close_open_managers() -> None:
     """Leaving the program closes what is open: requests finish, workers end in good order."""
     for manager in list(_open_managers):
         manager.close()
+    for thread in list(_abandoned):  # or the files of its models were left behind
+        thread.join(_ABANDONED_S)
 
 
 def _abandon(catalogue: Catalogue, backends: BackendSet, sources: ModelSources) -> None:
@@ -647,4 +652,6 @@ def _abandon(catalogue: Catalogue, backends: BackendSet, sources: ModelSources) 
         catalogue.let_go()
 
     # Not here: a garbage collection may run anywhere, also while this thread holds one of the locks that this needs.
-    threading.Thread(target=end, name="torchmgmt-abandoned", daemon=True).start()
+    thread = threading.Thread(target=end, name="torchmgmt-abandoned", daemon=True)
+    thread.start()
+    _abandoned.add(thread)

@@ -94,11 +94,12 @@ def test_an_archive_is_fetched_and_gone_when_released(open_sources, server, cach
 
 
 def test_a_url_is_asked_again_and_never_stale(open_sources, server, cache_dir) -> None:
-    """Unchanged content in use is not sent twice; changed content is another copy, and the old one stays as it was."""
+    """Unchanged content in use is not sent twice; changed content is in new folders, and the old one stays as it was."""
     server.paths["/e.mar"] = with_etag(MAR, '"one"')
     sources = open_sources(cache_dir=cache_dir)
     with sources.open(server.url("/e.mar")) as first, sources.open(server.url("/e.mar")) as again:
-        assert again.path == first.path
+        assert again.digest == first.digest
+        assert again.path != first.path
         assert server.asked[-1][1]["if-none-match"] == '"one"'
         server.paths["/e.mar"] = with_etag(archive("x = 2\n"), '"two"')
         with sources.open(server.url("/e.mar")) as changed:
@@ -140,7 +141,7 @@ def test_kept_archives_are_bounded(open_sources, server, tmp_path) -> None:
 
 
 def test_two_at_once_fetch_once(open_sources, server, cache_dir) -> None:
-    """Who comes second waits and shares the copy."""
+    """Who comes second waits and has the same content."""
     arrived = threading.Event()
 
     def slow(request: BaseHTTPRequestHandler) -> None:
@@ -158,7 +159,8 @@ def test_two_at_once_fetch_once(open_sources, server, cache_dir) -> None:
             assert not second.done()
         server.released.set()
         with first.result(30) as one, second.result(30) as two:
-            assert one.path == two.path
+            assert one.digest == two.digest
+            assert (two.path / "handler.py").read_text() == "x = 1\n"
     assert len(server.asked) == 1
 
 

@@ -1,4 +1,4 @@
-"""Where unpacked copies lie: in a temporary folder of one program, or in a folder that programs share.
+"""Where copies lie, pristine ones and working folders: in a temporary folder of one program, or in a folder that programs share.
 
 Neither is ever left in a state that the next program could not deal with: a copy gets its name when it is whole and loses
 it before it is removed, and who uses something holds a lock that ends with it. Files are unlinked, never cut or written
@@ -83,6 +83,7 @@ class PrivateShelf:
                 partial.rename(folder)
             except BaseException:
                 remove_tree(partial)
+                remove_tree(folder)  # an interrupt may come when it has its name
                 raise
         except BaseException:
             self._leave()
@@ -201,8 +202,12 @@ class SharedShelf:
         lock = self._locks.of(digest)
         while True:
             lock.share(keep_on)
-            if self._folder(digest).is_dir():
-                return self._place(digest, lock)
+            try:
+                if self._folder(digest).is_dir():
+                    return self._place(digest, lock)
+            except BaseException:
+                self._remove_unused(digest, lock)
+                raise
             lock.own(keep_on)
             try:
                 if not self._folder(digest).is_dir():
@@ -220,8 +225,12 @@ class SharedShelf:
             return None
         lock = self._locks.of(digest)
         lock.share(keep_on)
-        if self._folder(digest).is_dir():
-            return self._place(digest, lock)
+        try:
+            if self._folder(digest).is_dir():
+                return self._place(digest, lock)
+        except BaseException:
+            self._remove_unused(digest, lock)
+            raise
         lock.release(remove=lock.try_own())
         return None
 
@@ -276,7 +285,7 @@ class SharedShelf:
         """Remove what there is of a copy; by another name, as a killed program must not leave half of one."""
         folder, removed = self._folder(digest), self._root / f"{digest}.removed"
         remove_tree(removed)
-        if folder.exists():
+        if os.path.lexists(folder):
             folder.rename(removed)
         remove_tree(removed)
         remove_tree(self._root / f"{digest}.partial")
@@ -286,17 +295,26 @@ class SharedShelf:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all that is in it, as far as possible; what is left is logged."""
+    """Remove a folder with all that is in it, as far as possible; what is left is logged. Links are not followed."""
     import shutil
 
+    if folder.is_symlink() or not folder.is_dir():  # a model has put that in the place of its folder, or removed it
+        folder.unlink(missing_ok=True)
+        return
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         return
-    # A model may have taken the write permission from folders of its own.
+    # A model may have taken the write permission from folders of its own. Files keep their modes: some are others', too.
+    _permit(folder)
     for root, names, _files in os.walk(folder):
-        for path in (Path(root), *(Path(root, name) for name in names)):
-            if not path.is_symlink():
-                path.chmod(0o700)
+        for name in names:
+            _permit(Path(root, name))
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        _log.warning("The unpacked archive %s could not be removed", folder)
+        _log.warning("The folder %s could not be removed", folder)
+
+
+def _permit(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # what then cannot be removed is logged
+        if not folder.is_symlink():
+            folder.chmod(0o700)

@@ -1,0 +1,176 @@
+"""Pristine copies of archives, of which working folders are made: nobody writes to them, or it is seen that somebody did.
+
+A pristine copy is known by the path of its files. Large ones shall not stand on the disk once more for each version, so
+a working folder may have them by a second name:
+
+- read-only ones, where this program could not open them for writing: any number of working folders;
+- all others, if it is the first one: they are lent to it, which may write to them. The second gets a clone or a copy. The
+  third, too; but before that the pristine copy gets files of its own again, which it and all that follow can map.
+
+Each file has a time stamp that no write leaves alone, of a time when nobody wrote. It shows that a large one was written to
+while it was lent, or by who made a read-only one writable: no other folder is made of it then, but of a new pristine copy.
+And it shows whether a file in a working folder is still what the pristine copy has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from attrs import frozen
+
+from torchmgmt.archive.copying import can_clone, clone_file, copy_file, is_write_protected, link
+
+__all__ = ["FILES", "LARGE_BYTES", "WEIGHTS", "LargeFiles", "Spoiled", "is_intact", "seal"]
+
+FILES = "files"
+"""The folder of a pristine copy's files, in what the cache keeps."""
+
+LARGE_BYTES = 16 << 20
+"""Files from this size on are not copied where that can be avoided; smaller ones are copied within milliseconds."""
+
+WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".npz", ".onnx", ".pt", ".pt2", ".pth", ".safetensors"})
+"""How files end that are made read-only if that lets versions share them: programs read weights, but write to databases."""
+
+_LEDGER = "large.json"
+_FIRST, _SECOND = "first", "second"
+_OUR_OWN = "our-own"
+_AGE_S = 24 * 3600
+# The coarsest file systems keep time in steps of 2 s.
+_STEP_S = 2
+
+
+class Spoiled(Exception):
+    """Somebody has written to a pristine copy."""
+
+
+@frozen
+class _Large:
+    mtime_ns: int
+    is_read_only: bool
+
+
+def seal(files: Path) -> None:
+    """Set the time stamps, once all files are in place, and note which are large; before anybody knows of the copy."""
+    shares_blocks = can_clone(files.parent)
+    # Each has a time of its own: one that is copied over another, time stamp and all, is still seen.
+    last_s = int(time.time() - _AGE_S) // _STEP_S * _STEP_S
+    ledger: dict[str, tuple[int, bool]] = {}
+    for number, path in enumerate(_files_below(files)):
+        status = path.lstat()
+        mtime_ns = (last_s - _STEP_S * number) * 1_000_000_000
+        os.utime(path, ns=(status.st_atime_ns, mtime_ns))
+        # One whose time the file system does not keep is never lent, but copied as small ones are.
+        if status.st_size >= LARGE_BYTES and path.lstat().st_mtime_ns == mtime_ns:
+            is_read_only = path.suffix.lower() in WEIGHTS and not shares_blocks and _protect(path, status.st_mode)
+            ledger[str(path.relative_to(files))] = mtime_ns, is_read_only
+    (files.parent / _LEDGER).write_text(json.dumps(ledger), encoding="utf-8")
+
+
+def is_intact(files: Path) -> bool:
+    """Whether nobody has written to a copy since it was sealed."""
+    try:
+        return all(_has_time(files / name, large) for name, large in _read_ledger(files).items())
+    except (OSError, Spoiled):  # a file of it is gone
+        return False
+
+
+class LargeFiles:
+    """Places the large files of one pristine copy in one working folder. For one thread.
+
+    Args:
+        files: the copy, which is there until this is done.
+        keep_on: called before each MiB that is copied; copying ends with what it raises.
+    """
+
+    def __init__(self, files: Path, keep_on: Callable[[], None]) -> None:
+        self._files = files
+        self._keep_on = keep_on
+        self._ledger = _read_ledger(files)
+        self._is_lent: bool | None = None
+
+    def place(self, source: Path, target: Path) -> bool:
+        """Have ``source`` at ``target``, too, if it is a large file; whether it is one.
+
+        Raises Spoiled if somebody has written to it; what is at ``target`` then is of no use. Raises OSError.
+        """
+        large = self._ledger.get(str(source.relative_to(self._files)))
+        if large is None:
+            return False
+        if not (self._may_be_linked(source, large) and link(source, target)):
+            self._copy(source, target)
+        if not _has_time(target, large):
+            raise Spoiled(str(source))
+        return True
+
+    def _may_be_linked(self, source: Path, large: _Large) -> bool:
+        if large.is_read_only:
+            return is_write_protected(source)
+        if self._is_lent is None:
+            self._is_lent = self._is_our_place(_FIRST)
+            if not self._is_lent and not self._is_our_place(_SECOND):
+                self._end_lending()
+        return self._is_lent
+
+    def _is_our_place(self, place: str) -> bool:
+        """Take a place, of all working folders that there ever are of this copy, if it is free; whether it is."""
+        try:
+            (self._files.parent / place).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _end_lending(self) -> None:
+        """Replace the files that were lent; if another thread or program does so, too, both are right."""
+        done = self._files.parent / _OUR_OWN
+        if done.exists():
+            return
+        for name, large in self._ledger.items():
+            if not large.is_read_only:
+                self._replace(self._files / name, large)
+        done.touch()
+
+    def _replace(self, path: Path, large: _Large) -> None:
+        fresh = self._files.parent / os.urandom(8).hex()
+        try:
+            self._copy(path, fresh)
+            if not _has_time(fresh, large):
+                raise Spoiled(str(path))
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        if not clone_file(source, target):
+            copy_file(source, target, self._keep_on)
+
+
+def _protect(path: Path, mode: int) -> bool:
+    """Make a file read-only, if that keeps this program from opening it for writing; whether it does."""
+    mode = stat.S_IMODE(mode)
+    path.chmod(mode & ~0o222)
+    if is_write_protected(path):
+        return True
+    path.chmod(mode)
+    return False
+
+
+def _read_ledger(files: Path) -> Mapping[str, _Large]:
+    text = (files.parent / _LEDGER).read_text(encoding="utf-8")
+    try:
+        return {name: _Large(*facts) for name, facts in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Spoiled(f"{_LEDGER} cannot be read: {error}") from error
+
+
+def _has_time(path: Path, large: _Large) -> bool:
+    return path.lstat().st_mtime_ns == large.mtime_ns
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        yield from (Path(root, name) for name in names)
