@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
 from torchmgmt.archive.allowed import Rules
 from torchmgmt.archive.cache import Lease, UnpackedArchives
@@ -114,11 +114,11 @@ class ModelFolder:
         """Give the folder back, which is removed with all that was written there; the plain folder or the program's own
         that it was made of is left alone. Idempotent; any thread; blocks while files are removed.
         """
-        with contextlib.ExitStack() as each:  # of which one that fails keeps none of the others
+        try:
+            _release(self._leases)
+        finally:
             if self.live is not None:
-                each.callback(self.live.release)
-            for lease in self._leases:
-                each.callback(lease.release)
+                self.live.release()
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -248,42 +248,54 @@ class ModelSources:
     def _of_archive(self, shown: str, acquire: Callable[[], Lease]) -> ModelFolder:
         while True:
             try:
-                return self._of_pristine(shown, acquire())
+                return self._of_pristine(shown, acquire)
             except Spoiled as spoiled:  # just now: another copy is made
                 _log.info("A version of %s writes to its files while they are copied: %s", shown, spoiled)
 
-    def _of_pristine(self, shown: str, pristine: Lease) -> ModelFolder:
-        with contextlib.ExitStack() as undo:
-            undo.callback(pristine.release)
-            working = self._working.of_archive(pristine.folder)
-            undo.callback(working.release)
-            path = _top_of(working.folder)
-            model = _model_folder(path, shown, (pristine, working), pristine.digest)
-            model = evolve(model, pristine=pristine.folder / path.relative_to(working.folder))
-            model = self._with_packages(model, path)
-            undo.pop_all()
-            return model
+    def _of_pristine(self, shown: str, acquire: Callable[[], Lease]) -> ModelFolder:
+        leases: list[Lease] = []
+        try:
+            leases.append(acquire())
+            files, digest = leases[0].folder, leases[0].digest
+            leases.append(self._working.of_archive(files))
+            path = _top_of(leases[1].folder)
+            pristine = files / path.relative_to(leases[1].folder)
+            return self._opened(path, shown, leases, path, digest=digest, pristine=pristine)
+        except BaseException:
+            _release(leases)
+            raise
 
     def _of_folder(self, shown: str, source: Path) -> ModelFolder:
-        with contextlib.ExitStack() as undo:
-            working = self._working.of_folder(source)
-            undo.callback(working.release)
-            model = self._with_packages(_model_folder(working.folder, shown, (working,)), source)
-            undo.pop_all()
-            return model
+        leases: list[Lease] = []
+        try:
+            leases.append(self._working.of_folder(source))
+            return self._opened(leases[0].folder, shown, leases, source, digest=None, pristine=None)
+        except BaseException:
+            _release(leases)
+            raise
 
-    def _with_packages(self, model: ModelFolder, place: Path) -> ModelFolder:
-        """Return it with what its requirements file asks for, if it has one; ``place`` has that, and what it names."""
-        requirements = model.manifest.requirements_file if model.manifest is not None else None
+    def _opened(
+        self, path: Path, shown: str, leases: list[Lease], origin: Path, *, digest: str | None, pristine: Path | None
+    ) -> ModelFolder:
+        """Return what is in a folder; ``origin`` has its requirements file, and what that names."""
+        manifest = read_manifest(path, shown)
+        config = read_config(path, manifest, shown)
+        packages = self._packages_of(manifest, origin, shown, leases)
+        return ModelFolder(path, shown, manifest, config, digest, packages, pristine, leases)
+
+    def _packages_of(self, manifest: Manifest | None, origin: Path, shown: str, leases: list[Lease]) -> Path | None:
+        """Return where the packages are that the requirements file asks for, and add the lease on them."""
+        requirements = manifest.requirements_file if manifest is not None else None
         if requirements is None:
-            return model
+            return None
         if self._environments is None:
-            _log.warning(
-                "%s of %s is not installed: set install_py_dep_per_model=true for that", requirements, model.url
-            )
-            return model
-        found = self._environments.acquire(place, requirements, model.url)
-        return model if found is None else evolve(model, packages=found[0], leases=[*model._leases, found[1]])
+            _log.warning("%s of %s is not installed: set install_py_dep_per_model=true for that", requirements, shown)
+            return None
+        found = self._environments.acquire(origin, requirements, shown)
+        if found is None:
+            return None
+        leases.append(found[1])
+        return found[0]
 
     def close(self) -> None:
         """Remove everything that was unpacked here, whoever uses it, and end downloads, unpacking and installing under way.
@@ -318,10 +330,11 @@ def _check_folder(argument: str, folder: object) -> Path | None:
     return Path(text).absolute()  # the working directory may change
 
 
-def _model_folder(path: Path, source: str, leases: Sequence[Lease], digest: str | None = None) -> ModelFolder:
-    manifest = read_manifest(path, source)
-    config = read_config(path, manifest, source)
-    return ModelFolder(path, source, manifest, config, digest, leases=leases)
+def _release(leases: Sequence[Lease]) -> None:
+    """Give back all that are leased, the last one first; one that fails keeps none of the others."""
+    with contextlib.ExitStack() as each:
+        for lease in leases:
+            each.callback(lease.release)
 
 
 def _top_of(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from attrs import define, field
 
@@ -118,9 +118,8 @@ class UnpackedArchives:
                 _refuse_change(file, stamp)
                 seal(into / FILES)
 
-            lease = self._pristine(found, lambda key: self._shelf.take(key, build, self.check_open))
-        assert lease is not None, "take returns a copy or raises"
-        return lease
+            # take returns a copy or raises
+            return cast("Lease", self._pristine(found, lambda key: self._shelf.take(key, build, self.check_open)))
 
     def acquire_known(self, digest: str) -> Lease | None:
         """Return a lease on the pristine copy of the archive of this SHA-256, if somebody uses one now; else None.
@@ -141,20 +140,24 @@ class UnpackedArchives:
             build: calls :meth:`check_open` often.
         """
         self.check_open()
-        lease = self._lease(key, lambda: self._shelf.take(key, build, self.check_open))
-        assert lease is not None, "take returns a copy or raises"
-        return lease
+        return cast("Lease", self._lease(key, lambda: self._shelf.take(key, build, self.check_open)))
 
     def _pristine(self, digest: str, take: Callable[[str], Place | None]) -> Lease | None:
         """Return a lease on a copy of this content that nobody has written to, by the first key that has one or none."""
-        for key in _keys(digest):
-            lease = self._lease(key, partial(take, key))
-            if lease is None:
-                return None
-            if is_intact(lease.folder / FILES):
-                return Lease(lease.folder / FILES, digest, lease.release)
-            lease.release()
-        raise AssertionError("there is always another key")
+        lease: Lease | None = None
+        try:
+            for key in _keys(digest):
+                lease = self._lease(key, partial(take, key))
+                if lease is None:
+                    break
+                if is_intact(lease.folder / FILES):
+                    return Lease(lease.folder / FILES, digest, lease.release)
+                lease.release()
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        return None
 
     def _lease(self, key: str, take: Callable[[], Place | None]) -> Lease | None:
         copy = self._join(key)

@@ -4,8 +4,9 @@ A pristine copy is known by the path of its files. Large ones shall not stand on
 a working folder may have them by a second name:
 
 - read-only ones, where this program could not open them for writing: any number of working folders;
-- all others, if it is the first one: they are lent to it, which may write to them. The second gets a clone or a copy. The
-  third, too; but before that the pristine copy gets files of its own again, which it and all that follow can map.
+- all others, if it is the first one: they are lent to it, which may write to them, and are kept apart from the pristine
+  files meanwhile. The second working folder gets clones or copies. So do the third and all that follow; but before that
+  the pristine copy gets files of its own again, which they can map.
 
 Each file has a time stamp that no write leaves alone, of a time when nobody wrote. It shows that a large one was written to
 while it was lent, or by who made a read-only one writable: no other folder is made of it then, but of a new pristine copy.
@@ -14,6 +15,8 @@ And it shows whether a file in a working folder is still what the pristine copy 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import stat
@@ -37,8 +40,8 @@ WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".npz", ".onnx", ".pt", ".pt2", "
 """How files end that are made read-only if that lets versions share them: programs read weights, but write to databases."""
 
 _LEDGER = "large.json"
+_LENT = "lent"
 _FIRST, _SECOND = "first", "second"
-_OUR_OWN = "our-own"
 _AGE_S = 24 * 3600
 # The coarsest file systems keep time in steps of 2 s.
 _STEP_S = 2
@@ -74,7 +77,7 @@ def seal(files: Path) -> None:
 def is_intact(files: Path) -> bool:
     """Whether nobody has written to a copy since it was sealed."""
     try:
-        return all(_has_time(files / name, large) for name, large in _read_ledger(files).items())
+        return all(_is_intact(files, name, large) for name, large in _read_ledger(files).items())
     except (OSError, Spoiled):  # a file of it is gone
         return False
 
@@ -89,62 +92,73 @@ class LargeFiles:
 
     def __init__(self, files: Path, keep_on: Callable[[], None]) -> None:
         self._files = files
+        self._lent = files.parent / _LENT
         self._keep_on = keep_on
         self._ledger = _read_ledger(files)
-        self._is_lent: bool | None = None
+        self._is_first = False
+        self._is_second = False
 
-    def place(self, source: Path, target: Path) -> bool:
-        """Have ``source`` at ``target``, too, if it is a large file; whether it is one.
+    def __contains__(self, path: Path) -> bool:
+        return str(path.relative_to(self._files)) in self._ledger
 
-        Raises Spoiled if somebody has written to it; what is at ``target`` then is of no use. Raises OSError.
+    def place(self, into: Path) -> None:
+        """Have them in ``into``, too, whose folders are there.
+
+        Raises Spoiled if somebody has written to one of them; what is in ``into`` then is of no use. Raises OSError.
         """
-        large = self._ledger.get(str(source.relative_to(self._files)))
-        if large is None:
-            return False
-        if not (self._may_be_linked(source, large) and link(source, target)):
-            self._copy(source, target)
-        if not _has_time(target, large):
-            raise Spoiled(str(source))
-        return True
+        if any(not large.is_read_only for large in self._ledger.values()):
+            self._is_first = self._is_our_turn(_FIRST)
+            self._is_second = not self._is_first and self._is_our_turn(_SECOND)
+        for name, large in self._ledger.items():
+            is_linked = self._link(name, into / name) if large.is_read_only else self._borrow(name, into / name)
+            if not is_linked:
+                self._copy(name, into / name, large)
+            if not _has_time(into / name, large):
+                raise Spoiled(name)
 
-    def _may_be_linked(self, source: Path, large: _Large) -> bool:
-        if large.is_read_only:
-            return is_write_protected(source)
-        if self._is_lent is None:
-            self._is_lent = self._is_our_place(_FIRST)
-            if not self._is_lent and not self._is_our_place(_SECOND):
-                self._end_lending()
-        return self._is_lent
-
-    def _is_our_place(self, place: str) -> bool:
-        """Take a place, of all working folders that there ever are of this copy, if it is free; whether it is."""
+    def _is_our_turn(self, turn: str) -> bool:
+        """Take a turn, of all working folders that there ever are of this copy, if nobody has it; whether it is ours."""
         try:
-            (self._files.parent / place).touch(exist_ok=False)
+            (self._files.parent / turn).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
 
-    def _end_lending(self) -> None:
-        """Replace the files that were lent; if another thread or program does so, too, both are right."""
-        done = self._files.parent / _OUR_OWN
-        if done.exists():
-            return
-        for name, large in self._ledger.items():
-            if not large.is_read_only:
-                self._replace(self._files / name, large)
-        done.touch()
+    def _link(self, name: str, target: Path) -> bool:
+        return is_write_protected(self._files / name) and link(self._files / name, target)
 
-    def _replace(self, path: Path, large: _Large) -> None:
+    def _borrow(self, name: str, target: Path) -> bool:
+        if not (self._is_first and link(self._files / name, target)):
+            return False
+        (self._lent / name).parent.mkdir(parents=True, exist_ok=True)
+        (self._files / name).rename(self._lent / name)
+        return True
+
+    def _copy(self, name: str, target: Path, large: _Large) -> None:
+        if not (large.is_read_only or self._is_first or self._is_second):
+            self._end_lending(name, large)
+        # It may just be lent, and then be replaced; neither comes a second time.
+        for folder in (self._files, self._lent, self._files):
+            with contextlib.suppress(FileNotFoundError):
+                return self._copy_file(folder / name, target)
+        raise FileNotFoundError(errno.ENOENT, "It was removed", str(self._files / name))
+
+    def _end_lending(self, name: str, large: _Large) -> None:
+        """Give the pristine copy a file of its own for one that is lent; if others do so, too, any of these is right."""
         fresh = self._files.parent / os.urandom(8).hex()
         try:
-            self._copy(path, fresh)
-            if not _has_time(fresh, large):
-                raise Spoiled(str(path))
-            fresh.replace(path)
+            if not (self._files / name).exists():
+                self._copy_file(self._lent / name, fresh)
+                if not _has_time(fresh, large):
+                    raise Spoiled(name)
+                fresh.replace(self._files / name)
+                (self._lent / name).unlink()
+        except FileNotFoundError:
+            pass  # somebody else has done it
         finally:
             fresh.unlink(missing_ok=True)
 
-    def _copy(self, source: Path, target: Path) -> None:
+    def _copy_file(self, source: Path, target: Path) -> None:
         if not clone_file(source, target):
             copy_file(source, target, self._keep_on)
 
@@ -165,6 +179,13 @@ def _read_ledger(files: Path) -> Mapping[str, _Large]:
         return {name: _Large(*facts) for name, facts in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise Spoiled(f"{_LEDGER} cannot be read: {error}") from error
+
+
+def _is_intact(files: Path, name: str, large: _Large) -> bool:
+    try:
+        return _has_time(files / name, large)
+    except FileNotFoundError:
+        return not large.is_read_only and _has_time(files.parent / _LENT / name, large)
 
 
 def _has_time(path: Path, large: _Large) -> bool:

@@ -68,32 +68,30 @@ class PrivateShelf:
         self._lock = threading.Lock()
         # guarded by _lock
         self._closed = False
-        self._users = 0
+        self._users: set[str] = set()
         self._base: Path | None = None
         self._hold: int | None = None
 
     def take(self, digest: str, build: Callable[[Path], None], keep_on: Callable[[], None]) -> Place:
         """Make a copy; see :class:`Shelf`."""
-        base = self._join()
-        try:
-            partial = base / f"{digest[:16]}-{next(self._numbers)}.partial"
-            folder = partial.with_suffix("")
-            try:
-                build(partial)
-                partial.rename(folder)
-            except BaseException:
-                remove_tree(partial)
-                remove_tree(folder)  # an interrupt may come when it has its name
-                raise
-        except BaseException:
-            self._leave()
-            raise
+        name = f"{digest[:16]}-{next(self._numbers)}"
+        folder: Path | None = None
 
         def give_back() -> None:
-            remove_tree(folder)
-            self._leave()
+            if folder is not None:
+                remove_tree(folder.with_suffix(".partial"))
+                remove_tree(folder)
+            self._leave(name)
 
-        return Place(folder, give_back)
+        try:
+            folder = self._join(name) / name
+            partial = folder.with_suffix(".partial")
+            build(partial)
+            partial.rename(folder)
+            return Place(folder, give_back)
+        except BaseException:
+            give_back()
+            raise
 
     def find(self, digest: str, keep_on: Callable[[], None]) -> Place | None:
         """Return None: nobody else makes copies here."""
@@ -102,13 +100,15 @@ class PrivateShelf:
     @contextlib.contextmanager
     def scratch_file(self) -> Iterator[Path]:
         """Yield the path of a file that nobody else uses, and remove it at the end of the block."""
-        base = self._join()
-        path = base / f"{next(self._numbers)}.download"
+        name = f"{next(self._numbers)}.download"
+        path: Path | None = None
         try:
+            path = self._join(name) / name
             yield path
         finally:
-            path.unlink(missing_ok=True)
-            self._leave()
+            if path is not None:
+                path.unlink(missing_ok=True)
+            self._leave(name)
 
     def close(self) -> None:
         """Remove the folder, with all that models may have written there. Idempotent."""
@@ -121,7 +121,7 @@ class PrivateShelf:
         if hold is not None:
             os.close(hold)
 
-    def _join(self) -> Path:
+    def _join(self, user: str) -> Path:
         with self._lock:  # a few quick system calls, so that there is one folder and not two
             if self._closed:
                 raise ManagerClosed("This ModelSources")
@@ -129,12 +129,12 @@ class PrivateShelf:
                 if self._hold is not None:
                     os.close(self._hold)
                 self._base, self._hold = _make_base()
-            self._users += 1
+            self._users.add(user)
             return self._base
 
-    def _leave(self) -> None:
+    def _leave(self, user: str) -> None:
         with self._lock:
-            self._users -= 1
+            self._users.discard(user)
             if self._users or self._base is None:
                 return
             try:
@@ -153,13 +153,20 @@ def _make_base() -> tuple[Path, int | None]:
 
     _sweep(Path(tempfile.gettempdir()))
     while True:
-        base = Path(tempfile.mkdtemp(prefix=PREFIX))
+        base: Path | None = None
         try:
+            base = Path(tempfile.mkdtemp(prefix=PREFIX))
             hold = hold_folder(base)
-        except OSError:  # a file system without locks for folders: nobody can sweep there either
-            return base, None
-        if hold is not None:
-            return base, hold
+            if hold is not None:
+                return base, hold
+        except OSError:
+            if base is None:
+                raise
+            return base, None  # a file system without locks for folders: nobody can sweep there either
+        except BaseException:
+            if base is not None:
+                base.rmdir()
+            raise
         # Another program's sweep took it in the moment before it was locked, and removes it.
 
 
@@ -200,23 +207,18 @@ class SharedShelf:
         """Return the copy, whoever made it; see :class:`Shelf`. Blocks while another program makes or removes it."""
         self._prepare()
         lock = self._locks.of(digest)
-        while True:
-            lock.share(keep_on)
-            try:
+        try:
+            while True:
+                lock.share(keep_on)
                 if self._folder(digest).is_dir():
                     return self._place(digest, lock)
-            except BaseException:
-                self._remove_unused(digest, lock)
-                raise
-            lock.own(keep_on)
-            try:
+                lock.own(keep_on)
                 if not self._folder(digest).is_dir():
                     self._make(digest, build)
-            except BaseException:
-                self._clear(digest)
-                lock.release(remove=True)
-                raise
-            # From owning to sharing there is a moment in which another program may remove it again: so look again.
+                # From owning to sharing there is a moment in which another program may remove it again: so look again.
+        except BaseException:
+            self._remove_unused(digest, lock)
+            raise
 
     def find(self, digest: str, keep_on: Callable[[], None]) -> Place | None:
         """Return the copy if there is one; see :class:`Shelf`. Blocks while another program makes or removes it."""
@@ -224,8 +226,8 @@ class SharedShelf:
         if not self._folder(digest).is_dir():
             return None
         lock = self._locks.of(digest)
-        lock.share(keep_on)
         try:
+            lock.share(keep_on)
             if self._folder(digest).is_dir():
                 return self._place(digest, lock)
         except BaseException:

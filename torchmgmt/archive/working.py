@@ -39,7 +39,13 @@ class WorkingFolders:
             ManagerClosed: it was closed meanwhile.
             OSError: the disk is full or fails.
         """
-        return self._make(lambda into: _fill(files, into, _OfArchive(files, self._copies.check_open)))
+
+        def build(into: Path) -> None:
+            large = LargeFiles(files, self._copies.check_open)
+            _fill(files, into, _OfArchive(large, self._copies.check_open))
+            large.place(into)
+
+        return self._make(build)
 
     def of_folder(self, source: Path) -> Lease:
         """Return a lease on a working folder like a plain one, which is its owner's and left as it is.
@@ -90,10 +96,10 @@ def _fill(source: Path, into: Path, rules: _Rules) -> None:
 
 
 class _OfArchive:
-    """The rules for a pristine copy, in which there are files and folders only."""
+    """The rules for a pristine copy, in which there are files and folders only; large ones are placed later."""
 
-    def __init__(self, files: Path, keep_on: Callable[[], None]) -> None:
-        self._large = LargeFiles(files, keep_on)
+    def __init__(self, large: LargeFiles, keep_on: Callable[[], None]) -> None:
+        self._large = large
         self._keep_on = keep_on
 
     def entries(self, folder: Path) -> Iterable[Path]:
@@ -105,7 +111,7 @@ class _OfArchive:
 
     def place(self, source: Path, target: Path) -> None:
         self._keep_on()
-        if not self._large.place(source, target):
+        if source not in self._large:
             copy_file(source, target, self._keep_on)
 
 

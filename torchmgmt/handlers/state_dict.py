@@ -80,9 +80,8 @@ class _NotEquivalent(Exception):
 def file_in_common(path: str, model_dir: str, pristine_dir: str | None) -> str:
     """Return where the content of a file of ``model_dir`` is to be mapped: where other versions map it, too, if it is the same.
 
-    That takes memory once for all of them. What is in ``pristine_dir`` is from before anybody could write to a file in
-    ``model_dir``, which is the same, then, for as long as it has the same time stamp. One that has a second name there is
-    lent to another version, which may write to it.
+    That takes memory once for all of them. Nobody writes to what is in ``pristine_dir``, and it is from before anybody
+    could write to what is in ``model_dir``: that is the same for as long as it has the same time stamp.
     """
     if pristine_dir is None:
         return path
@@ -92,7 +91,7 @@ def file_in_common(path: str, model_dir: str, pristine_dir: str | None) -> str:
     except (ValueError, OSError):  # it lies elsewhere, or is of the model's own making
         return path
     is_same = (own_status.st_mtime_ns, own_status.st_size) == (status.st_mtime_ns, status.st_size)
-    return str(common) if is_same and status.st_nlink == 1 else path
+    return str(common) if is_same else path
 
 
 def read_state_dict(path: str, *, map_location: Any, weights_only: bool, is_sealed: bool) -> Any:
