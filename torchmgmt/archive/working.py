@@ -19,6 +19,10 @@ _BESIDE_MODELS = frozenset({".git", ".hg", ".svn", ".tox", ".venv", "node_module
 """Folders of very many files that lie beside a model's where it is written, and that are no part of it."""
 
 
+_DATABASES = frozenset({".db", ".db3", ".duckdb", ".lmdb", ".mdb", ".sqlite", ".sqlite3"})
+"""How files end that are copied whatever their size: programs write into them where they lie."""
+
+
 class WorkingFolders:
     """Makes working folders. Thread-safe; every method blocks, and leaves nothing on the disk after an error.
 
@@ -50,8 +54,8 @@ class WorkingFolders:
     def of_folder(self, source: Path) -> Lease:
         """Return a lease on a working folder like a plain one, which is its owner's and left as it is.
 
-        Files are copied. Large ones are cloned where the file system can; else they are links to the owner's, as is what
-        lies elsewhere, cannot be read, or is neither file nor folder.
+        Files are copied. Large ones but databases are cloned where the file system can; else they are links to the owner's,
+        as are folders that lie elsewhere, what cannot be read, and what is neither file nor folder.
 
         Raises:
             ManagerClosed: it was closed meanwhile.
@@ -151,7 +155,7 @@ class _OfFolder:
             status = source.lstat()
             if not stat.S_ISREG(status.st_mode):
                 return False
-            if status.st_size >= LARGE_BYTES:
+            if status.st_size >= LARGE_BYTES and source.suffix.lower() not in _DATABASES:
                 return clone_file(source, target)
             copy_file(source, target, self._keep_on)
         except (FileNotFoundError, PermissionError):
