@@ -177,7 +177,8 @@ def test_versions_map_one_copy_that_none_can_write_to(
 ) -> None:
     """From the third on, weights are in memory once; who saves other ones over its own answers by them, and no other does."""
     monkeypatch.setattr(pristine, "LARGE_BYTES", 1 << 20)
-    monkeypatch.setattr(pristine, "is_write_protected", lambda path: False)  # as for root
+    for module in (copying, pristine):
+        monkeypatch.setattr(module, "is_write_protected", lambda path: False)  # as for root
     if clones:
         monkeypatch.setattr(copying, "clone", copy_blocks)
     folder = write_folder(tmp_path / "m", TRAINED, model=NET)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.file_server import FileServer, answers, redirects, with_etag
-from torchmgmt.archive import DownloadLimits, ModelSources
+from torchmgmt.archive import DownloadLimits, ModelSources, copying, pristine
 from torchmgmt.archive.allowed import Rules
 from torchmgmt.archive.urls import Source
 from torchmgmt.errors import DownloadFailed, InvalidArchive, InvalidArgument, ManagerClosed, SourceNotAllowed
@@ -403,3 +403,17 @@ def test_without_fsspec_the_error_says_what_to_install(open_sources, monkeypatch
     with pytest.raises(DownloadFailed) as caught:
         open_sources().open("s3://bucket/m.mar")
     assert "pip install torchmgmt[remote]" in str(caught.value)
+
+
+def test_what_a_version_wrote_over_is_fetched_again(open_sources, server, cache_dir, monkeypatch) -> None:
+    """A URL's content of which the only copy was lent to a version that wrote to it is not what the next version gets."""
+    monkeypatch.setattr(pristine, "LARGE_BYTES", 1)
+    for module in (copying, pristine):
+        monkeypatch.setattr(module, "is_write_protected", lambda path: False)
+    server.paths["/e.mar"] = with_etag(MAR, '"one"')
+    sources = open_sources(cache_dir=cache_dir)
+    with sources.open(server.url("/e.mar")) as first:
+        (first.path / "handler.py").write_text("x = 3\n")
+        with sources.open(server.url("/e.mar")) as second, sources.open(server.url("/e.mar")) as third:
+            assert [(each.path / "handler.py").read_text() for each in (second, third)] == ["x = 1\n"] * 2
+            assert (first.path / "handler.py").read_text() == "x = 3\n"

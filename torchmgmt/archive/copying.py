@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["can_clone", "clone", "clone_file", "copy_file", "is_write_protected", "link"]
+__all__ = ["can_clone", "clone", "clone_file", "copy_file", "is_write_protected", "link", "protect", "set_time"]
 
 CHUNK_BYTES = 1 << 20
 # Python has it since 3.12. The number is that of all machines but MIPS, PowerPC and SPARC, where nothing is cloned then.
 _FICLONE = getattr(fcntl, "FICLONE", 0x40049409)
 # O_NONBLOCK: a pipe that took the file's place must not block us for ever.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_CANNOT_BE_KEPT = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _MAKE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -47,6 +48,25 @@ def can_clone(folder: Path) -> bool:
 
     with tempfile.TemporaryFile(dir=folder) as one, tempfile.TemporaryFile(dir=folder) as other:
         return clone(one.fileno(), other.fileno())
+
+
+def protect(path: Path) -> bool:
+    """Make a file read-only, if that keeps this program from opening it for writing; whether it does."""
+    mode = stat.S_IMODE(path.lstat().st_mode)
+    with _as_far_as_can_be_kept():
+        path.chmod(mode & ~0o222)
+        if is_write_protected(path):
+            return True
+        path.chmod(mode)
+    return False
+
+
+def set_time(path: Path, mtime_ns: int) -> bool:
+    """Set the time stamp of a file, if the file system keeps it; whether it does."""
+    status = path.lstat()
+    with _as_far_as_can_be_kept():
+        os.utime(path, ns=(status.st_atime_ns, mtime_ns))
+    return path.lstat().st_mtime_ns == mtime_ns
 
 
 def is_write_protected(path: Path) -> bool:
@@ -98,5 +118,18 @@ def _opened(source: Path, target: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]
         with os.fdopen(os.open(target, _MAKE, 0o600), "wb", buffering=0) as made:
             yield given, made
             status = os.fstat(given.fileno())
-            os.fchmod(made.fileno(), stat.S_IMODE(status.st_mode) & 0o777 | stat.S_IRUSR | stat.S_IWUSR)
-            os.utime(made.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
+            mode = stat.S_IMODE(status.st_mode) & 0o777 | stat.S_IRUSR | stat.S_IWUSR
+            with _as_far_as_can_be_kept():
+                os.fchmod(made.fileno(), mode)
+            with _as_far_as_can_be_kept():
+                os.utime(made.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def _as_far_as_can_be_kept() -> Iterator[None]:
+    """Some file systems have neither modes nor time stamps, or not all of them, and refuse to be told."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_BE_KEPT:
+            raise

@@ -19,14 +19,13 @@ import contextlib
 import errno
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from attrs import frozen
 
-from torchmgmt.archive.copying import can_clone, clone_file, copy_file, is_write_protected, link
+from torchmgmt.archive.copying import can_clone, clone_file, copy_file, is_write_protected, link, protect, set_time
 
 __all__ = ["FILES", "LARGE_BYTES", "WEIGHTS", "LargeFiles", "Spoiled", "is_intact", "seal"]
 
@@ -64,12 +63,10 @@ def seal(files: Path) -> None:
     last_s = int(time.time() - _AGE_S) // _STEP_S * _STEP_S
     ledger: dict[str, tuple[int, bool]] = {}
     for number, path in enumerate(_files_below(files)):
-        status = path.lstat()
         mtime_ns = (last_s - _STEP_S * number) * 1_000_000_000
-        os.utime(path, ns=(status.st_atime_ns, mtime_ns))
         # One whose time the file system does not keep is never lent, but copied as small ones are.
-        if status.st_size >= LARGE_BYTES and path.lstat().st_mtime_ns == mtime_ns:
-            is_read_only = path.suffix.lower() in WEIGHTS and not shares_blocks and _protect(path, status.st_mode)
+        if set_time(path, mtime_ns) and path.lstat().st_size >= LARGE_BYTES:
+            is_read_only = path.suffix.lower() in WEIGHTS and not shares_blocks and protect(path)
             ledger[str(path.relative_to(files))] = mtime_ns, is_read_only
     (files.parent / _LEDGER).write_text(json.dumps(ledger), encoding="utf-8")
 
@@ -161,16 +158,6 @@ class LargeFiles:
     def _copy_file(self, source: Path, target: Path) -> None:
         if not clone_file(source, target):
             copy_file(source, target, self._keep_on)
-
-
-def _protect(path: Path, mode: int) -> bool:
-    """Make a file read-only, if that keeps this program from opening it for writing; whether it does."""
-    mode = stat.S_IMODE(mode)
-    path.chmod(mode & ~0o222)
-    if is_write_protected(path):
-        return True
-    path.chmod(mode)
-    return False
 
 
 def _read_ledger(files: Path) -> Mapping[str, _Large]:

@@ -75,7 +75,7 @@ class WorkingFolders:
 class _Rules(Protocol):
     """What becomes of the entries of a folder."""
 
-    def entries(self, folder: Path) -> Iterable[Path]:
+    def entries(self, folder: Path) -> Iterable[os.DirEntry[str]]:
         """Return what is in a folder."""
 
     def is_entered(self, source: Path) -> bool:
@@ -92,11 +92,11 @@ def _fill(source: Path, into: Path, rules: _Rules) -> None:
         folder, made = pending.pop()
         made.mkdir(mode=0o755)
         for entry in rules.entries(folder):
-            target = made / entry.name
-            if entry.is_dir() and not entry.is_symlink() and rules.is_entered(entry):
-                pending.append((entry, target))
+            path, target = folder / entry.name, made / entry.name
+            if entry.is_dir(follow_symlinks=False) and rules.is_entered(path):
+                pending.append((path, target))
             else:
-                rules.place(entry, target)
+                rules.place(path, target)
 
 
 class _OfArchive:
@@ -106,8 +106,9 @@ class _OfArchive:
         self._large = large
         self._keep_on = keep_on
 
-    def entries(self, folder: Path) -> Iterable[Path]:
-        return folder.iterdir()
+    def entries(self, folder: Path) -> Iterable[os.DirEntry[str]]:
+        with os.scandir(folder) as found:
+            return list(found)
 
     def is_entered(self, source: Path) -> bool:
         self._keep_on()
@@ -127,9 +128,10 @@ class _OfFolder:
         self._into = Path(os.path.realpath(into))
         self._keep_on = keep_on
 
-    def entries(self, folder: Path) -> Iterable[Path]:
+    def entries(self, folder: Path) -> Iterable[os.DirEntry[str]]:
         try:
-            return list(folder.iterdir())
+            with os.scandir(folder) as found:
+                return list(found)
         except (FileNotFoundError, PermissionError):  # since it was looked at
             return ()
 

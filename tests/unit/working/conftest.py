@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tempfile
@@ -83,14 +84,16 @@ class FileSystem:
     def __init__(self, patch: pytest.MonkeyPatch, kind: str) -> None:
         self.copied: list[str] = []
         """The large files whose bytes were copied."""
-        if kind == "protects":
-            patch.setattr(pristine, "is_write_protected", lambda path: path.stat().st_mode & 0o222 == 0)
-        else:
-            patch.setattr(pristine, "is_write_protected", lambda path: False)
+        for module in (copying, pristine):
+            patch.setattr(
+                module, "is_write_protected", lambda path: kind == "protects" and path.stat().st_mode & 0o222 == 0
+            )
         if kind == "has no links":
             patch.setattr(pristine, "link", lambda source, target: False)
-        if kind == "keeps no times":
-            patch.setattr(pristine.os, "utime", lambda *args, **more: None)
+        if kind == "keeps nothing":
+            patch.setattr(copying.os, "utime", self._refuse)
+            patch.setattr(copying.os, "fchmod", self._refuse)
+            patch.setattr(Path, "chmod", self._refuse)
         patch.setattr(copying, "clone", self._clone if kind == "clones" else lambda source, target: False)
         real = copying.copy_file
 
@@ -102,12 +105,15 @@ class FileSystem:
         for module in (pristine, working):
             patch.setattr(module, "copy_file", copy_file)
 
+    def _refuse(self, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
     def _clone(self, source: int, target: int) -> bool:
         os.pwrite(target, os.pread(source, 1 << 20, 0), 0)
         return True
 
 
-KINDS = ["root on ext4", "clones", "protects", "has no links", "keeps no times"]
+KINDS = ["root on ext4", "clones", "protects", "has no links", "keeps nothing"]
 
 
 @pytest.fixture(params=KINDS)

@@ -35,7 +35,7 @@ def test_large_files_stand_on_the_disk_as_seldom_as_they_can(
         "clones": ([0, 0], [4, 4]),
         "protects": ([4, 0], [4, 1]),
         "has no links": ([4, 4], [4, 4]),
-        "keeps no times": ([4, 4], [4, 4]),
+        "keeps nothing": ([4, 4], [4, 4]),
     }
     in_order = sorted(LARGE_NAMES)
     assert ([copies[name] for name in in_order], [inodes[name] for name in in_order]) == expected[kind]

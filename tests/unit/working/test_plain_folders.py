@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.working.conftest import FILES, LARGE, LARGE_NAMES, FileSystem, content_of
+from tests.unit.working.conftest import FILES, LARGE, FileSystem, content_of
 from torchmgmt.archive import ModelSources, copying, working
 
 
