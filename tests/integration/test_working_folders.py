@@ -141,6 +141,37 @@ def test_a_handler_may_do_as_it_likes_with_its_own_files(manager: ModelManager, 
         assert manager.register(source, model_name=name).predict(name) == [name]
 
 
+@pytest.mark.skipif(sys.dont_write_bytecode, reason="Python is not to keep what it compiles")
+def test_code_is_compiled_once_and_each_version_runs_its_own(manager: ModelManager, tmp_path: Path) -> None:
+    """What Python keeps of the code is shared; a version that changes its code runs what it has changed, and no other does."""
+    source = """
+import importlib, pathlib
+import word
+def handle(data, context):
+    if data is None:
+        return
+    if data[0]["body"] != "?":
+        pathlib.Path("word.py").write_text(data[0]["body"])
+    return [(word.WORD, word.__cached__) for _ in data]
+"""
+    folder = write_folder(tmp_path / "model", source, word="WORD = 'one'")
+    archive = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", folder))
+
+    def register(name: str) -> Model:
+        return manager.register(archive, model_name=name, handler="handler.py", share_weights="never")
+
+    one, two = register("one"), register("two")
+    (_, cached), (_, cached_two) = one.predict("WORD = 'two'"), two.predict("?")
+    assert Path(cached).samefile(cached_two)
+    written = Path(cached).stat().st_ino
+    register("three")
+    assert Path(cached).stat().st_ino == written
+    for model, word in ((one, "two"), (two, "one"), (one, "two"), (two, "one")):
+        model.scale(0, synchronous=True)
+        model.scale(1, synchronous=True)
+        assert model.predict("?")[0] == word
+
+
 NET = """
 import torch
 class Net(torch.nn.Module):

@@ -27,7 +27,7 @@ from attrs import frozen
 
 from torchmgmt.archive.copying import can_clone, clone_file, copy_file, is_write_protected, link, protect, set_time
 
-__all__ = ["FILES", "LARGE_BYTES", "WEIGHTS", "LargeFiles", "Spoiled", "is_intact", "seal"]
+__all__ = ["FILES", "LARGE_BYTES", "WEIGHTS", "LargeFiles", "Spoiled", "is_intact", "seal", "share_compiled"]
 
 FILES = "files"
 """The folder of a pristine copy's files, in what the cache keeps."""
@@ -40,6 +40,7 @@ WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".npz", ".onnx", ".pt", ".pt2", "
 
 _LEDGER = "large.json"
 _LENT = "lent"
+_COMPILED = "compiled"
 _FIRST, _SECOND = "first", "second"
 _AGE_S = 24 * 3600
 # The coarsest file systems keep time in steps of 2 s.
@@ -77,6 +78,21 @@ def is_intact(files: Path) -> bool:
         return all(_is_intact(files, name, large) for name, large in _read_ledger(files).items())
     except (OSError, Spoiled):  # a file of it is gone
         return False
+
+
+def share_compiled(files: Path, into: Path) -> None:
+    """Have Python keep what it compiles of the code in a working folder in one place for all of them.
+
+    It takes nothing from there but what has the time stamp and the size of the very file that it is to run.
+    """
+    for root, folders, names in os.walk(files):
+        if "__pycache__" in folders or not any(name.endswith(".py") for name in names):
+            continue
+        place = Path(root).relative_to(files)
+        compiled = files.parent / _COMPILED / place
+        compiled.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError):  # a file system without links
+            (into / place / "__pycache__").symlink_to(compiled)
 
 
 class LargeFiles:

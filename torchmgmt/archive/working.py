@@ -11,7 +11,7 @@ from typing import Protocol
 from torchmgmt.archive.cache import Lease, UnpackedArchives
 from torchmgmt.archive.copying import clone_file, copy_file
 from torchmgmt.archive.names import MAX_DEPTH
-from torchmgmt.archive.pristine import LARGE_BYTES, LargeFiles
+from torchmgmt.archive.pristine import LARGE_BYTES, LargeFiles, share_compiled
 
 __all__ = ["WorkingFolders"]
 
@@ -48,6 +48,7 @@ class WorkingFolders:
             large = LargeFiles(files, self._copies.check_open)
             _fill(files, into, _OfArchive(large, self._copies.check_open))
             large.place(into)
+            share_compiled(files, into)
 
         return self._make(build)
 
@@ -65,8 +66,12 @@ class WorkingFolders:
         return self._make(lambda into: _fill(real, into, _OfFolder(real, into, self._copies.check_open)))
 
     def _make(self, build: Callable[[Path], None]) -> Lease:
+        def build_while_open(into: Path) -> None:
+            build(into)
+            self._copies.check_open()
+
         try:
-            return self._copies.acquire_made(os.urandom(32).hex(), build)
+            return self._copies.acquire_made(os.urandom(32).hex(), build_while_open)
         except OSError:
             self._copies.check_open()  # then that is why: closing removes what it is made of
             raise
