@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,15 @@ def test_a_handler_may_do_as_it_likes_with_its_own_files(manager: ModelManager, 
         assert manager.register(source, model_name=name).predict(name) == [name]
 
 
-@pytest.mark.skipif(sys.dont_write_bytecode, reason="Python is not to keep what it compiles")
-def test_code_is_compiled_once_and_each_version_runs_its_own(manager: ModelManager, tmp_path: Path) -> None:
+@pytest.fixture
+def keeping_compiled(light_torch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelManager]:
+    """A manager whose workers keep what Python compiles, whatever this program does."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    with ModelManager() as manager:
+        yield manager
+
+
+def test_code_is_compiled_once_and_each_version_runs_its_own(keeping_compiled: ModelManager, tmp_path: Path) -> None:
     """What Python keeps of the code is shared; a version that changes its code runs what it has changed, and no other does."""
     source = """
 import importlib, pathlib
@@ -158,7 +165,7 @@ def handle(data, context):
     archive = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", folder))
 
     def register(name: str) -> Model:
-        return manager.register(archive, model_name=name, handler="handler.py", share_weights="never")
+        return keeping_compiled.register(archive, model_name=name, handler="handler.py", share_weights="never")
 
     one, two = register("one"), register("two")
     (_, cached), (_, cached_two) = one.predict("WORD = 'two'"), two.predict("?")
