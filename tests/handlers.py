@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from torchmgmt import Model, ModelManager, ProcessBackend
+from torchmgmt.archive.shelves import PrivateShelf
 
 T = TypeVar("T")
 
@@ -166,6 +167,14 @@ def manager(backend: ProcessBackend) -> Iterator[ModelManager]:
 def deploy(tmp_path: Path, manager: ModelManager) -> Deployer:
     """Registers the source of a handler with ``manager``; requests do not wait for others unless told to."""
     return Deployer(tmp_path, manager)
+
+
+@pytest.fixture
+def swept() -> Iterator[None]:
+    """Has what killed programs left removed after the test, as the next program does."""
+    yield
+    shelf = PrivateShelf()
+    shelf.take("", Path.mkdir, lambda: None).give_back()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ class Closing:
         self._announcer = announcer
         self._gate = threading.Lock()  # nothing is called while it is held
         self._until = math.inf  # guarded by _gate
+        self._is_over = threading.Event()
         self._lock = threading.Lock()
         self._report: CloseReport | None = None  # guarded by _lock
 
@@ -57,9 +58,16 @@ class Closing:
         On a thread that nothing interrupts.
         """
         with self._lock:
-            if self._report is None:
-                self._report = self._close()
+            try:
+                if self._report is None:
+                    self._report = self._close()
+            finally:
+                self._is_over.set()
             return self._report
+
+    def wait(self, timeout: float) -> None:
+        """Block until it is over that somebody else began or is about to begin, for at most ``timeout`` seconds."""
+        self._is_over.wait(timeout)
 
     def run_on_thread(self) -> None:
         """Close all on a thread that has a name, started by one that has none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import atexit
-import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -643,6 +642,9 @@ class ModelManager:
 
 
 _open_managers: weakref.WeakSet[ModelManager] = weakref.WeakSet()
+_abandoned: weakref.WeakSet[Closing] = weakref.WeakSet()
+_ABANDONED_S = 10.0
+"""How long the end of the program waits for the end of a manager that nobody closed: that finishes no requests."""
 
 
 @atexit.register
@@ -654,6 +656,8 @@ def _close_open_managers() -> None:
             manager.close()
         except BaseException as error:  # the others are closed all the same
             failure = failure or error
+    for closing in list(_abandoned):  # or the files of its models were left behind
+        closing.wait(_ABANDONED_S)
     if failure is not None:
         raise failure
 
@@ -663,5 +667,8 @@ def _abandon(closing: Closing) -> None:
     # Not here: a garbage collection may run anywhere, also while this thread holds one of the locks that this needs.
     if not closing.is_inherited:
         closing.hurry(0)
-        with contextlib.suppress(RuntimeError):  # the system gives us no more threads
+        _abandoned.add(closing)
+        try:
             _thread.start_new_thread(closing.run_on_thread, ())
+        except RuntimeError:  # the system gives us no more threads
+            _abandoned.discard(closing)

@@ -181,7 +181,9 @@ class ModelSpec:
     weights_only: bool = True
     """Whether checkpoints are loaded with ``torch.load(weights_only=True)``, which runs no code found in them."""
     is_sealed: bool = False
-    """Whether nobody rewrites the files in ``model_dir``, because they were unpacked by us: workers may map them."""
+    """Whether nobody but its workers rewrites the files in ``model_dir``: they may map them."""
+    pristine_dir: str | None = None
+    """Where the same files lie in the one copy that all versions of an archive share; None if there is none."""
     loaded_at_startup: bool = False
     client_timeout_ms: int = field(default=0, validator=number("client_timeout", 0, "milliseconds"))
     """How long a request may take in all whose caller sets no limit; 0: no limit."""

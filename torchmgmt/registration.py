@@ -262,6 +262,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             scale_down_delay_s=value("scale_down_delay", settings.scale_down_delay),
             template_idle_timeout_s=value("template_idle_timeout", settings.template_idle_timeout),
             is_sealed=folder.is_sealed,
+            pristine_dir=None if folder.pristine is None else str(folder.pristine),
             loaded_at_startup=wishes.loaded_at_startup,
             live=folder.live,
         )

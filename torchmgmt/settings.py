@@ -308,8 +308,8 @@ class Settings:
     cache_dir: Path | None = _setting(
         FOLDER_KIND,
         None,
-        "A folder that keeps downloaded archives, and in which archives are unpacked; programs of one user may share it."
-        " If not set: a temporary folder, and nothing is kept.",
+        "A folder that keeps downloaded archives, and in which archives are unpacked and versions have their working"
+        " directories; programs of one user may share it. If not set: a temporary folder, and nothing is kept.",
         optional=True,
     )
     max_cache_size: int = _setting(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.handlers import Deployer, deploy, gate, light_torch, manager
+from tests.handlers import Deployer, deploy, gate, light_torch, manager, swept
 from torchmgmt import ModelManager, ProcessBackend
 
-__all__ = ["deploy", "deploy_both", "deploy_own", "gate", "light_torch", "manager", "own"]
+__all__ = ["deploy", "deploy_both", "deploy_own", "gate", "light_torch", "manager", "own", "swept"]
 
 both_ways = pytest.mark.parametrize("share_weights", ["auto", "never"], ids=["forked", "alone"])
 """Run a test with workers that are forked from a template, and with workers that load the model by themselves."""

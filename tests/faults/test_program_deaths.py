@@ -44,6 +44,7 @@ threading.Event().wait()
 """
 
 
+@pytest.mark.usefixtures("swept")
 @pytest.mark.parametrize(
     "what, number",
     [
@@ -87,7 +88,7 @@ threading.Event().wait()
 """
 
 
-@pytest.mark.usefixtures("light_torch")
+@pytest.mark.usefixtures("light_torch", "swept")
 @pytest.mark.parametrize("torch_only_too", [False, True], ids=["program", "both"])
 @both_ways
 def test_no_process_outlives_the_program_while_it_loads(

@@ -96,7 +96,8 @@ def test_every_format_opens_alike(built: dict[str, Path], archive_format: str, s
             raw=model.manifest.raw if model.manifest else {},
         )
         assert model.manifest.raw["archiverVersion"]
-    assert model.path.exists() == (archive_format == "no-archive")
+    assert not model.path.exists()
+    assert built[archive_format].exists()
 
 
 @pytest.mark.parametrize("archive_format", ["default", "tgz"])

@@ -212,7 +212,7 @@ def handle(data, context):
     assert said["config"] == {"handler": {"mine": [1, 2]}, "batchSize": 3, "maxBatchDelay": 0}
     assert said["manifest"] == json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
     properties = said["properties"]
-    assert properties["model_dir"] == str(folder)
+    assert properties["model_dir"] == model.describe().spec.model_dir != str(folder)
     assert (properties["gpu_id"], properties["batch_size"]) == (None, 3)
     assert {"server_name", "server_version", "limit_max_image_pixels"} <= set(properties)
     assert said["ids"] == {0: said["id"]}

@@ -165,7 +165,7 @@ def test_a_name_needs_a_store(manager: ModelManager) -> None:
 
 
 def test_an_archive_is_unpacked_once_and_removed_with_its_last_version(managed: ModelManager, store: Path) -> None:
-    """Registrations of one archive share what was unpacked; it is removed with the last of them, not before."""
+    """Registrations of one archive each have a folder, removed with them; what they share goes with the last of them."""
 
     def unpacked() -> set[str]:
         return {model for model in os.listdir(tempfile.gettempdir()) if model.startswith("torchmgmt")}  # noqa: PTH208
@@ -173,13 +173,16 @@ def test_an_archive_is_unpacked_once_and_removed_with_its_last_version(managed: 
     before = unpacked()
     one = managed.register("digits.mar", model_name="one")
     two = managed.register(store / "digits.mar", model_name="two")
-    assert one.describe().spec.model_dir == two.describe().spec.model_dir
-    folder = Path(one.describe().spec.model_dir)
+    specs = [model.describe().spec for model in (one, two)]
+    folders = [Path(spec.model_dir) for spec in specs]
+    assert folders[0] != folders[1]
+    shared = Path(specs[0].pristine_dir or "")
+    assert specs[1].pristine_dir == str(shared)
     one.unregister()
-    assert folder.is_dir()
+    assert [folder.is_dir() for folder in (*folders, shared)] == [False, True, True]
     assert count_right(two) == 32
     two.unregister()
-    assert not folder.exists()
+    assert [folder.is_dir() for folder in (*folders, shared)] == [False, False, False]
     assert unpacked() == before
 
 
@@ -196,12 +199,13 @@ def test_an_archive_may_be_replaced_while_it_is_served(managed: ModelManager, st
     assert count_right(model) == count_right(other) == 32
 
 
-def test_a_plain_folder_is_served_in_place_and_left_alone(deploy: Deployer) -> None:
-    """A folder without a manifest, given name and handler, is version 1.0, is used in place, and never removed."""
+def test_a_plain_folder_is_served_and_left_alone(deploy: Deployer) -> None:
+    """A folder without a manifest, given name and handler, is version 1.0, is never written to, and never removed."""
     model = deploy()
-    folder = Path(model.describe().spec.model_dir)
-    before = sorted(path.name for path in folder.iterdir())
+    (folder,) = deploy.root.glob("model*")
+    before = sorted(path.name for path in folder.rglob("*"))
     assert model.version == "1.0"
-    assert model.predict("os.getcwd()") == str(folder)
+    assert model.predict("os.getcwd()") == model.describe().spec.model_dir != str(folder)
+    assert model.predict("open('new', 'w').close() or os.path.exists('new')") is True
     model.unregister()
-    assert [name for name in sorted(path.name for path in folder.iterdir()) if name != "__pycache__"] == before
+    assert sorted(path.name for path in folder.rglob("*")) == before

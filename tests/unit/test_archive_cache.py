@@ -1,4 +1,4 @@
-"""Unpacked copies: one for each content, for as long as somebody uses it, and nothing left after that."""
+"""Pristine copies: one for each content, for as long as somebody uses it, and nothing left after that."""
 
 from __future__ import annotations
 
@@ -438,17 +438,17 @@ def test_a_model_folder_releases_once(sources: ModelSources, mar: Path) -> None:
     assert our_folders() == []
 
 
-def test_a_plain_folder_is_used_in_place(sources: ModelSources, tmp_path: Path) -> None:
-    """It is neither copied nor removed, and has no digest; without a manifest it has none."""
+def test_a_plain_folder_has_no_digest(sources: ModelSources, tmp_path: Path) -> None:
+    """Without a manifest it has none; it is still there when nobody uses it any more."""
     folder = tmp_path / "plain"
     folder.mkdir()
     (folder / "model-config.yaml").write_text("minWorkers: 1")
     with sources.open("plain") as model:
-        assert (model.path, model.digest, model.manifest) == (folder, None, None)
+        assert (model.digest, model.pristine, model.manifest) == (None, None, None)
         assert model.config == {"minWorkers": 1}
         assert model.url == "plain"
     sources.close()
-    assert folder.is_dir()
+    assert [path.name for path in folder.iterdir()] == ["model-config.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -466,8 +466,12 @@ def test_where_the_model_lies_in_its_archive(sources: ModelSources, tmp_path: Pa
     """At the top, or in the one folder there that has a manifest."""
     write_mar(tmp_path / "m.mar", dict.fromkeys(names, '{"model": {}}'))
     with sources.open("m.mar") as model:
-        root = next(path for path in our_folders()[0].iterdir())
-        assert model.path == root / top
+        base = our_folders()[0]
+        assert model.path == base.joinpath(model.path.relative_to(base).parts[0], top)
+        assert model.pristine is not None
+        assert {p.relative_to(model.path) for p in model.path.rglob("*")} == {
+            p.relative_to(model.pristine) for p in model.pristine.rglob("*")
+        }
         assert (model.manifest is not None) == (top != "." or "MAR-INF/MANIFEST.json" in names)
 
 

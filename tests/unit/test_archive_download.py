@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.file_server import FileServer, answers, redirects, with_etag
-from torchmgmt.archive import DownloadLimits, ModelSources
+from torchmgmt.archive import DownloadLimits, ModelSources, copying, pristine
 from torchmgmt.archive.allowed import Rules
 from torchmgmt.archive.urls import Source
 from torchmgmt.errors import DownloadFailed, InvalidArchive, InvalidArgument, ManagerClosed, SourceNotAllowed
@@ -94,11 +94,12 @@ def test_an_archive_is_fetched_and_gone_when_released(open_sources, server, cach
 
 
 def test_a_url_is_asked_again_and_never_stale(open_sources, server, cache_dir) -> None:
-    """Unchanged content in use is not sent twice; changed content is another copy, and the old one stays as it was."""
+    """Unchanged content in use is not sent twice; changed content is in new folders, and the old one stays as it was."""
     server.paths["/e.mar"] = with_etag(MAR, '"one"')
     sources = open_sources(cache_dir=cache_dir)
     with sources.open(server.url("/e.mar")) as first, sources.open(server.url("/e.mar")) as again:
-        assert again.path == first.path
+        assert again.digest == first.digest
+        assert again.path != first.path
         assert server.asked[-1][1]["if-none-match"] == '"one"'
         server.paths["/e.mar"] = with_etag(archive("x = 2\n"), '"two"')
         with sources.open(server.url("/e.mar")) as changed:
@@ -140,7 +141,7 @@ def test_kept_archives_are_bounded(open_sources, server, tmp_path) -> None:
 
 
 def test_two_at_once_fetch_once(open_sources, server, cache_dir) -> None:
-    """Who comes second waits and shares the copy."""
+    """Who comes second waits and has the same content."""
     arrived = threading.Event()
 
     def slow(request: BaseHTTPRequestHandler) -> None:
@@ -158,7 +159,8 @@ def test_two_at_once_fetch_once(open_sources, server, cache_dir) -> None:
             assert not second.done()
         server.released.set()
         with first.result(30) as one, second.result(30) as two:
-            assert one.path == two.path
+            assert one.digest == two.digest
+            assert (two.path / "handler.py").read_text() == "x = 1\n"
     assert len(server.asked) == 1
 
 
@@ -401,3 +403,17 @@ def test_without_fsspec_the_error_says_what_to_install(open_sources, monkeypatch
     with pytest.raises(DownloadFailed) as caught:
         open_sources().open("s3://bucket/m.mar")
     assert "pip install torchmgmt[remote]" in str(caught.value)
+
+
+def test_what_a_version_wrote_over_is_fetched_again(open_sources, server, cache_dir, monkeypatch) -> None:
+    """A URL's content of which the only copy was lent to a version that wrote to it is not what the next version gets."""
+    monkeypatch.setattr(pristine, "LARGE_BYTES", 1)
+    for module in (copying, pristine):
+        monkeypatch.setattr(module, "is_write_protected", lambda path: False)
+    server.paths["/e.mar"] = with_etag(MAR, '"one"')
+    sources = open_sources(cache_dir=cache_dir)
+    with sources.open(server.url("/e.mar")) as first:
+        (first.path / "handler.py").write_text("x = 3\n")
+        with sources.open(server.url("/e.mar")) as second, sources.open(server.url("/e.mar")) as third:
+            assert [(each.path / "handler.py").read_text() for each in (second, third)] == ["x = 1\n"] * 2
+            assert (first.path / "handler.py").read_text() == "x = 3\n"

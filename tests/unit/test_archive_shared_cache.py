@@ -1,4 +1,4 @@
-"""A cache folder that real processes share: one copy, gone with its last user, and kill -9 leaves nothing that stays."""
+"""A cache folder that real processes share: one pristine copy, gone with its last user; kill -9 leaves nothing that stays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import sys
 from torchmgmt.archive import ModelSources
 url, cache = sys.argv[1:3]
 folder = ModelSources(None, cache_dir=cache or None).open(url)
-print(folder.path, flush=True)
+print(folder.path, folder.pristine, flush=True)
 sys.stdin.read()
 folder.release()
 """
@@ -66,9 +66,14 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.
         process.communicate()
 
 
-def place_of(process: subprocess.Popen[str]) -> Path:
+def places_of(process: subprocess.Popen[str]) -> list[Path]:
+    """The working folder, and the pristine copy that it was made of."""
     assert process.stdout is not None
-    return Path(process.stdout.readline().strip())
+    return [Path(each) for each in process.stdout.readline().split()]
+
+
+def place_of(process: subprocess.Popen[str]) -> Path:
+    return places_of(process)[0]
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -82,28 +87,34 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def test_two_programs_share_one_copy_until_the_last_ends(start, mar: Path, tmp_path: Path) -> None:
-    """The first to go leaves it to the other, unchanged; then nothing is left."""
+    """The first to go leaves it to the other, unchanged; then nothing is left. Each works in a folder of its own."""
     cache = tmp_path / "cache"
     first, second = start(mar, cache), start(mar, cache)
-    path = place_of(first)
-    assert place_of(second) == path
-    inode = (path / "weights.bin").stat().st_ino
+    working, pristine = places_of(first)
+    other, same = places_of(second)
+    assert (same, other != working) == (pristine, True)
+    inode = (pristine / "weights.bin").stat().st_ino
     finish(first)
-    assert (path / "weights.bin").stat().st_ino == inode
-    assert (path / "weights.bin").read_bytes() == b"w" * 100_000
+    assert not working.exists()
+    assert (pristine / "weights.bin").stat().st_ino == inode
+    assert (other / "weights.bin").read_bytes() == b"w" * 100_000
     finish(second)
     assert not list((cache / "unpacked").iterdir())
 
 
 def test_what_a_killed_program_used_is_used_on_and_removed_by_the_next(start, mar: Path, tmp_path: Path) -> None:
-    """Its lock ended with it."""
+    """Its locks ended with it."""
     cache = tmp_path / "cache"
     killed, other = start(mar, cache), start(mar, cache)
-    path = place_of(killed)
-    assert place_of(other) == path
+    left, pristine = places_of(killed)
+    assert places_of(other)[1] == pristine
     kill(killed)
-    assert (path / "weights.bin").read_bytes() == b"w" * 100_000
+    assert (pristine / "weights.bin").read_bytes() == b"w" * 100_000
+    third = start(mar, cache)
+    assert places_of(third)[1] == pristine
+    assert not left.exists()
     finish(other)
+    finish(third)
     assert not list((cache / "unpacked").iterdir())
 
 
@@ -123,7 +134,7 @@ def test_what_a_killed_program_left_alone_is_swept(start, mar: Path, tmp_path: P
         zipped.writestr("handler.py", "x = 2\n")
     sources = ModelSources(None, cache_dir=cache)
     with sources.open(other) as folder:
-        assert {each.name for each in unpacked.iterdir()} == {folder.digest}
+        assert {each.name for each in unpacked.iterdir()} == {folder.digest, folder.path.name}
     sources.close()
 
 
@@ -168,7 +179,7 @@ def test_two_programs_fetch_a_url_once(start, server: FileServer, mar: Path, tmp
 
     server.paths["/m.mar"] = respond
     programs = [start(server.url("/m.mar"), tmp_path / "cache") for _ in range(2)]
-    assert len({place_of(program) for program in programs}) == 1
+    assert len({places_of(program)[1] for program in programs}) == 1
     for program in programs:
         finish(program)
     assert len(sent) == 1
@@ -201,6 +212,7 @@ def test_programs_that_come_and_go_always_find_a_whole_copy(mar: Path, tmp_path:
         for _ in range(20):
             with sources.open(mar) as folder:
                 assert (folder.path / "weights.bin").stat().st_size == 100_000
+                (folder.path / "weights.bin").write_bytes(b"")
 
     several = [ModelSources(None, cache_dir=tmp_path / "cache") for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:

@@ -6,25 +6,28 @@ or fetched, the modules that do that.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
 from torchmgmt.archive.allowed import Rules
 from torchmgmt.archive.cache import Lease, UnpackedArchives
 from torchmgmt.archive.downloads import Downloads
 from torchmgmt.archive.manifest import Manifest, read_config, read_manifest
+from torchmgmt.archive.pristine import Spoiled
 from torchmgmt.archive.shelves import PrivateShelf, SharedShelf
 from torchmgmt.archive.sources import resolve
 from torchmgmt.archive.transfer import DownloadLimits
 from torchmgmt.archive.unpack import UnpackLimits
 from torchmgmt.archive.url_memory import OwnMemory, SharedMemory, UrlMemory
 from torchmgmt.archive.urls import Source
+from torchmgmt.archive.working import WorkingFolders
 from torchmgmt.checks import check_number, check_pattern
 from torchmgmt.errors import DownloadFailed, InvalidArchive, InvalidArgument
 from torchmgmt.events import Listener
@@ -85,7 +88,7 @@ class ModelFolder:
     """
 
     path: Path
-    """Absolute; what a worker has as its working directory."""
+    """Absolute; what a worker has as its working directory. Nobody else has it, unless :attr:`live` is set."""
     url: str
     """Where it came from, as the caller gave it, less the credentials in a URL."""
     manifest: Manifest | None
@@ -93,26 +96,29 @@ class ModelFolder:
     config: Mapping[str, Any]
     """``model-config.yaml``; empty if there is none."""
     digest: str | None
-    """SHA-256 of the archive in hexadecimal; None for a plain folder, which is used in place."""
+    """SHA-256 of the archive in hexadecimal; None for a plain folder."""
     packages: Path | None = None
     """Where the packages are that it asks for and this program does not have; None: nowhere."""
+    pristine: Path | None = None
+    """Where the same files lie in the one copy that all versions of the archive share; None for a plain folder."""
     _leases: Sequence[Lease] = field(default=(), repr=False)
     live: LiveObject | None = None
     """What is registered in place of an archive; released with the folder, which is the working directory alone."""
 
     @property
     def is_sealed(self) -> bool:
-        """Whether it is an unpacked copy of ours, whose files nobody rewrites; a plain folder is its owner's."""
+        """Whether nobody rewrites its files but its own workers; large files of a plain folder may be its owner's."""
         return self.digest is not None
 
     def release(self) -> None:
-        """Give the folder back. The last user of an unpacked archive removes its files; a plain
-        folder is left alone. Idempotent; any thread; blocks while files are removed.
+        """Give the folder back, which is removed with all that was written there; the plain folder or the program's own
+        that it was made of is left alone. Idempotent; any thread; blocks while files are removed.
         """
-        for lease in self._leases:
-            lease.release()
-        if self.live is not None:
-            self.live.release()
+        try:
+            _release(self._leases)
+        finally:
+            if self.live is not None:
+                self.live.release()
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -129,9 +135,10 @@ class ModelFolder:
 class ModelSources:
     """Opens models by name, path or URL. Thread-safe.
 
-    Archives of the same content share one unpacked copy, which exists only while it is needed: in a temporary folder
-    ``torchmgmt-*``, or in ``cache_dir``, which any number of programs may share. In a process that was forked from the one
-    that made it, it is closed and removes nothing.
+    Each model that is opened has a folder of its own. Archives of the same content are unpacked once, to a pristine copy of
+    which these folders are made. All of them exist only while they are needed: in a temporary folder ``torchmgmt-*``, or in
+    ``cache_dir``, which any number of programs may share. In a process that was forked from the one that made it, it is
+    closed and removes nothing.
 
     Args:
         model_store: the folder in which bare names are looked up, or None for none. It need not exist yet.
@@ -175,6 +182,7 @@ class ModelSources:
         else:
             self._unpacked = UnpackedArchives(limits, shelf=SharedShelf(folder / "unpacked"))
             memory = SharedMemory(folder, max_cache_bytes, self._unpacked.check_open)
+        self._working = WorkingFolders(self._unpacked)
         self._installed, self._environments = self._unpacked, None
         if installing is not None:
             self._installed, self._environments = _environments(installing, folder, self._unpacked)
@@ -195,10 +203,10 @@ class ModelSources:
         return None if source.is_remote else resolve(source, model_store=self._model_store)
 
     def open(self, url: str | os.PathLike[str], *, trusted: bool = True, may_fetch: bool = False) -> ModelFolder:
-        """Return the model's folder, unpacked if it is an archive; the caller releases it.
+        """Return a new folder with the model's files, unpacked if it is an archive; the caller releases it.
 
         Blocks while an archive is fetched, hashed and unpacked, and its requirements are installed, or while another thread
-        or program does that. Any thread. After an error nothing is left on the disk.
+        or program does that; and while files are copied. Any thread. After an error nothing is left on the disk.
 
         Args:
             url: the name of an archive or folder in the model store, a path, or a URL: ``file://``, ``http(s)://``, or
@@ -219,14 +227,6 @@ class ModelSources:
             ManagerClosed: after close, or in a forked process.
             OSError: the disk is full or fails.
         """
-        model = self._open(url, trusted=trusted, may_fetch=may_fetch)
-        try:
-            return self._with_packages(model)
-        except BaseException:
-            model.release()
-            raise
-
-    def _open(self, url: str | os.PathLike[str], *, trusted: bool, may_fetch: bool) -> ModelFolder:
         self._unpacked.check_open()
         source = Source.parse(url)
         rules = None if trusted else self._rules[may_fetch]
@@ -235,26 +235,67 @@ class ModelSources:
                 source.shown, "its credentials were taken out where it was shown or saved; give them anew"
             )
         if source.is_remote:
-            return _unpacked_model(source.shown, self._downloads.open(source, rules))
+            return self._of_archive(source.shown, lambda: self._downloads.open(source, rules))
         path = resolve(source, model_store=self._model_store, rules=rules)
         if not path.is_dir():
-            return _unpacked_model(source.shown, self._unpacked.acquire(path, source.shown, wanted=source.sha256))
+            return self._of_archive(
+                source.shown, lambda: self._unpacked.acquire(path, source.shown, wanted=source.sha256)
+            )
         if source.sha256 is not None:
             raise InvalidArchive(source.shown, "it is a folder, which has no SHA-256; leave #sha256= out")
-        return _model_folder(path, source.shown, None)
+        return self._of_folder(source.shown, path)
 
-    def _with_packages(self, model: ModelFolder) -> ModelFolder:
-        """Return it with what its requirements file asks for, if it has one."""
-        requirements = model.manifest.requirements_file if model.manifest is not None else None
+    def _of_archive(self, shown: str, acquire: Callable[[], Lease]) -> ModelFolder:
+        while True:
+            try:
+                return self._of_pristine(shown, acquire)
+            except Spoiled as spoiled:  # just now: another copy is made
+                _log.info("A version of %s writes to its files while they are copied: %s", shown, spoiled)
+
+    def _of_pristine(self, shown: str, acquire: Callable[[], Lease]) -> ModelFolder:
+        leases: list[Lease] = []
+        try:
+            leases.append(acquire())
+            files, digest = leases[0].folder, leases[0].digest
+            leases.append(self._working.of_archive(files))
+            path = _top_of(leases[1].folder)
+            pristine = files / path.relative_to(leases[1].folder)
+            return self._opened(path, shown, leases, path, digest=digest, pristine=pristine)
+        except BaseException:
+            _release(leases)
+            raise
+
+    def _of_folder(self, shown: str, source: Path) -> ModelFolder:
+        leases: list[Lease] = []
+        try:
+            leases.append(self._working.of_folder(source))
+            return self._opened(leases[0].folder, shown, leases, source, digest=None, pristine=None)
+        except BaseException:
+            _release(leases)
+            raise
+
+    def _opened(
+        self, path: Path, shown: str, leases: list[Lease], origin: Path, *, digest: str | None, pristine: Path | None
+    ) -> ModelFolder:
+        """Return what is in a folder; ``origin`` has its requirements file, and what that names."""
+        manifest = read_manifest(path, shown)
+        config = read_config(path, manifest, shown)
+        packages = self._packages_of(manifest, origin, shown, leases)
+        return ModelFolder(path, shown, manifest, config, digest, packages, pristine, leases)
+
+    def _packages_of(self, manifest: Manifest | None, origin: Path, shown: str, leases: list[Lease]) -> Path | None:
+        """Return where the packages are that the requirements file asks for, and add the lease on them."""
+        requirements = manifest.requirements_file if manifest is not None else None
         if requirements is None:
-            return model
+            return None
         if self._environments is None:
-            _log.warning(
-                "%s of %s is not installed: set install_py_dep_per_model=true for that", requirements, model.url
-            )
-            return model
-        found = self._environments.acquire(model.path, requirements, model.url)
-        return model if found is None else evolve(model, packages=found[0], leases=[*model._leases, found[1]])
+            _log.warning("%s of %s is not installed: set install_py_dep_per_model=true for that", requirements, shown)
+            return None
+        found = self._environments.acquire(origin, requirements, shown)
+        if found is None:
+            return None
+        leases.append(found[1])
+        return found[0]
 
     def close(self) -> None:
         """Remove everything that was unpacked here, whoever uses it, and end downloads, unpacking and installing under way.
@@ -289,19 +330,11 @@ def _check_folder(argument: str, folder: object) -> Path | None:
     return Path(text).absolute()  # the working directory may change
 
 
-def _unpacked_model(source: str, lease: Lease) -> ModelFolder:
-    try:
-        return _model_folder(_top_of(lease.folder), source, lease)
-    except BaseException:
-        lease.release()
-        raise
-
-
-def _model_folder(path: Path, source: str, lease: Lease | None) -> ModelFolder:
-    manifest = read_manifest(path, source)
-    config = read_config(path, manifest, source)
-    digest = lease.digest if lease is not None else None
-    return ModelFolder(path, source, manifest, config, digest, leases=() if lease is None else (lease,))
+def _release(leases: Sequence[Lease]) -> None:
+    """Give back all that are leased, the last one first; one that fails keeps none of the others."""
+    with contextlib.ExitStack() as each:
+        for lease in leases:
+            each.callback(lease.release)
 
 
 def _top_of(folder: Path) -> Path:

@@ -1,18 +1,21 @@
-"""Unpacked copies of archives, one for each content, kept for as long as somebody uses them."""
+"""Pristine copies of archives, one for each content, and what else is made once, for as long as somebody uses it."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from attrs import define, field
 
 from torchmgmt.archive.names import Refused, refusing
+from torchmgmt.archive.pristine import FILES, is_intact, seal
 from torchmgmt.archive.shelves import Place, PrivateShelf, Shelf
 from torchmgmt.archive.unpack import UnpackLimits, unpack
 from torchmgmt.errors import InvalidArchive, ManagerClosed, SourceNotFound
@@ -33,9 +36,9 @@ _Stamp = tuple[tuple[int, int, int, int], int]
 
 @define(eq=False)
 class _Copy:
-    """One content. ``users`` is guarded by the owner's lock, ``place`` by ``building``."""
+    """What a key stands for. ``users`` is guarded by the owner's lock, ``place`` by ``building``."""
 
-    digest: str
+    key: str
     users: int = 0
     # Held while the copy is made or removed: whoever comes second waits here, and finds it made,
     # or, after a failure, tries for itself.
@@ -44,7 +47,10 @@ class _Copy:
 
 
 class Lease:
-    """The right to use an unpacked copy, until it is released."""
+    """The right to use a folder that was made, until it is released.
+
+    ``digest`` is the SHA-256 of the archive that it was unpacked from, and the key of what was made of anything else.
+    """
 
     def __init__(self, folder: Path, digest: str, give_back: Callable[[], None]) -> None:
         self.folder = folder
@@ -87,7 +93,7 @@ class UnpackedArchives:
         self._digests: dict[_Stamp, str] = {}
 
     def acquire(self, path: Path, source: str, *, digest: str | None = None, wanted: str | None = None) -> Lease:
-        """Return a lease on the unpacked content of the archive at ``path``.
+        """Return a lease on the pristine copy of the archive at ``path``.
 
         Blocks while it hashes and unpacks, or while another thread or program unpacks the same content. What is unpacked
         is what was hashed, even if the file is replaced meanwhile. Raises what :func:`torchmgmt.archive.unpack.unpack`
@@ -105,22 +111,23 @@ class UnpackedArchives:
             if wanted not in {None, found}:
                 raise Refused(f"its SHA-256 is {found}, but #sha256={wanted} was asked for")
 
-            def build(partial: Path) -> None:
+            def build(into: Path) -> None:
                 stamp = _stamp(file)
-                unpack(file, partial, self._limits, source=source, keep_on=self.check_open)
+                into.mkdir()
+                unpack(file, into / FILES, self._limits, source=source, keep_on=self.check_open)
                 _refuse_change(file, stamp)
+                seal(into / FILES)
 
-            lease = self._lease(found, lambda: self._shelf.take(found, build, self.check_open))
-        assert lease is not None, "take returns a copy or raises"
-        return lease
+            # take returns a copy or raises
+            return cast("Lease", self._pristine(found, lambda key: self._shelf.take(key, build, self.check_open)))
 
     def acquire_known(self, digest: str) -> Lease | None:
-        """Return a lease on the unpacked content of this SHA-256, if somebody uses a copy now; else None.
+        """Return a lease on the pristine copy of the archive of this SHA-256, if somebody uses one now; else None.
 
         Blocks while another thread or program unpacks or removes it. Raises ManagerClosed.
         """
         self.check_open()
-        return self._lease(digest, lambda: self._shelf.find(digest, self.check_open))
+        return self._pristine(digest, lambda key: self._shelf.find(key, self.check_open))
 
     def acquire_made(self, key: str, build: Callable[[Path], None]) -> Lease:
         """Return a lease on what ``build`` makes in the folder that it is given, which is not there yet: once for each key.
@@ -133,24 +140,39 @@ class UnpackedArchives:
             build: calls :meth:`check_open` often.
         """
         self.check_open()
-        lease = self._lease(key, lambda: self._shelf.take(key, build, self.check_open))
-        assert lease is not None, "take returns a copy or raises"
-        return lease
+        return cast("Lease", self._lease(key, lambda: self._shelf.take(key, build, self.check_open)))
 
-    def _lease(self, digest: str, take: Callable[[], Place | None]) -> Lease | None:
-        copy = self._join(digest)
+    def _pristine(self, digest: str, take: Callable[[str], Place | None]) -> Lease | None:
+        """Return a lease on a copy of this content that nobody has written to, by the first key that has one or none."""
+        lease: Lease | None = None
+        try:
+            for key in _keys(digest):
+                lease = self._lease(key, partial(take, key))
+                if lease is None:
+                    break
+                if is_intact(lease.folder / FILES):
+                    return Lease(lease.folder / FILES, digest, lease.release)
+                lease.release()
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        return None
+
+    def _lease(self, key: str, take: Callable[[], Place | None]) -> Lease | None:
+        copy = self._join(key)
         try:
             with copy.building:
                 if copy.place is None:
                     copy.place = take()
                 place = copy.place
+            if place is not None:
+                return Lease(place.folder, key, lambda: self._leave(copy))
         except BaseException:
             self._leave(copy)
             raise
-        if place is None:
-            self._leave(copy)
-            return None
-        return Lease(place.folder, digest, lambda: self._leave(copy))
+        self._leave(copy)
+        return None
 
     def close(self, then: Callable[[], None] = lambda: None) -> None:
         """Remove all copies, leased or not, and end the unpacking under way. Idempotent.
@@ -180,10 +202,10 @@ class UnpackedArchives:
         # parent's folders when it exits.
         return os.getpid() != self._pid
 
-    def _join(self, digest: str) -> _Copy:
+    def _join(self, key: str) -> _Copy:
         with self._lock:
             self.check_open()
-            copy = self._copies.setdefault(digest, _Copy(digest))
+            copy = self._copies.setdefault(key, _Copy(key))
             copy.users += 1
             return copy
 
@@ -194,8 +216,8 @@ class UnpackedArchives:
             copy.users -= 1
             if copy.users:
                 return
-            if self._copies.get(copy.digest) is copy:
-                del self._copies[copy.digest]
+            if self._copies.get(copy.key) is copy:
+                del self._copies[copy.key]
         _clear(copy)  # nobody can join it any more: who wants this content now takes it anew
 
     def _digest_of(self, file: IO[bytes]) -> str:
@@ -241,6 +263,15 @@ def _stamp(file: IO[bytes]) -> _Stamp:
 def _refuse_change(file: IO[bytes], stamp: _Stamp) -> None:
     if _stamp(file)[0] != stamp[0]:
         raise Refused("it changed while it was read; put a new archive in place by renaming it")
+
+
+def _keys(digest: str) -> Iterator[str]:
+    """Give the places at which copies of a content may lie: one after the other is spoiled by a version that writes to it."""
+    yield digest
+    import hashlib
+
+    for number in itertools.count(1):
+        yield hashlib.sha256(f"{digest} {number}".encode()).hexdigest()
 
 
 def _sha256(file: IO[bytes]) -> str:

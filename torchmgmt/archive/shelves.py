@@ -1,4 +1,4 @@
-"""Where unpacked copies lie: in a temporary folder of one program, or in a folder that programs share.
+"""Where copies lie, pristine ones and working folders: in a temporary folder of one program, or in a folder that programs share.
 
 Neither is ever left in a state that the next program could not deal with: a copy gets its name when it is whole and loses
 it before it is removed, and who uses something holds a lock that ends with it. Files are unlinked, never cut or written
@@ -68,31 +68,30 @@ class PrivateShelf:
         self._lock = threading.Lock()
         # guarded by _lock
         self._closed = False
-        self._users = 0
+        self._users: set[str] = set()
         self._base: Path | None = None
         self._hold: int | None = None
 
     def take(self, digest: str, build: Callable[[Path], None], keep_on: Callable[[], None]) -> Place:
         """Make a copy; see :class:`Shelf`."""
-        base = self._join()
-        try:
-            partial = base / f"{digest[:16]}-{next(self._numbers)}.partial"
-            folder = partial.with_suffix("")
-            try:
-                build(partial)
-                partial.rename(folder)
-            except BaseException:
-                remove_tree(partial)
-                raise
-        except BaseException:
-            self._leave()
-            raise
+        name = f"{digest[:16]}-{next(self._numbers)}"
+        folder: Path | None = None
 
         def give_back() -> None:
-            remove_tree(folder)
-            self._leave()
+            if folder is not None:
+                remove_tree(folder.with_suffix(".partial"))
+                remove_tree(folder)
+            self._leave(name)
 
-        return Place(folder, give_back)
+        try:
+            folder = self._join(name) / name
+            partial = folder.with_suffix(".partial")
+            build(partial)
+            partial.rename(folder)
+            return Place(folder, give_back)
+        except BaseException:
+            give_back()
+            raise
 
     def find(self, digest: str, keep_on: Callable[[], None]) -> Place | None:
         """Return None: nobody else makes copies here."""
@@ -101,13 +100,15 @@ class PrivateShelf:
     @contextlib.contextmanager
     def scratch_file(self) -> Iterator[Path]:
         """Yield the path of a file that nobody else uses, and remove it at the end of the block."""
-        base = self._join()
-        path = base / f"{next(self._numbers)}.download"
+        name = f"{next(self._numbers)}.download"
+        path: Path | None = None
         try:
+            path = self._join(name) / name
             yield path
         finally:
-            path.unlink(missing_ok=True)
-            self._leave()
+            if path is not None:
+                path.unlink(missing_ok=True)
+            self._leave(name)
 
     def close(self) -> None:
         """Remove the folder, with all that models may have written there. Idempotent."""
@@ -120,7 +121,7 @@ class PrivateShelf:
         if hold is not None:
             os.close(hold)
 
-    def _join(self) -> Path:
+    def _join(self, user: str) -> Path:
         with self._lock:  # a few quick system calls, so that there is one folder and not two
             if self._closed:
                 raise ManagerClosed("This ModelSources")
@@ -128,12 +129,12 @@ class PrivateShelf:
                 if self._hold is not None:
                     os.close(self._hold)
                 self._base, self._hold = _make_base()
-            self._users += 1
+            self._users.add(user)
             return self._base
 
-    def _leave(self) -> None:
+    def _leave(self, user: str) -> None:
         with self._lock:
-            self._users -= 1
+            self._users.discard(user)
             if self._users or self._base is None:
                 return
             try:
@@ -152,13 +153,20 @@ def _make_base() -> tuple[Path, int | None]:
 
     _sweep(Path(tempfile.gettempdir()))
     while True:
-        base = Path(tempfile.mkdtemp(prefix=PREFIX))
+        base: Path | None = None
         try:
+            base = Path(tempfile.mkdtemp(prefix=PREFIX))
             hold = hold_folder(base)
-        except OSError:  # a file system without locks for folders: nobody can sweep there either
-            return base, None
-        if hold is not None:
-            return base, hold
+            if hold is not None:
+                return base, hold
+        except OSError:
+            if base is None:
+                raise
+            return base, None  # a file system without locks for folders: nobody can sweep there either
+        except BaseException:
+            if base is not None:
+                base.rmdir()
+            raise
         # Another program's sweep took it in the moment before it was locked, and removes it.
 
 
@@ -199,19 +207,18 @@ class SharedShelf:
         """Return the copy, whoever made it; see :class:`Shelf`. Blocks while another program makes or removes it."""
         self._prepare()
         lock = self._locks.of(digest)
-        while True:
-            lock.share(keep_on)
-            if self._folder(digest).is_dir():
-                return self._place(digest, lock)
-            lock.own(keep_on)
-            try:
+        try:
+            while True:
+                lock.share(keep_on)
+                if self._folder(digest).is_dir():
+                    return self._place(digest, lock)
+                lock.own(keep_on)
                 if not self._folder(digest).is_dir():
                     self._make(digest, build)
-            except BaseException:
-                self._clear(digest)
-                lock.release(remove=True)
-                raise
-            # From owning to sharing there is a moment in which another program may remove it again: so look again.
+                # From owning to sharing there is a moment in which another program may remove it again: so look again.
+        except BaseException:
+            self._remove_unused(digest, lock)
+            raise
 
     def find(self, digest: str, keep_on: Callable[[], None]) -> Place | None:
         """Return the copy if there is one; see :class:`Shelf`. Blocks while another program makes or removes it."""
@@ -219,9 +226,13 @@ class SharedShelf:
         if not self._folder(digest).is_dir():
             return None
         lock = self._locks.of(digest)
-        lock.share(keep_on)
-        if self._folder(digest).is_dir():
-            return self._place(digest, lock)
+        try:
+            lock.share(keep_on)
+            if self._folder(digest).is_dir():
+                return self._place(digest, lock)
+        except BaseException:
+            self._remove_unused(digest, lock)
+            raise
         lock.release(remove=lock.try_own())
         return None
 
@@ -276,7 +287,7 @@ class SharedShelf:
         """Remove what there is of a copy; by another name, as a killed program must not leave half of one."""
         folder, removed = self._folder(digest), self._root / f"{digest}.removed"
         remove_tree(removed)
-        if folder.exists():
+        if os.path.lexists(folder):
             folder.rename(removed)
         remove_tree(removed)
         remove_tree(self._root / f"{digest}.partial")
@@ -286,17 +297,26 @@ class SharedShelf:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all that is in it, as far as possible; what is left is logged."""
+    """Remove a folder with all that is in it, as far as possible; what is left is logged. Links are not followed."""
     import shutil
 
+    if folder.is_symlink() or not folder.is_dir():  # a model has put that in the place of its folder, or removed it
+        folder.unlink(missing_ok=True)
+        return
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         return
-    # A model may have taken the write permission from folders of its own.
+    # A model may have taken the write permission from folders of its own. Files keep their modes: some are others', too.
+    _permit(folder)
     for root, names, _files in os.walk(folder):
-        for path in (Path(root), *(Path(root, name) for name in names)):
-            if not path.is_symlink():
-                path.chmod(0o700)
+        for name in names:
+            _permit(Path(root, name))
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        _log.warning("The unpacked archive %s could not be removed", folder)
+        _log.warning("The folder %s could not be removed", folder)
+
+
+def _permit(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # what then cannot be removed is logged
+        if not folder.is_symlink():
+            folder.chmod(0o700)

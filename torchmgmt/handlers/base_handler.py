@@ -33,7 +33,7 @@ from torchmgmt.handlers.model_files import (
 )
 from torchmgmt.handlers.optional import needed
 from torchmgmt.handlers.profiling import is_profiled, run_profiled, step
-from torchmgmt.handlers.state_dict import make_and_load, read_state_dict
+from torchmgmt.handlers.state_dict import file_in_common, make_and_load, read_state_dict
 from torchmgmt.handlers.timing import timed
 
 __all__ = ["BaseHandler", "answer_batch"]
@@ -248,9 +248,10 @@ class BaseHandler(abc.ABC):  # noqa: B024 - abstract as TorchServe's is, whose s
         return torch.device(self.device).type == "cpu" and str(self.map_location) == "cpu"
 
     def _read_state_dict(self, path: str) -> Any:
+        properties = self.context.system_properties
+        path = file_in_common(path, properties["model_dir"], properties.get("pristine_dir"))
         if path.endswith(".safetensors"):
             return read_safetensors(path, self.device)
-        properties = self.context.system_properties
         return read_state_dict(
             path,
             map_location=self.map_location,

@@ -97,6 +97,7 @@ class Context:
         model_yaml_config: Mapping[str, Any] | None = None,
         weights_only: bool = True,
         is_sealed: bool = False,
+        pristine_dir: str | None = None,
     ) -> None:
         self.model_name = model_name
         self.manifest = manifest
@@ -124,6 +125,7 @@ class Context:
             "limit_max_image_pixels": limit_max_image_pixels,
             "weights_only": weights_only,
             "is_sealed": is_sealed,
+            "pristine_dir": pristine_dir,
             "threads": None,
         }
 
@@ -140,6 +142,7 @@ class Context:
             model_yaml_config=spec.config,
             weights_only=spec.weights_only,
             is_sealed=spec.is_sealed,
+            pristine_dir=spec.pristine_dir,
         )
         context.live = spec.live
         return context
@@ -149,7 +152,8 @@ class Context:
         """``model_dir``, ``gpu_id``, ``batch_size``, ``server_name``, ``server_version``, ``limit_max_image_pixels``.
 
         And of ours: ``weights_only``, whether checkpoints are to be loaded without running code found in them; ``is_sealed``,
-        whether nobody rewrites the files in ``model_dir``, so that they may be mapped; ``threads``, how many threads an
+        whether nobody else rewrites the files in ``model_dir``, so that they may be mapped; ``pristine_dir``, where the same
+        files lie in a copy that other versions have in common, None if there is none; ``threads``, how many threads an
         operation may use, None where that is not known yet.
         """
         return self._system_properties

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["MIN_DEFERRED_BYTES", "make_and_load", "read_state_dict"]
+__all__ = ["MIN_DEFERRED_BYTES", "file_in_common", "make_and_load", "read_state_dict"]
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,23 @@ _REFUSED = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
 
 class _NotEquivalent(Exception):
     """Loading in this way might give another result than the plain way."""
+
+
+def file_in_common(path: str, model_dir: str, pristine_dir: str | None) -> str:
+    """Return where the content of a file of ``model_dir`` is to be mapped: where other versions map it, too, if it is the same.
+
+    That takes memory once for all of them. Nobody writes to what is in ``pristine_dir``, and it is from before anybody
+    could write to what is in ``model_dir``: that is the same for as long as it has the same time stamp.
+    """
+    if pristine_dir is None:
+        return path
+    try:
+        common = Path(pristine_dir, Path(path).relative_to(model_dir))
+        own_status, status = Path(path).stat(), common.stat()
+    except (ValueError, OSError):  # it lies elsewhere, or is of the model's own making
+        return path
+    is_same = (own_status.st_mtime_ns, own_status.st_size) == (status.st_mtime_ns, status.st_size)
+    return str(common) if is_same else path
 
 
 def read_state_dict(path: str, *, map_location: Any, weights_only: bool, is_sealed: bool) -> Any:
