@@ -25,6 +25,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "lifecycle",
             "records",
             "redaction",
+            "system_calls",
             "variables",
         }
     ),

@@ -27,6 +27,7 @@ from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.records import TemplateJob, WorkerJob
+from torchmgmt.system_calls import open_pidfd
 from torchmgmt.variables import without_matching
 
 __all__ = ["ForkServer"]
@@ -202,7 +203,7 @@ class ForkServer:
 def _popen(control: socket.socket, output_fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     if not sys.executable:
         raise OSError("sys.executable is empty, so no interpreter is known that could load a model")
-    pidfd = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
+    pidfd = open_pidfd(os.getpid())
     passed = [control.fileno()] if pidfd is None else [control.fileno(), pidfd]
     path = [entry or str(Path.cwd()) for entry in sys.path]
     fds = [str(control.fileno()), str(-1 if pidfd is None else pidfd)]
