@@ -22,6 +22,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "events",
             "exchange",
             "forks",
+            "interpreter",
             "lifecycle",
             "records",
             "redaction",
@@ -158,7 +159,19 @@ NEIGHBOURS = {
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
 PUBLIC = frozenset(
-    {FACE, "allocator", "checks", "errors", "events", "exchange", "metrics", "records", "redaction", "settings"}
+    {
+        FACE,
+        "allocator",
+        "checks",
+        "errors",
+        "events",
+        "exchange",
+        "interpreter",
+        "metrics",
+        "records",
+        "redaction",
+        "settings",
+    }
 )
 
 # The package face hands these on, but only when they are asked for.
