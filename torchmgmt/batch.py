@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -10,7 +11,7 @@ from attrs import define, field
 
 from torchmgmt.errors import WrongNumberOfAnswers
 
-__all__ = ["Batch", "Promise", "Waiting", "settle"]
+__all__ = ["Batch", "Promise", "Waiting", "answers_of", "settle"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -145,6 +146,38 @@ def settle(future: Promise[Any], outcome: object) -> bool:
     except InvalidStateError:
         return False
     return True
+
+
+def answers_of(returned: object) -> list[Any]:
+    """Return what a function returned for a list of items as answers by their places.
+
+    A list, a tuple or another sequence is that, and an array or a tensor, whose rows they are: its dimension 0. What has no
+    order of its own, or is one thing that can be iterated over, is not: nobody could tell whose answer is whose.
+
+    Raises:
+        TypeError: it is something else, such as a set, a dictionary, text, a named tuple or a generator.
+    """
+    if _is_by_place(returned):
+        return list(returned)  # type: ignore[call-overload,no-any-return]
+    raise TypeError(
+        f"a batch was answered with an object of type {type(returned).__qualname__}, of which nobody can tell which part"
+        " belongs to which item; the function must return a list with one answer for each item, in their order"
+    )
+
+
+def _is_by_place(returned: Any) -> bool:
+    if isinstance(returned, tuple):
+        return not (
+            hasattr(returned, "_fields") or hasattr(returned, "n_fields")
+        )  # of one record, as torch.max returns
+    if isinstance(returned, Sequence):
+        return not isinstance(returned, (str, bytes, bytearray, memoryview))
+    return _is_array(returned) and returned.ndim > 0
+
+
+def _is_array(value: object) -> bool:
+    kinds = ((sys.modules.get("numpy"), "ndarray"), (sys.modules.get("torch"), "Tensor"))
+    return any(isinstance(value, getattr(module, name, ())) for module, name in kinds)
 
 
 def _places_of_false(settled: Sequence[bool]) -> Sequence[int]:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 from torchmgmt.arrivals import Arrivals
-from torchmgmt.batch import Batch, Promise, Waiting, settle
+from torchmgmt.batch import Batch, Promise, Waiting, answers_of, settle
 from torchmgmt.checks import check_number
 from torchmgmt.deadlines import Deadlines
 from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError
@@ -345,7 +345,7 @@ class Batcher(Generic[T, R]):
         if batch is None:
             return False
         try:
-            batch.finish(list(function(batch.items)))
+            batch.finish(answers_of(function(batch.items)))
         except BaseException as error:  # whatever it is, it belongs to those who wait
             batch.fail(error)
         return True
