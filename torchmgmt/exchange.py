@@ -94,6 +94,8 @@ class WorkerRequest:
     """What the row is to be made of, if it is a body."""
     on_part: Callable[[Encoded], object] | None = None
     """Takes a part of the answer that came before the rest, and must not block; None: the answer is wanted whole."""
+    code: str = ""
+    """A class or function in the row that goes along by its code; "" if none does."""
 
     def head(self) -> RequestHead:
         """Return what the worker is told of it beside its row."""

@@ -24,8 +24,8 @@ from torchmgmt.assigner import Assigner, Assignment
 from torchmgmt.attempts import Attempts
 from torchmgmt.backends import Backend, Outcome
 from torchmgmt.backends.process import ProcessBackend
-from torchmgmt.channel import encode
 from torchmgmt.checks import check_number
+from torchmgmt.encoding import encode, encode_with_code
 from torchmgmt.endings import Endings
 from torchmgmt.errors import DeadlineExceeded, ManagerClosed, TorchmgmtError, WorkerDied, WorkerStartFailed
 from torchmgmt.events import HandlerMetrics, Listener, WorkerReady, WorkerStopped
@@ -234,7 +234,10 @@ class WorkerPool:
 
         It goes before what ``source`` has. Raises NoWorker and ManagerClosed as :meth:`run` does.
         """
-        return self._add(OwnJob(self.spec.key, [WorkerRequest(encode(row, frozen=True), "") for row in rows]))
+        return self._add(OwnJob(self.spec.key, [WorkerRequest(self._encoded(row), "") for row in rows]))
+
+    def _encoded(self, row: object) -> Encoded:
+        return encode_with_code(row, frozen=True)[0] if self.spec.is_trusted else encode(row, frozen=True)
 
     def describe(self) -> AnswerFuture:
         """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""

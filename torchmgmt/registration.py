@@ -252,6 +252,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             is_sealed=folder.is_sealed,
             loaded_at_startup=wishes.loaded_at_startup,
             live=folder.live,
+            is_trusted=wishes.trusted,
         )
 
 

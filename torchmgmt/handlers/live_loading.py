@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchmgmt.by_value import CodeUnpickler
 from torchmgmt.handlers.model_files import FileKind, kind_of, load_aot_package, load_exported, read_safetensors
 from torchmgmt.handlers.state_dict import make_and_load, read_state_dict
 from torchmgmt.live import LiveObject, Role
@@ -73,7 +74,7 @@ def read_snapshot(fd: int) -> Any:
         ) from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(CodeUnpickler):
     def __init__(self, fd: int, header: Header) -> None:
         path = f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}"
         # Mapped privately: who writes to it gets a page of its own. What is made of it keeps the mapping.

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import cloudpickle  # type: ignore[import-untyped]
 from attrs import field, frozen
 
+from torchmgmt.by_value import CodePickler
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.live.blame import why_not
 from torchmgmt.live.parametrized import original_class, reduce_parametrized
@@ -77,7 +77,7 @@ def dumps(target: object) -> None:
     _Pickler(io.BytesIO()).dump(target)
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+class _Pickler(CodePickler):
     """Leaves memory out of the pickle, and keeps it until it is written."""
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -101,7 +101,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
             return PROGRAM, self._number_of_saved(obj, "torch.export")
         return None
 
-    def reducer_override(self, obj: object) -> Any:
+    def reducer_override(self, obj: Any) -> Any:
         """Return how an object is pickled of a kind that cannot pickle itself; as cloudpickle does it for all else."""
         original = original_class(type(obj))
         return super().reducer_override(obj) if original is None else reduce_parametrized(obj, original)
