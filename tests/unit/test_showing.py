@@ -161,6 +161,26 @@ def test_a_module_that_mixes_requests_is_refused(make: Callable[[], nn.Module], 
             running(*torch.randn(count, 5, 8))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda batch: batch.to(torch.int64),
+        lambda batch: batch > 0,
+        lambda batch: batch.numpy().astype(str),
+        lambda batch: batch.numpy().astype(np.float16),
+        lambda batch: batch.to(torch.bfloat16),
+        lambda batch: batch.to(torch.float8_e4m3fn),
+        lambda batch: batch.to(torch.complex64),
+        lambda batch: batch.to("meta"),
+        lambda batch: batch / 0,
+        lambda batch: [each.tolist() for each in batch],
+    ],
+)
+def test_numbers_of_any_kind_can_come_out(other: Callable[[Tensor], Any]) -> None:
+    """Those that can be compared are, and no other kind is an error."""
+    assert len(Running(other)(*torch.tensor([[1.0, 2.0], [3.0, -4.0]]))) == 2
+
+
 def test_where_nobody_is_beside_another_nothing_is_mixed() -> None:
     """A model whose batches are of one request is not asked how it would treat two."""
     net = OutputOf(nn.LSTM(8, 4)).eval()

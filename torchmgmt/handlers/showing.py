@@ -27,6 +27,7 @@ _WHAT_TO_DO = (
 # Kernels for other sizes of a batch round otherwise, the more so the fewer bits there are, and quantized ones take the range of
 # the whole batch for each in it. What another request leaves in an answer is more, where it is anything.
 _TOLERANCE = 0.05
+_ENOUGH_BYTES = 4  # numbers of fewer have few operations
 
 
 class Layout(Protocol):
@@ -201,7 +202,8 @@ def mixed_part(alone: Any, beside: Any, where: str = "the output") -> str:
     Only floating-point numbers are compared: a label may well change by rounding.
     """
     if _has_rows(alone) and _has_rows(beside):
-        return where if _are_far_apart(torch.as_tensor(alone), torch.as_tensor(beside)) else ""
+        one, other = _numbers_of(alone), _numbers_of(beside)
+        return where if one is not None and other is not None and _are_far_apart(one, other) else ""
     parts, others = _parts_of(alone) or {}, _parts_of(beside) or {}
     shared = (name for name in parts if name in others)
     return next(
@@ -209,16 +211,17 @@ def mixed_part(alone: Any, beside: Any, where: str = "the output") -> str:
     )
 
 
+def _numbers_of(value: Any) -> Tensor | None:
+    """Return what can be compared; None: nothing."""
+    if not isinstance(value, Tensor):
+        return torch.as_tensor(value) if value.dtype.kind in "fc" else None
+    if value.is_quantized or value.is_meta or not (value.is_floating_point() or value.is_complex()):
+        return None
+    return value.float() if value.element_size() < _ENOUGH_BYTES else value
+
+
 def _are_far_apart(one: Tensor, other: Tensor) -> bool:
-    if (
-        one.shape != other.shape
-        or not one.numel()
-        or not (one.is_floating_point() or one.is_complex())
-        or one.is_quantized
-    ):
-        return False
-    one, other = (each.to(torch.complex128 if each.is_complex() else torch.float64) for each in (one, other))
-    if not (one.isfinite().all() and other.isfinite().all()):
+    if one.shape != other.shape or not one.numel() or not (one.isfinite().all() and other.isfinite().all()):
         return False
     return bool((one - other).abs().max() > _TOLERANCE * torch.maximum(one.abs().max(), other.abs().max()))
 
