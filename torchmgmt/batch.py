@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -17,7 +18,7 @@ from torchmgmt.owned_future import Owner, Waits
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-__all__ = ["Batch", "Placed", "Promise", "Waiting", "is_placed", "settle"]
+__all__ = ["Batch", "Placed", "Promise", "Waiting", "answers_in", "is_placed", "settle"]
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +173,43 @@ def settle(future: Promise[Any], outcome: object) -> bool:
             future.set_result(outcome)
     except InvalidStateError:
         return False
-    except BaseException as error:  # of one of its callbacks, as sys.exit() raises it: others wait for their outcomes, too
+    except (
+        BaseException
+    ) as error:  # of one of its callbacks, as sys.exit() raises it: others wait for their outcomes, too
         log_guarded(log, logging.ERROR, "A callback of a future failed", exc_info=error)
     return True
+
+
+def answers_in(returned: object) -> list[Any]:
+    """Return what a function returned for a list of items as answers by their places.
+
+    A list, a tuple or another sequence is that, and an array or a tensor, whose rows they are: its dimension 0. What has no
+    order of its own, or is one thing that can be iterated over, is not: nobody could tell whose answer is whose.
+
+    Raises:
+        TypeError: it is something else, such as a set, a dictionary, text, a named tuple or a generator.
+    """
+    if _is_by_place(returned):
+        return list(returned)  # type: ignore[call-overload,no-any-return]
+    raise TypeError(
+        f"a batch was answered with an object of type {type(returned).__qualname__}, of which nobody can tell which part"
+        " belongs to which item; the function must return a list with one answer for each item, in their order"
+    )
+
+
+def _is_by_place(returned: Any) -> bool:
+    if isinstance(returned, tuple):
+        return not (
+            hasattr(returned, "_fields") or hasattr(returned, "n_fields")
+        )  # of one record, as torch.max returns
+    if isinstance(returned, Sequence):
+        return not isinstance(returned, (str, bytes, bytearray, memoryview))
+    return _is_array(returned) and returned.ndim > 0
+
+
+def _is_array(value: object) -> bool:
+    kinds = ((sys.modules.get("numpy"), "ndarray"), (sys.modules.get("torch"), "Tensor"))
+    return any(isinstance(value, getattr(module, name, ())) for module, name in kinds)
 
 
 def _places_of_false(settled: Sequence[bool]) -> Sequence[int]:

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 from torchmgmt import forks
 from torchmgmt.admission import Admission, Admitted
 from torchmgmt.arrivals import Arrivals
-from torchmgmt.batch import Batch, Promise, Waiting, is_placed, settle
+from torchmgmt.batch import Batch, Promise, Waiting, answers_in, is_placed, settle
 from torchmgmt.checks import check_number
 from torchmgmt.deadlines import Deadlines
 from torchmgmt.dispatcher import Alarm, Dispatcher
@@ -413,7 +413,7 @@ class Batcher(Generic[T, R]):
         if batch is None:
             return False
         try:
-            batch.finish(list(function(batch.items)))
+            batch.finish(answers_in(function(batch.items)))
         except BaseException as error:  # whatever it is, it belongs to those who wait
             # Not this frame, which has the items of all of them.
             batch.fail(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))

@@ -6,14 +6,17 @@ import gc
 import io
 import os
 import pickle
+import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torchmgmt.exchange import Encoded
 from torchmgmt.tensors import reducers
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "encode_answer", "encode_with_code"]
+
+_Table: TypeAlias = Mapping[type, Callable[[Any], Any]]
 
 # Where pickling bytes begins to cost more than a segment of its own does.
 _DETACHED_FROM = 1 << 16
@@ -25,6 +28,10 @@ _FEW = 16
 _SOME = 64
 # In these there is no tensor, and to pickle them as always takes a quarter of the time.
 _PLAIN = frozenset({bytes, bytearray, str, int, float, bool, type(None)})
+# What a pickle has for a class or function that it names; and before that, the end of the main module's name, __main__, or
+# __mp_main__ in a program that multiprocessing has spawned.
+_GLOBAL = pickle.STACK_GLOBAL
+_MAIN = b"_main__" + pickle.MEMOIZE
 
 
 def encode(value: object, *, frozen: bool = False) -> Encoded:
@@ -34,15 +41,63 @@ def encode(value: object, *, frozen: bool = False) -> Encoded:
     What was left out still belongs to whoever made it; ``frozen`` copies what could be written to in the meantime.
     """
     buffers: list[pickle.PickleBuffer] = []
-    data = _pickled(value, buffers.append)
-    if not buffers:
-        return Encoded([data])
+    data = _pickled(value, None if _has_no_tensor(value) else reducers(), buffers.append)
+    return _with_buffers(data, buffers, frozen=frozen) if buffers else Encoded([data])
+
+
+def encode_with_code(value: object, *, frozen: bool = False) -> tuple[Encoded, str]:
+    """Pickle ``value`` as :func:`encode` does; what another process would not find by its name goes along by its code.
+
+    Returns the name of a class or function that does, too; "" if none does. Such are those of ``__main__``, which is a notebook,
+    too, and of modules that were registered for it (:mod:`torchmgmt.by_value`). Raises whatever pickling raises.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    is_plain = _has_no_tensor(value)
+    table = None if is_plain else reducers()
+    data, code = b"", ""
+    try:
+        data = _pickled(value, table, buffers.append)
+    except Exception:  # a name that leads nowhere; perhaps something that cannot be pickled at all
+        code = "a part of it"
+    if code or (not is_plain and _GLOBAL in data and _may_name_own(data)):
+        from torchmgmt.by_value import dumps_with_code  # it imports cloudpickle, which most programs do not need
+
+        buffers = []
+        data, named = dumps_with_code(_detach_bytes(value), table, buffers.append)
+        code = named or code
+    return (_with_buffers(data, buffers, frozen=frozen) if buffers else Encoded([data])), code
+
+
+def encode_answer(value: object) -> Encoded:
+    """Pickle ``value`` in a worker of a model that the program registered itself: classes of the program's own go along.
+
+    Here they are nowhere to be found by their names, so that nothing is looked for if they are not there. Raises whatever
+    pickling raises.
+    """
+    try:
+        return encode(value)
+    except Exception:  # perhaps it cannot be pickled at all
+        return encode_with_code(value)[0]
+
+
+def _may_name_own(data: bytes) -> bool:
+    """Whether a pickle may name something that other processes have something else for by that name, or nothing.
+
+    It is looked for in the bytes: to have each object asked takes a tenth of the time that pickling a tensor takes.
+    """
+    if _MAIN in data:
+        return True
+    registered = getattr(sys.modules.get("cloudpickle"), "list_registry_pickle_by_value", None)
+    return registered is not None and any(name.encode() in data for name in registered())
+
+
+def _with_buffers(data: bytes, buffers: Sequence[pickle.PickleBuffer], *, frozen: bool) -> Encoded:
     raw = [buffer.raw() for buffer in buffers]
     return Encoded([data, *(bytes(view) if frozen and not view.readonly else view for view in raw)])
 
 
-def _pickled(value: object, take: Callable[[pickle.PickleBuffer], object]) -> bytes:
-    table = None if _has_no_tensor(value) else reducers()
+def _pickled(value: object, table: _Table | None, take: Callable[[pickle.PickleBuffer], object]) -> bytes:
+    """Pickle ``value``; ``table`` has what pickles kinds otherwise than they do themselves."""
     if table is None:
         return pickle.dumps(_detach_bytes(value), protocol=5, buffer_callback=take)
     file = io.BytesIO()

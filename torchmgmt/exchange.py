@@ -98,6 +98,8 @@ class WorkerRequest:
     """With how many workers it was that ended before they had begun it, and perhaps because of it."""
     span: Any = None
     """Its span, if it is traced and that has not ended."""
+    code: str = ""
+    """A class or function in the row that goes along by its code; "" if none does."""
 
     def head(self) -> RequestHead:
         """Return what the worker is told of it beside its row."""

@@ -70,6 +70,12 @@ class Intake:
         It keeps ``owner`` alive: a caller may hold nothing else.
         """
         served = self._catalogue.get(name, version)
+        if request.code and not served.spec.is_trusted:
+            allowed = (
+                f"made of what workers find by its name: {served.spec.key} was not registered by this program itself, and is"
+                " given no code of it"
+            )
+            raise InvalidArgument("data", request.code, allowed)
         promise = kind(served.spec.key, owner, served.pool.abandon_unwanted, served.on_cancelled)
         if isinstance(promise, AnswerStream):
             request.on_part = promise.take_part

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
+import threading
+from typing import Protocol
+
+from torchmgmt.system_calls import has_fixed_size
 
 __all__ = ["PAGE_BYTES", "Page"]
 
@@ -18,8 +23,12 @@ class Page:
     """
 
     def __init__(self, fd: int) -> None:
-        """Map the memory of which ``fd`` is a descriptor."""
-        self._memory = mmap.mmap(fd, PAGE_BYTES)
+        """Share the file ``fd``, which stays the caller's: mapped, or, if the other side could truncate it, as a file.
+
+        To touch a page of a mapped file that was truncated ends a process (SIGBUS). To read and write a file takes a
+        microsecond more.
+        """
+        self._memory: _Memory = _Mapped(fd) if has_fixed_size(fd) else _File(fd)
 
     @property
     def started(self) -> int:
@@ -60,7 +69,56 @@ class Page:
         self._memory.close()
 
     def _read(self, place: int) -> int:
-        return int.from_bytes(self._memory[place * _BYTES : (place + 1) * _BYTES], "little")
+        return int.from_bytes(self._memory.read(place * _BYTES), "little")
 
     def _write(self, place: int, number: int) -> None:
-        self._memory[place * _BYTES : (place + 1) * _BYTES] = number.to_bytes(_BYTES, "little")
+        self._memory.write(place * _BYTES, number.to_bytes(_BYTES, "little"))
+
+
+class _Memory(Protocol):
+    """Where the numbers are. Any thread."""
+
+    def read(self, start: int) -> bytes:
+        """Return the bytes of the number that begins there."""
+
+    def write(self, start: int, number: bytes) -> None:
+        """Write a number there, in one piece."""
+
+    def close(self) -> None:
+        """Let go of it; all else raises ValueError afterwards. Idempotent."""
+
+
+class _Mapped:
+    """A file in memory that nobody can truncate."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, PAGE_BYTES)
+
+    def read(self, start: int) -> bytes:
+        return self._map[start : start + _BYTES]
+
+    def write(self, start: int, number: bytes) -> None:
+        self._map[start : start + _BYTES] = number
+
+    def close(self) -> None:
+        self._map.close()
+
+
+class _File:
+    """Any other file. What is not there any more is 0."""
+
+    def __init__(self, fd: int) -> None:
+        self._file = os.fdopen(os.dup(fd), "r+b", buffering=0)
+        self._lock = threading.Lock()  # its descriptor is not to become another file's between two calls
+
+    def read(self, start: int) -> bytes:
+        with self._lock:
+            return os.pread(self._file.fileno(), _BYTES, start)
+
+    def write(self, start: int, number: bytes) -> None:
+        with self._lock:
+            os.pwrite(self._file.fileno(), number, start)
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()

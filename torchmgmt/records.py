@@ -212,6 +212,8 @@ class ModelSpec:
     """For how long there may be no worker before what is kept loaded for the next one is given up."""
     live: LiveObject | None = None
     """What was registered in place of an archive, if it was no archive."""
+    is_trusted: bool = False
+    """Whether the program registered it itself: then values of its own classes go there and come back with their code."""
 
 
 @frozen

@@ -265,6 +265,7 @@ def spec_of(folder: ModelFolder, wishes: Wishes, settings: Settings) -> ModelSpe
             pristine_dir=None if folder.pristine is None else str(folder.pristine),
             loaded_at_startup=wishes.loaded_at_startup,
             live=folder.live,
+            is_trusted=wishes.trusted,
         )
 
 

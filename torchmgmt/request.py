@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchmgmt.checks import plain
-from torchmgmt.encoding import encode
+from torchmgmt.encoding import encode_with_code
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.exchange import Encoded, HttpBody, WorkerRequest
 
@@ -37,11 +37,11 @@ def new_request(
         return WorkerRequest(Encoded([data.content]), request_id, own_headers, body=data.head())
     row = {"body": data} if fields is None else dict(fields)
     try:
-        encoded = encode(row, frozen=True)
+        encoded, code = encode_with_code(row, frozen=True)
     except Exception as error:  # whatever a __reduce__ raises
         name = "data" if fields is None else "fields"
         raise InvalidArgument(name, row, f"picklable, so that a worker can get it ({error})") from error
-    return WorkerRequest(encoded, request_id, own_headers)
+    return WorkerRequest(encoded, request_id, own_headers, code=code)
 
 
 def _plain_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,8 @@ Each end of a channel owns one memory file for what it *receives*: it makes it w
 the socket, maps it, and sends its descriptor along with the next frame that it sends anyway. From then on the other end
 writes large segments into it, and the frame only says where they are. Where the file cannot be made there is no offer,
 and everything goes through the socket; where the file is full, that frame does. Nothing here has a name in the file
-system: the kernel frees the memory with the last mapping and descriptor, however the processes end.
+system: the kernel frees the memory with the last mapping and descriptor, however the processes end. Its size is sealed:
+no end can take memory away that the other one touches, which the system would kill for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from torchmgmt.errors import TorchmgmtError
+from torchmgmt.system_calls import fix_size, has_fixed_size, memory_file
 
 __all__ = ["SHARED_FROM", "BrokenSegment", "Buffer", "SegmentReader", "SegmentWriter", "SharedSegments", "size_of"]
 
@@ -126,7 +128,8 @@ class _Mapping:
         """Give back the memory between ``start`` and ``end``, unless it is to be kept."""
         start = max(start, KEPT_BYTES)
         if start < end:
-            self._mmap.madvise(mmap.MADV_REMOVE, start, end - start)
+            with contextlib.suppress(OSError):  # a sandbox may not know it; it only spares memory
+                self._mmap.madvise(mmap.MADV_REMOVE, start, end - start)
 
 
 class SegmentReader:
@@ -247,7 +250,7 @@ class SharedSegments:
         """Share nothing yet. ``arena_bytes`` (0 or more) is how much this end lets the other one write."""
         self.expects_offer = False
         """Whether a descriptor may come with the next frame: it does only after a large frame was sent."""
-        self._arena_bytes = arena_bytes if hasattr(os, "memfd_create") else 0
+        self._arena_bytes = arena_bytes
         self._offers: deque[int] = deque()
         self._reader: SegmentReader | None = None
         self._writer: SegmentWriter | None = None
@@ -300,12 +303,15 @@ class SharedSegments:
             writer.release(offset)
 
     def accept(self, fd: int | None) -> None:
-        """Write large segments to ``fd`` from now on; it is closed. None: it came, but this process has no room for it."""
+        """Write large segments to ``fd`` from now on; it is closed. None: it came, but this process has no room for it.
+
+        What the other end could truncate is not written to: that would kill this process (SIGBUS).
+        """
         self._answered, self.expects_offer = True, False
         if fd is None:
             return
         try:
-            self._writer = SegmentWriter(fd)
+            self._writer = SegmentWriter(fd) if has_fixed_size(fd) else None
         except (OSError, ValueError):  # no address space: everything goes through the socket, as before
             self._writer = None
         finally:
@@ -318,16 +324,21 @@ class SharedSegments:
         size, self._arena_bytes = self._arena_bytes, 0
         try:
             with _not_as_standard_streams():
-                fd = os.memfd_create("torchmgmt-segments")
+                fd = memory_file("torchmgmt-segments")
         except OSError:
+            return
+        if fd is None:
             return
         try:
             os.ftruncate(fd, size)
-            self._reader = SegmentReader(fd)
+            if fix_size(fd):
+                self._reader = SegmentReader(fd)
         except (OSError, ValueError):
+            pass
+        if self._reader is None:
             os.close(fd)
-            return
-        self._offers.append(fd)
+        else:
+            self._offers.append(fd)
 
     def close(self) -> None:
         """Let go of both memory files; views that live keep theirs. Idempotent; for the thread that reads."""

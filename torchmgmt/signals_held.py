@@ -17,7 +17,18 @@ Handler: TypeAlias = "Callable[[int, FrameType | None], object]"
 # Those for which programs have handlers that raise, such as Python's own one for SIGINT. To look at all costs too much.
 _NUMBERS = tuple(
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    for name in (
+        "SIGINT",
+        "SIGTERM",
+        "SIGHUP",
+        "SIGQUIT",
+        "SIGALRM",
+        "SIGVTALRM",
+        "SIGPROF",
+        "SIGUSR1",
+        "SIGUSR2",
+        "SIGXCPU",
+    )
     if hasattr(signal, name)
 )
 

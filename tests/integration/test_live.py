@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,48 @@ def test_an_exported_program_answers_as_in_the_program(manager: ModelManager) ->
     items = torch.randn(6, 4)
     for answer, item in zip(model.map(items), items, strict=True):
         assert torch.allclose(answer, net(item), atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU], ids=["lstm", "gru"])
+def test_sixty_callers_get_their_own_states(manager: ModelManager, layer: type[nn.RNNBase]) -> None:
+    """Output and states of a recurrent layer are each caller's own, whoever else is in the batch and whichever worker runs it."""
+    net = layer(4, 8, num_layers=2, batch_first=True).eval()
+    model = manager.register(net, model_name="m", initial_workers=2, batch_size=8, max_batch_delay=5)
+    items = torch.randn(60, 6, 4)
+
+    def check(item: torch.Tensor) -> bool:
+        with torch.inference_mode():
+            wanted = net(item)
+        answer = model.predict(item, timeout=30)
+        flat = [answer[0], *(answer[1] if layer is nn.LSTM else answer[1:])]
+        expected = [wanted[0], *(wanted[1] if layer is nn.LSTM else wanted[1:])]
+        return all(torch.allclose(got, each, atol=1e-5) for got, each in zip(flat, expected, strict=True))
+
+    with ThreadPoolExecutor(60) as callers:
+        for _ in range(3):
+            assert all(callers.map(check, items))
+
+
+def test_a_module_that_mixes_its_callers_answers_none_of_them(manager: ModelManager) -> None:
+    """With the reason, and what to do; the worker lives."""
+    model = manager.register(nn.LSTM(4, 8), model_name="m", batch_size=8, max_batch_delay=20)
+    errors = [future.exception(30) for future in [model.submit(torch.randn(6, 4)) for _ in range(5)]]
+    assert all(isinstance(error, HandlerFailed) and "batch_first=True" in str(error) for error in errors)
+    with pytest.raises(HandlerFailed, match="NotABatch"):
+        model.predict(torch.randn(6, 4))
+
+
+def test_a_program_of_a_fixed_batch_is_run_or_says_what_it_needs(manager: ModelManager) -> None:
+    """One that takes batches of one is run for each request; one that takes others cannot be asked one by one."""
+    net = nn.Linear(4, 2)
+    items = torch.randn(6, 4)
+    for batch in (1, 3):
+        program = torch.export.export(net, (torch.zeros(batch, 4),))
+        manager.register(program, model_name=f"of {batch}", batch_size=3, max_batch_delay=20)
+    for answer, item in zip(manager["of 1"].map(items), items, strict=True):
+        assert torch.allclose(answer, net(item), atol=1e-6)
+    with pytest.raises(HandlerFailed, match=r"batches of exactly 3.*dynamic_shapes"):
+        list(manager["of 3"].map(items))
 
 
 def test_what_is_registered_stays_what_it_was(manager: ModelManager) -> None:

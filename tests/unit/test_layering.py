@@ -22,11 +22,13 @@ LAYERS: dict[int, frozenset[str]] = {
             "events",
             "exchange",
             "forks",
+            "interpreter",
             "lifecycle",
             "log_relay",
             "records",
             "redaction",
             "signals_held",
+            "system_calls",
             "thread_call",
             "variables",
         }
@@ -47,6 +49,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "streams",
             "loops",
             "channel",
+            "by_value",
             "encoding",
             "tensors",
             "live",
@@ -110,8 +113,8 @@ NEIGHBOURS = {
     "answer_future": {"encoding", "loops", "owned_future"},
     "dispatcher": {"loop_takeover"},
     "streams": {"answer_future", "loops", "segments"},
-    "encoding": {"tensors"},
-    "live": {"tensors"},
+    "encoding": {"by_value", "tensors"},
+    "live": {"by_value", "tensors"},
     "batcher": {"admission", "batch", "deadlines", "runner"},
     "batch": {"admission"},
     "deadlines": {"batch"},
@@ -131,7 +134,19 @@ NEIGHBOURS = {
 # The top layer is written as any application would be: against the public names.
 FACE = "__init__"
 PUBLIC = frozenset(
-    {FACE, "allocator", "checks", "errors", "events", "exchange", "metrics", "records", "redaction", "settings"}
+    {
+        FACE,
+        "allocator",
+        "checks",
+        "errors",
+        "events",
+        "exchange",
+        "interpreter",
+        "metrics",
+        "records",
+        "redaction",
+        "settings",
+    }
 )
 
 # The package face hands these on, but only when they are asked for.
@@ -153,7 +168,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "urllib3": frozenset({"archive"}),
     "fsspec": frozenset({"archive"}),
     "javaproperties": frozenset({"properties"}),
-    "cloudpickle": frozenset({"live"}),
+    "cloudpickle": frozenset({"by_value"}),
     "psutil": EVERYWHERE - LAYERS[1] - {FACE, "channel", "encoding", "segments", "dispatcher", "registry"},
     "prometheus_client": frozenset({"metrics"}),
     "opentelemetry": frozenset({"tracing"}),

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchmgmt import segments
 from torchmgmt.segments import (
     KEPT_BYTES,
     MAX_BLOCKS,
@@ -332,6 +333,47 @@ def test_an_offer_that_cannot_be_mapped_is_closed():
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reader)
     assert shared.write([b"x"], [1]) is None
+
+
+def test_what_is_offered_cannot_be_truncated():
+    """Whoever takes the offer writes to memory that stays, and cannot take it from the end that reads there."""
+    ours, theirs = SharedSegments(), SharedSegments()
+    ours.offer()
+    offer = ours.take_offer()
+    assert offer is not None
+    try:
+        for size in (0, 1 << 40):
+            with pytest.raises(PermissionError):
+                os.ftruncate(offer, size)
+        theirs.accept(os.dup(offer))
+        offset = theirs.write([b"here"], [4])
+        assert offset is not None
+        assert bytes(ours.views(offset, [4])[0]) == b"here"
+    finally:
+        os.close(offer)
+        ours.close()
+        theirs.close()
+
+
+def test_an_offer_that_could_be_truncated_is_refused():
+    """The other end may be a liar: what it could take away while this process writes there is not mapped, but closed."""
+    fd = os.memfd_create("torchmgmt-test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, ARENA)
+    shared = SharedSegments()
+    shared.accept(fd)
+    assert shared.write([b"x"], [1]) is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_an_offer_that_cannot_be_fixed_is_not_made(monkeypatch: pytest.MonkeyPatch):
+    """Where memory files cannot be sealed, everything goes through the socket."""
+    monkeypatch.setattr(segments, "fix_size", lambda _fd: False)
+    shared = SharedSegments()
+    shared.offer()
+    assert shared.take_offer() is None
+    with pytest.raises(BrokenSegment):
+        shared.views(0, [1])
 
 
 def test_an_offer_that_was_lost_on_its_way_changes_nothing():

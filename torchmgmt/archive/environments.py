@@ -21,6 +21,7 @@ from attrs import frozen
 
 from torchmgmt.archive.cache import HASH_BYTES, Lease, UnpackedArchives
 from torchmgmt.archive.names import Refused, quote, refusing
+from torchmgmt.interpreter import interpreter
 
 __all__ = ["KEEP_S", "PINNED", "Environments"]
 
@@ -129,7 +130,7 @@ class Environments:
         deadline = time.monotonic() + self._timeout_s
         with log.open("wb") as output, contextlib.ExitStack() as undo:
             process = subprocess.Popen(
-                [sys.executable, str(_PROGRAM), json.dumps(job)],
+                [interpreter(), str(_PROGRAM), json.dumps(job)],
                 stdin=subprocess.PIPE,  # which ends with this process
                 stdout=output,
                 stderr=output,

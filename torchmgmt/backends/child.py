@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from torchmgmt.system_calls import send_signal
+
 if TYPE_CHECKING:
     import psutil
 
@@ -72,10 +74,7 @@ class Child:
                 self._signal = number
                 return False
             with contextlib.suppress(ProcessLookupError):
-                if self._pidfd is not None:
-                    signal.pidfd_send_signal(self._pidfd, number)
-                else:
-                    os.kill(self.pid, number)
+                send_signal(self.pid, self._pidfd, number)
         return True
 
     def kill(self) -> bool:

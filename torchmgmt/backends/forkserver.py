@@ -26,7 +26,9 @@ from torchmgmt.backends.output import Output
 from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
+from torchmgmt.interpreter import STARTED, interpreter, is_frozen
 from torchmgmt.records import TemplateJob, WorkerJob
+from torchmgmt.system_calls import open_pidfd
 from torchmgmt.variables import without_matching
 
 __all__ = ["ForkServer"]
@@ -36,7 +38,10 @@ log = logging.getLogger(__name__)
 _MODULE = "torchmgmt.worker.forkserver"
 # The path is set before anything is imported, so that a file in the working directory cannot stand in for a module.
 # Without collections meanwhile, importing torch takes a tenth less.
-_BOOTSTRAP = f"import gc, sys; gc.disable(); sys.path[:] = sys.argv[3].split('\\n'); from {_MODULE} import main; main()"
+_BOOTSTRAP = f"import gc, sys; gc.disable(); sys.path[:] = {{path}}; from {_MODULE} import main; main()"
+_PROGRAMS_PATH = "sys.argv[3].split('\\n')"
+# What a frozen program has on its path is for the interpreter in it.
+_OWN_PATH_FIRST = f"[*filter(None, sys.path), *{_PROGRAMS_PATH}]"
 # One thread while the process may still be forked: a child of a process that ran a multi-threaded operation hangs in its
 # own first one, and importing numpy starts a pool unless told not to. NVML only looks at the GPUs; CUDA must never be
 # initialised before a fork.
@@ -203,21 +208,21 @@ class ForkServer:
 
 
 def _popen(control: socket.socket, output_fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    if not sys.executable:
-        raise OSError("sys.executable is empty, so no interpreter is known that could load a model")
-    pidfd = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
+    python = interpreter()
+    bootstrap = _BOOTSTRAP.format(path=_OWN_PATH_FIRST if is_frozen() else _PROGRAMS_PATH)
+    pidfd = open_pidfd(os.getpid())
     passed = [control.fileno()] if pidfd is None else [control.fileno(), pidfd]
     entries: Sequence[object] = sys.path
     path = [entry or str(Path.cwd()) for entry in entries if isinstance(entry, str)]  # Python heeds no others
     fds = [str(control.fileno()), str(-1 if pidfd is None else pidfd)]
     try:
         return subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP, *fds, "\n".join(path)],
+            [python, "-c", bootstrap, *fds, "\n".join(path)],
             stdin=subprocess.DEVNULL,
             stdout=output_fd,
             stderr=output_fd,
             pass_fds=passed,
-            env={**environment, **_ENVIRONMENT},
+            env={**environment, **_ENVIRONMENT, STARTED: "1"},
             # Ctrl-C in a terminal goes to a whole session; running batches are to be finished by us, not killed by it.
             start_new_session=True,
         )

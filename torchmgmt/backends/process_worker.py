@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -26,6 +25,7 @@ from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import AnswerHead, Encoded, WorkerRequest
 from torchmgmt.page import PAGE_BYTES, Page
 from torchmgmt.records import WorkerExit, WorkerFault, WorkerJob
+from torchmgmt.system_calls import fix_size, nameless_file
 
 __all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]
 
@@ -425,13 +425,10 @@ def watch_exit(dispatcher: Dispatcher, child: Child, on_exit: Callable[[int | No
 
 def _shared_page() -> tuple[int, Page]:
     """Return the memory that a worker shares with us, as a descriptor for it and mapped for us."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("torchmgmt-started")
-    else:
-        with tempfile.TemporaryFile(buffering=0) as file:
-            fd = os.dup(file.fileno())
+    fd = nameless_file("torchmgmt-started")
     try:
-        os.ftruncate(fd, PAGE_BYTES)
+        os.write(fd, bytes(PAGE_BYTES))
+        fix_size(fd)
         return fd, Page(fd)
     except BaseException:
         os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 
+from torchmgmt.handlers.batched_call import BatchedCall
 from torchmgmt.handlers.context import Context
-from torchmgmt.handlers.live_loading import load_live
-from torchmgmt.handlers.stacking import Group, grouped, split
+from torchmgmt.handlers.kept_state import KeptState, stand_in
+from torchmgmt.handlers.live_loading import fixed_batch_of, load_live
+from torchmgmt.handlers.stacking import Group, grouped
 from torchmgmt.live import Batching, LiveObject, Role
 
 __all__ = ["LiveHandler"]
@@ -29,6 +32,7 @@ class LiveHandler:
 
     def __init__(self) -> None:
         self._call: Callable[..., Any]
+        self._batched: BatchedCall
         self._isolates_errors = False
         self._mode: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
@@ -48,6 +52,23 @@ class LiveHandler:
             self._mode = torch.inference_mode
         if live.batching is Batching.LIST:
             self.handle = self._handle_list  # type: ignore[method-assign]
+        else:
+            self._batched = self._batched_call(context)
+
+    def _batched_call(self, context: Context) -> BatchedCall:
+        # Threads share the program's generators with it, which may draw from them at any time.
+        with_generators = context.live is not None and context.live.target is None
+
+        def rehearse() -> tuple[Callable[[Any], Any], KeptState]:
+            call = stand_in(self._call)
+            return functools.partial(_call_stacked, call), KeptState(call, with_generators=with_generators)
+
+        return BatchedCall(
+            functools.partial(_call_stacked, self._call),
+            rehearse,
+            shares_batches=context.system_properties["batch_size"] > 1,
+            fixed_batch=fixed_batch_of(self._call),
+        )
 
     def _be(self, service: Any, live: LiveObject, context: Context) -> None:
         """Hand everything on to a handler."""
@@ -81,9 +102,7 @@ class LiveHandler:
 
     def _run(self, group: Group) -> list[Any]:
         with self._mode():
-            value = group.stacked()
-            output = self._call(value[_BODY]) if _has_only_body(value) else self._call_by_name(value)
-            return split(output, len(group.positions))
+            return self._batched.answers(group)
 
     def _run_apart(self, group: Group) -> Sequence[Any]:
         """Run one group of several: its error is its own."""
@@ -92,16 +111,20 @@ class LiveHandler:
         except Exception as error:
             if not self._isolates_errors or len(group.positions) == 1:
                 return [error] * len(group.positions)
-        alone = [Group([position], [value]) for position, value in zip(group.positions, group.values, strict=True)]
-        return [answer for each in alone for answer in self._run_apart(each)]
+        return [answer for each in group.each() for answer in self._run_apart(each)]
 
-    def _call_by_name(self, fields: Mapping[str, Any]) -> Any:
-        """Call it with fields; in the order in which it has them, because an exported program heeds that alone."""
-        try:
-            bound = inspect.signature(getattr(self._call, "forward", self._call)).bind(**fields)
-        except (TypeError, ValueError):  # it has no signature, or fields do not fit: the call says which
-            return self._call(**fields)
-        return self._call(*bound.args, **bound.kwargs)
+
+def _call_stacked(call: Callable[..., Any], value: Mapping[str, Any]) -> Any:
+    return call(value[_BODY]) if _has_only_body(value) else _call_by_name(call, value)
+
+
+def _call_by_name(call: Callable[..., Any], fields: Mapping[str, Any]) -> Any:
+    """Call it with fields; in the order in which it has them, because an exported program heeds that alone."""
+    try:
+        bound = inspect.signature(getattr(call, "forward", call)).bind(**fields)
+    except (TypeError, ValueError):  # it has no signature, or fields do not fit: the call says which
+        return call(**fields)
+    return call(*bound.args, **bound.kwargs)
 
 
 def _has_only_body(row: Mapping[str, Any]) -> bool:

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
+from torchmgmt.by_value import CodeUnpickler
 from torchmgmt.handlers.model_files import FileKind, kind_of, load_aot_package, load_exported, read_safetensors
 from torchmgmt.handlers.state_dict import make_and_load, read_state_dict
 from torchmgmt.live import LiveObject, Role
 from torchmgmt.live.snapshot import PLACE, PROGRAM, SCRIPT, STORAGE, Header
 from torchmgmt.tensors import memory_at
 
-__all__ = ["load_live", "read_snapshot"]
+__all__ = ["fixed_batch_of", "load_live", "read_snapshot"]
 
 _CPU = torch.device("cpu")
 
@@ -43,6 +44,18 @@ def load_live(live: LiveObject) -> Any:
     if live.role is Role.MODULE and live.target is None and isinstance(target, nn.Module):
         target.eval()
     return target
+
+
+def fixed_batch_of(program: Any) -> int | None:
+    """Return the only size of a batch that an exported program takes; None if it takes several, or it is no such program."""
+    if not isinstance(program, fx.GraphModule):
+        return None
+    inputs = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    sizes = [tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.ndim]
+    is_fixed = bool(sizes) and all(
+        type(size) is int and size == sizes[0] for size in sizes
+    )  # else a symbol of the graph
+    return sizes[0] if is_fixed else None
 
 
 def _target_of(live: LiveObject) -> Any:
@@ -73,7 +86,7 @@ def read_snapshot(fd: int) -> Any:
         ) from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(CodeUnpickler):
     def __init__(self, fd: int, header: Header) -> None:
         path = f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}"
         # Mapped privately: who writes to it gets a page of its own. What is made of it keeps the mapping.

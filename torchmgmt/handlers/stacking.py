@@ -1,7 +1,8 @@
-"""Batches for functions of tensors: what requests brought is stacked leaf by leaf, and what comes out is split again.
+"""Batches for functions of tensors: what requests brought, stacked leaf by leaf along a new dimension 0.
 
-A request's value is a tensor, or dictionaries, lists and tuples of tensors. Requests of different shapes do not stack;
-those of one shape do, so they form groups.
+A request's value is a tensor, or dictionaries, lists and tuples of tensors. Requests of different shapes do not stack, and
+neither do those of different kinds (types, layouts, devices); those of one form do, so they form groups. What comes out is
+split again as :mod:`torchmgmt.handlers.showing` has it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from torchmgmt.handlers.tensors import read_tensor
 
-__all__ = ["Group", "NotABatch", "Stackable", "grouped", "split", "stackable"]
+__all__ = ["Form", "Group", "NotABatch", "Stackable", "grouped", "is_array", "kind_of", "sequence_of", "stackable"]
 
 Form: TypeAlias = tuple[Any, ...]
 """How a value is made of its tensors, and what they are like; values of one form can be stacked."""
 
 
 class NotABatch(ValueError):
-    """A value cannot be put into a batch, or one that came out of a batch does not have a part for each request."""
+    """A value cannot be put into a batch, or what came out of one does not show which part belongs to which request."""
 
 
 @frozen
@@ -42,10 +43,31 @@ class Group:
     values: Sequence[Stackable]
 
     def stacked(self) -> Any:
-        """Return one value with the tensors of all, each with a new dimension 0. Of a single request it is no copy."""
+        """Return one value with the tensors of all, each with a new dimension 0. Of a single request it is no copy.
+
+        Raises NotABatch for tensors of a kind that has no such operation.
+        """
         columns = zip(*(value.leaves for value in self.values), strict=True)
-        leaves = (column[0].unsqueeze(0) if len(column) == 1 else torch.stack(column) for column in columns)
-        return _built(self.values[0].form, leaves)
+        return _built(self.values[0].form, (_stacked(column) for column in columns))
+
+    def each(self) -> list[Group]:
+        """Return a group for each request alone."""
+        pairs = zip(self.positions, self.values, strict=True)
+        return [Group([position], [value]) for position, value in pairs]
+
+
+def _stacked(column: Sequence[Tensor]) -> Tensor:
+    first = column[0]
+    try:
+        return first.unsqueeze(0) if len(column) == 1 else torch.stack(list(column))
+    except (RuntimeError, NotImplementedError) as error:
+        if first.layout is torch.strided and not first.is_nested:
+            raise
+        kind = "nested" if first.is_nested else f"of layout {first.layout}"
+        raise NotABatch(
+            f"a tensor that is {kind} cannot be put into a batch, not even alone; send it dense, or register with"
+            ' batching="list" to get the requests as they are'
+        ) from error
 
 
 def stackable(row: Mapping[str, Any]) -> Stackable:
@@ -67,7 +89,9 @@ def _form_of(value: Any, where: str, leaves: list[Tensor]) -> Form:
     tensor = _tensor_of(value)
     if tensor is not None:
         leaves.append(tensor)
-        return (Tensor, tuple(tensor.shape), tensor.dtype, tensor.device)
+        if tensor.is_nested:
+            return (Tensor, (), object())  # of no form but its own
+        return (Tensor, tuple(tensor.shape), tensor.dtype, tensor.device, tensor.layout, *_more_of(tensor))
     if isinstance(value, Mapping):
         parts = tuple((key, _form_of(each, f"{where}[{key!r}]", leaves)) for key, each in value.items())
         return (dict, *parts)
@@ -77,6 +101,36 @@ def _form_of(value: Any, where: str, leaves: list[Tensor]) -> Form:
         f"{where} is an object of type {type(value).__qualname__}, which cannot be stacked; tensors, arrays, numbers, and"
         ' dictionaries, lists and tuples of them can; register with batching="list" to get the requests as they are'
     )
+
+
+def _more_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what there is to say of a tensor that is no plain one: with another one it might become what it is not."""
+    flags = (type(tensor), tensor.requires_grad, tensor.is_conj(), tensor.is_neg())
+    if flags == (Tensor, False, False, False) and tensor.layout is torch.strided and not tensor.is_quantized:
+        return ()
+    return (*flags, *_meaning_of(tensor))
+
+
+def _meaning_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what the numbers in it stand for, if not for themselves."""
+    if tensor.layout is torch.sparse_coo:
+        return (tensor.sparse_dim(), tensor.dense_dim())
+    if not tensor.is_quantized:
+        return ()
+    if tensor.qscheme() is torch.per_tensor_affine:
+        return (tensor.q_scale(), tensor.q_zero_point())
+    return (object(),)  # a scale for each channel: of no form but its own
+
+
+def kind_of(form: Form) -> Form:
+    """Return a form without its sizes: that of all values that are made in the same way of tensors of the same kinds."""
+    kind, *parts = form
+    if kind is Tensor:
+        shape, *rest = parts
+        return (Tensor, len(shape), *rest)
+    if kind is dict:
+        return (dict, *((key, kind_of(part)) for key, part in parts))
+    return (kind, *map(kind_of, parts))
 
 
 def _tensor_of(value: object) -> Tensor | None:
@@ -89,7 +143,7 @@ def _tensor_of(value: object) -> Tensor | None:
             raise NotABatch(f"a list of numbers is no tensor: {error}") from error
     if isinstance(value, (bytes, bytearray, memoryview)):
         return read_tensor(value, torch.float32, None)
-    if _is_array(value):
+    if is_array(value):
         return torch.as_tensor(value)
     return None
 
@@ -100,7 +154,8 @@ def _is_of_numbers(value: list[Any]) -> bool:
     )
 
 
-def _is_array(value: object) -> bool:
+def is_array(value: object) -> bool:
+    """Return whether it is an array or a number of numpy."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
 
@@ -111,69 +166,14 @@ def _built(form: Form, leaves: Iterator[Tensor]) -> Any:
         return next(leaves)
     if kind is dict:
         return {key: _built(part, leaves) for key, part in parts}
-    return _sequence(kind, [_built(part, leaves) for part in parts])
+    return sequence_of(kind, [_built(part, leaves) for part in parts])
 
 
-def _sequence(kind: type[Any], parts: Sequence[Any]) -> Any:
+def sequence_of(kind: type[Any], parts: Sequence[Any]) -> Any:
     """Return a list or tuple; one with names for its parts gets each as an argument."""
     if issubclass(kind, tuple):
         return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
     return list(parts)
-
-
-def split(output: Any, count: int) -> list[Any]:
-    """Return, for each of ``count`` requests, what ``output`` has for it: dimension 0 of each tensor is the batch.
-
-    A list or tuple without tensors is a list of answers. None stays None.
-
-    Raises:
-        NotABatch: a tensor or list has another number of parts, or what is neither cannot be split.
-    """
-    if isinstance(output, (list, tuple)) and not _holds_tensors(output):
-        _check(len(output), count, "the output has {} answers")
-        return list(output)
-    return _split(output, count, "the output")
-
-
-def _split(value: Any, count: int, where: str) -> list[Any]:
-    if value is None:
-        return [None] * count
-    if isinstance(value, Tensor) or _is_array(value):
-        if not value.ndim:
-            raise NotABatch(
-                f"{where} is a single number for a batch of {count} requests; dimension 0 must be the batch"
-            )
-        _check(len(value), count, where + " has {} in dimension 0")
-        return list(value.unbind(0)) if isinstance(value, Tensor) else list(value)
-    if isinstance(value, Mapping):
-        columns = [_split(each, count, f"{where}[{key!r}]") for key, each in value.items()]
-        return [dict(zip(value, row, strict=True)) for row in _rows(columns, count)]
-    if isinstance(value, (list, tuple)):
-        columns = [_split(each, count, f"{where}[{number}]") for number, each in enumerate(value)]
-        return [_sequence(type(value), row) for row in _rows(columns, count)]
-    raise NotABatch(
-        f"{where} is an object of type {type(value).__qualname__}, of which nobody can say which part belongs to which of the"
-        f' {count} requests; return tensors, and dictionaries, lists and tuples of them, or register with batching="list"'
-    )
-
-
-def _rows(columns: Sequence[Sequence[Any]], count: int) -> Iterator[Sequence[Any]]:
-    return ([column[number] for column in columns] for number in range(count))
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensors, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_tensors, value))
-    return isinstance(value, Tensor) or _is_array(value)
-
-
-def _check(found: int, count: int, what: str) -> None:
-    if found != count:
-        raise NotABatch(
-            f"{what.format(found)} for a batch of {count} requests; it must have one part for each, in order"
-        )
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Group], dict[int, Exception]]:

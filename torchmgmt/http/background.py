@@ -14,6 +14,7 @@ import psutil
 
 from torchmgmt.http.console import FROM_ERROR, STARTED, Console
 from torchmgmt.http.pid_file import PidFile
+from torchmgmt.interpreter import interpreter
 
 __all__ = ["start_in_background", "stop_in_background"]
 
@@ -30,12 +31,16 @@ def start_in_background(arguments: Sequence[str], console: Console) -> int:
     Blocks until then. What the server says at its start, or why it fails, is said here, too.
     """
     try:
+        python = interpreter()
+    except OSError as error:
+        return console.fail(f"The server cannot be started: {error}", 1)
+    try:
         log = _open_log()
     except OSError as error:
         return console.fail(f"The log cannot be written: {error}", 1)
     with log:
         reader, writer = os.pipe()
-        command = [sys.executable, "-m", MODULE, str(writer), *arguments]
+        command = [python, "-m", MODULE, str(writer), *arguments]
         try:
             child = subprocess.Popen(
                 command,

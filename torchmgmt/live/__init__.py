@@ -33,7 +33,7 @@ class Batching(Enum):
     """What a module or function is called with."""
 
     STACK = "stack"
-    """The tensors of a batch, stacked along a new dimension 0; its output is split along that."""
+    """The tensors of a batch, stacked along a new dimension 0; its output is split as a batch of one and one of two show."""
     LIST = "list"
     """The list of what the requests brought; it returns a list with one answer for each."""
 

@@ -8,8 +8,6 @@ The memory begins with where the header is (:data:`PLACE`), itself a pickle of a
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib
 import io
 import mmap
@@ -17,17 +15,17 @@ import os
 import pickle
 import struct
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import cloudpickle  # type: ignore[import-untyped]
 from attrs import field, frozen
 
+from torchmgmt.by_value import CodePickler
 from torchmgmt.errors import InvalidArgument
 from torchmgmt.live.blame import why_not
 from torchmgmt.live.parametrized import original_class, reduce_parametrized
+from torchmgmt.system_calls import fix_size, nameless_file
 from torchmgmt.tensors import memory_at
 
 __all__ = ["PLACE", "PROGRAM", "SCRIPT", "STORAGE", "Header", "write_snapshot"]
@@ -79,7 +77,7 @@ def dumps(target: object) -> None:
     _Pickler(io.BytesIO()).dump(target)
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+class _Pickler(CodePickler):
     """Leaves memory out of the pickle, and keeps it until it is written."""
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -103,7 +101,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
             return PROGRAM, self._number_of_saved(obj, "torch.export")
         return None
 
-    def reducer_override(self, obj: object) -> Any:
+    def reducer_override(self, obj: Any) -> Any:
         """Return how an object is pickled of a kind that cannot pickle itself; as cloudpickle does it for all else."""
         original = original_class(type(obj))
         return super().reducer_override(obj) if original is None else reduce_parametrized(obj, original)
@@ -155,38 +153,21 @@ def _write(pickled: memoryview, memory: Sequence[memoryview], buffers: Sequence[
 
 
 def _filled(parts: Iterable[tuple[int, memoryview]], size: int) -> int:
-    with _nameless() as fd:
+    fd = nameless_file("torchmgmt-live")
+    try:
         # A whole number of pages: what maps it maps all of it.
         os.ftruncate(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         for start, view in parts:
             _write_at(fd, start, view.cast("B") if view.nbytes else view)
-        _seal(fd)
-        return os.dup(fd)
-
-
-@contextlib.contextmanager
-def _nameless() -> Iterator[int]:
-    """Make a file in memory, or on a disk where there is none, that is gone with its last descriptor."""
-    if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryFile(buffering=0) as file:
-            yield file.fileno()
-        return
-    fd = os.memfd_create("torchmgmt-live", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        yield fd
-    finally:
+        # A file on a disk can still be written to. This process never maps it, and the workers do nothing of the kind.
+        fix_size(fd, and_content=True)
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def _write_at(fd: int, start: int, view: memoryview) -> None:
     done = 0
     while done < view.nbytes:
         done += os.pwrite(fd, view[done : done + _MOST_AT_ONCE], start + done)
-
-
-def _seal(fd: int) -> None:
-    """Have nobody write to it any more, by whatever mistake. Where that is not possible, nobody does so on purpose."""
-    if hasattr(fcntl, "F_ADD_SEALS"):
-        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)

@@ -22,8 +22,8 @@ from torchmgmt import forks
 from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.backends import Backend, Outcome
 from torchmgmt.backends.process import ProcessBackend
-from torchmgmt.channel import encode
 from torchmgmt.checks import check_number
+from torchmgmt.encoding import encode, encode_with_code
 from torchmgmt.errors import (
     DeadlineExceeded,
     ManagerClosed,
@@ -232,7 +232,7 @@ class WorkerPool:
 
         It goes before what ``source`` has. Raises NoWorker and ManagerClosed as :meth:`run` does.
         """
-        return self._add(OwnJob(self.spec.key, [WorkerRequest(encode(row, frozen=True), "") for row in rows]))
+        return self._add(OwnJob(self.spec.key, [WorkerRequest(self._encoded(row), "") for row in rows]))
 
     def describe(self) -> AnswerFuture:
         """Have a worker run its handler's ``describe_handle``; return the future of what that says. Does not block."""
@@ -300,6 +300,9 @@ class WorkerPool:
             raise ManagerClosed(
                 f"The worker pool of {self.spec.key}", "belongs to the process that this one was forked from"
             )
+
+    def _encoded(self, row: object) -> Encoded:
+        return encode_with_code(row, frozen=True)[0] if self.spec.is_trusted else encode(row, frozen=True)
 
     def _closed_error(self) -> ManagerClosed:
         return ManagerClosed(f"The worker pool of {self.spec.key}")

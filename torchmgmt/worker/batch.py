@@ -12,11 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from attrs import define, evolve, frozen
 
-from torchmgmt.channel import Buffer, decode
+from torchmgmt.channel import Buffer
+from torchmgmt.encoding import decode, encode, encode_answer
 from torchmgmt.exchange import BodyHead, Encoded, RequestHead
 from torchmgmt.records import EXPIRED, WorkerFault
 from torchmgmt.worker.loader import Handler
-from torchmgmt.worker.parts import BatchAbandoned, Parts, PartSender, encoded
+from torchmgmt.worker.parts import BatchAbandoned, Parts, PartSender
 from torchmgmt.worker.rows import row_of
 
 __all__ = ["attempt", "fault_of", "own_buffers", "run_batch"]
@@ -139,7 +140,14 @@ def _run(handler: Handler, asked: _Asked) -> Ended:
     places = [asked.places[index] for index in given]
     # Only the row of an inference request says something of the answer; the handler may replace it.
     wishes = [getattr(row, "asked", None) if type(row) is not dict else None for row in rows]
-    parts = Parts(heads, places, asked.sender, handler.response_properties, wishes)
+    parts = Parts(
+        heads,
+        places,
+        asked.sender,
+        handler.response_properties,
+        wishes,
+        encode_answer if handler.is_trusted else encode,
+    )
     try:
         answers = iter(_answered(handler, heads, rows, parts) if rows else ())
     except BatchAbandoned:
@@ -287,7 +295,7 @@ class _Repetition:
 def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
     """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
-        return encoded(make(), None)
+        return encode(make())
     except Exception as error:
         return fault_of(error)
 

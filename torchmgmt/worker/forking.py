@@ -24,6 +24,7 @@ from attrs import define
 
 from torchmgmt.channel import Frame, FrameReader, Kind, send
 from torchmgmt.records import TemplateJob, WorkerJob
+from torchmgmt.system_calls import open_pidfd
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -190,9 +191,8 @@ class Forker:
         # Opened by the parent, before it reaps, this can be no other process that got the same pid. None: the system has
         # none, or this process has no room for one more.
         pidfd = None
-        if hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):
-                pidfd = os.pidfd_open(pid)
+        with contextlib.suppress(OSError):
+            pidfd = open_pidfd(pid)
         fds = [] if pidfd is None else [pidfd]
         try:
             send(self._control, Frame(Kind.FORKED, (pid, bool(fds)), number=number), fds)

@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 
 from torchmgmt.channel import Frame, Kind, send
+from torchmgmt.interpreter import STARTED
 from torchmgmt.records import TemplateJob, WorkerJob
 from torchmgmt.worker.forking import Body, Forker, become_subreaper
 from torchmgmt.worker.main import WorkerProcess
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 def main() -> NoReturn:
     """Run the torch-only process. Its arguments: the control socket's and the parent's pidfd's descriptors, then sys.path."""
+    os.environ.pop(STARTED, None)
     logging.basicConfig(format="<4>%(name)s: %(message)s")
     # Which signals the program has blocked, perhaps to wait for them, is its own affair.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])

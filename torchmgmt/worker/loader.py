@@ -59,6 +59,7 @@ class Handler:
         isolates_errors: whether a batch that raised is to be run again, request by request.
         limit_s: for how long a batch may run, in s, with all that is run again of it.
         served_as: what its model is called.
+        is_trusted: whether what it answers may take its code along.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Handler:
         isolates_errors: bool = False,
         limit_s: float = math.inf,
         served_as: ServedAs | None = None,
+        is_trusted: bool = False,
     ) -> None:
         self.entry_point = entry_point
         self._context = context
@@ -77,6 +79,7 @@ class Handler:
         self.isolates_errors = isolates_errors
         self.limit_s = limit_s
         self.served_as = served_as or ServedAs()
+        self.is_trusted = is_trusted
         self._recorder = context.recorder
         self.take_metrics: Callable[[], Sequence[RawMetric]] = context.recorder.take
         """Returns what the handler has measured since the last call; empty if nothing. Not wrapped: every batch asks."""
@@ -152,6 +155,7 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
         "isolates_errors": spec.isolate_errors,
         "limit_s": spec.response_timeout_s,
         "served_as": served_as,
+        "is_trusted": spec.is_trusted,
     }
     if callable(entry_point := getattr(module, function, None)):
         # The protocol of a function: the first call has no data and is the time to load.

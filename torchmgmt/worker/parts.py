@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
-from torchmgmt.channel import encode
-from torchmgmt.exchange import BodyHead, Encoded, Form, RequestHead, ResponseProperties
+from torchmgmt.encoding import encode
+from torchmgmt.exchange import Encoded, Form, RequestHead, ResponseProperties
 from torchmgmt.worker.answers import rendered
 
 if TYPE_CHECKING:
     from torchmgmt.worker.open_inference import Asked
 
-__all__ = ["NO_MORE", "BatchAbandoned", "PartSender", "Parts", "encoded"]
+__all__ = ["NO_MORE", "BatchAbandoned", "PartSender", "Parts"]
 
 NO_MORE: Any = object()
 """What a request is answered with whose answer has come in parts, and is complete."""
@@ -44,6 +44,7 @@ class Parts:
         sender: where parts go that somebody waits for; others are kept until the answer is whole.
         properties: returns what the handler has set for each answer beside its body, or None.
         asked: what those of them that are inference requests say of the answer; None: none is one.
+        encode_value: pickles what is answered to a request that was no body.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Parts:
         sender: PartSender,
         properties: Callable[[], Sequence[ResponseProperties | None] | None],
         asked: Sequence[Asked | None] | None = None,
+        encode_value: Callable[[Any], Encoded] = encode,
     ) -> None:
         self._requests = requests
         self._indexes = indexes
         self._sender = sender
         self._properties = properties
         self._asked = [None] * len(requests) if asked is None else asked
+        self._encode_value = encode_value
         self._kept: dict[int, list[Any]] = {}
         self._begun: set[int] = set()
         self.any_sent = False
@@ -91,13 +94,12 @@ class Parts:
 
     def outcome(self, index: int, answer: Any) -> Encoded:
         """Return ``answer`` as it travels; with the parts that were kept, if there are any."""
-        head = self._requests[index][4]
         kept = self._kept.get(index)
         if kept is not None:
-            return _whole(kept if answer is NO_MORE else [*kept, answer], head, self._asked[index])
+            return self._whole(kept if answer is NO_MORE else [*kept, answer], index)
         if answer is NO_MORE:
-            return Encoded(()) if index in self._begun else _whole([], head, self._asked[index])
-        return encoded(answer, head, self._asked[index])
+            return Encoded(()) if index in self._begun else self._whole([], index)
+        return self._encoded(answer, index)
 
     def _step(self, index: int, left: list[Any]) -> bool:
         """Take the next part of one answer; whether there may be more."""
@@ -118,7 +120,7 @@ class Parts:
         if not in_parts or (head is not None and head[0] != Form.HTTP):
             self._kept.setdefault(index, []).append(part)
             return
-        sent = encoded(part, head, self._asked[index])
+        sent = self._encoded(part, index)
         if index not in self._begun:
             self._begun.add(index)
             properties = self._properties()
@@ -132,18 +134,16 @@ class Parts:
         if are_over or self._sender.is_abandoned():
             raise BatchAbandoned
 
+    def _encoded(self, answer: Any, index: int) -> Encoded:
+        """Return an answer as it travels: pickled, or as the body of a response to a body."""
+        head = self._requests[index][4]
+        return self._encode_value(answer) if head is None else rendered(answer, head, self._asked[index])
 
-def encoded(answer: Any, head: BodyHead | None, asked: Asked | None = None) -> Encoded:
-    """Return an answer as it travels: pickled, or as the body of a response to a body."""
-    return encode(answer) if head is None else rendered(answer, head, asked)
-
-
-def _whole(parts: Sequence[Any], head: BodyHead | None, asked: Asked | None = None) -> Encoded:
-    """Return parts as one answer: the list of them, or one body after the other."""
-    if head is None:
-        return encode(list(parts))
-    if head[0] != Form.HTTP:  # the protocol has one answer, not bodies one after the other
-        return rendered(list(parts), head, asked)
-    bodies = [rendered(part, head) for part in parts]
-    content_type = bodies[0].content_type if bodies else ""
-    return Encoded([b"".join(body.segments[0] for body in bodies)], content_type=content_type)
+    def _whole(self, parts: Sequence[Any], index: int) -> Encoded:
+        """Return parts as one answer: the list of them, or one body after the other."""
+        head = self._requests[index][4]
+        if head is None or head[0] != Form.HTTP:  # another protocol has one answer, not bodies one after the other
+            return self._encoded(list(parts), index)
+        bodies = [rendered(part, head) for part in parts]
+        content_type = bodies[0].content_type if bodies else ""
+        return Encoded([b"".join(body.segments[0] for body in bodies)], content_type=content_type)
