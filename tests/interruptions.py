@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dis
 import itertools
+import os
+import random
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interruption", "interruptions"]
+__all__ = ["Interruption", "Nuisance", "interruptions"]
 
 # Python looks when a function begins, when a call into C has returned, and when a loop goes back. What waits in C is woken.
 _WAITS = frozenset({"acquire", "get", "join", "select", "sleep", "wait"})
@@ -88,3 +93,32 @@ def interruptions(step: int = 1) -> Iterator[Interruption]:
         misses = 0 if interruption.where else misses + 1
         if misses == _MISSES:
             return
+
+
+class Nuisance:
+    """Sends this process a signal a moment after each :meth:`again`."""
+
+    def __init__(self, number: signal.Signals, seed: int, most_s: float = 0.01) -> None:
+        self._number = number
+        self._random = random.Random(seed)
+        self._most_s = most_s
+        self._go = threading.Semaphore(0)
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Nuisance:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._is_over = True
+        self._go.release()
+        self._thread.join()
+
+    def again(self) -> None:
+        self._go.release()
+
+    def _run(self) -> None:
+        while self._go.acquire() and not self._is_over:
+            time.sleep(self._random.uniform(self._most_s / 20, self._most_s))
+            os.kill(os.getpid(), self._number)

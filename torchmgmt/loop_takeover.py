@@ -172,13 +172,17 @@ class RoundsOwner:
             return True
 
     def resume(self) -> bool:
-        """Go on with the rounds; False if another loop has asked meanwhile. On the dispatcher's own thread."""
+        """Go on with the rounds, also if another loop has asked since; False if they were not given back, or that had no part.
+
+        On the dispatcher's own thread.
+        """
         with self._gate:
-            if self._state is not RoundsState.RETURNING:
-                return False
-            self._advance(RoundsEvent.RESUME)
-            self._mark = self._own
-            return True
+            is_returning = self._state is RoundsState.RETURNING
+            if is_returning:
+                self._advance(RoundsEvent.RESUME)
+            if self._state is not RoundsState.LOOP:
+                self._mark = self._own
+            return is_returning
 
     def _advance(self, event: RoundsEvent) -> None:
         try:

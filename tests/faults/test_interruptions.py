@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import random
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ import psutil
 import pytest
 
 from tests.handlers import ECHO, EVAL, PATIENCE_S, Deployer, Gate, until
-from tests.interruptions import interruptions
+from tests.interruptions import Nuisance, interruptions
 from torchmgmt import Batcher, Model, ModelManager, ProcessBackend
 from torchmgmt.errors import ManagerClosed, ModelNotFound, TorchmgmtError
 from torchmgmt.lifecycle import WorkerState
@@ -201,34 +200,6 @@ def handling(number: signal.Signals, handler: Callable[..., object]) -> Iterator
         yield
     finally:
         signal.signal(number, before)
-
-
-class Nuisance:
-    """Sends this process a signal a moment after each :meth:`again`."""
-
-    def __init__(self, number: signal.Signals, seed: int) -> None:
-        self._number = number
-        self._random = random.Random(seed)
-        self._go = threading.Semaphore(0)
-        self._is_over = False
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Nuisance:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._is_over = True
-        self._go.release()
-        self._thread.join()
-
-    def again(self) -> None:
-        self._go.release()
-
-    def _run(self) -> None:
-        while self._go.acquire() and not self._is_over:
-            time.sleep(self._random.uniform(0.0005, 0.01))
-            os.kill(os.getpid(), self._number)
 
 
 def test_ctrl_c_while_a_notebook_maps(deploy: Deployer) -> None:

@@ -122,6 +122,7 @@ class WorkerPool:
         self._results = Results(spec.key, listener)
         self._version = PoolVersion(spec.key, actions)
         self._watchers: list[_Watcher] = []
+        self._without_dispatcher = threading.RLock()  # held by who acts in its place once it has ended
         self._is_pumping = False
         self._is_to_pump_again = False
         self._stopped = 0
@@ -323,7 +324,8 @@ class WorkerPool:
         try:
             self._dispatcher.call(act)
         except ManagerClosed:
-            act()
+            with self._without_dispatcher:
+                act()
 
     def _wait_until(self, is_so: Callable[[], bool], timeout: float | None) -> bool:
         """Block until ``is_so``, looked at after each change, is true; False if that took longer than ``timeout`` s."""
@@ -363,8 +365,8 @@ class WorkerPool:
 
     def dispatcher_ended(self) -> None:
         """Fail all that is asked of the pool: nobody will hear of its workers any more. As its thread ends."""
-        self._supervisor.stop_all(time.monotonic())
         for worker in self._workers:
+            worker.is_unwanted = True
             if worker.handle is not None:
                 self._actions.add(worker.handle.kill)
         self._lose_backend()
