@@ -22,6 +22,7 @@ from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.compat import install_ts
 from torchmgmt.exchange import AnswerHead, Encoded
 from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.faults import NO_FAULT
 from torchmgmt.handlers.recorder import make_current
 from torchmgmt.page import Page
 from torchmgmt.records import ModelSpec, RawMetric, WorkerFault, WorkerJob
@@ -114,10 +115,13 @@ class WorkerProcess:
             handler = self._handler()
             # What the layers need for one batch they need for the next one again; what loading has left nobody needs.
             keep_freed_memory()
-            if has_warm_up(self._job.spec):
+            if handler.has_begin or has_warm_up(self._job.spec):
                 channel.send(Frame(Kind.ALIVE))
-                warm_up(handler, self._job.spec)
-        except Exception as error:
+            handler.begin(self._job.threads)
+            warm_up(handler, self._job.spec)
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             channel.send(Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
         try:

@@ -53,7 +53,7 @@ def run_to_exit(body: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):  # the handler may have put anything in its place
                 stream.flush()
         os._exit(status)
 

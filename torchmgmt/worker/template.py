@@ -19,6 +19,7 @@ from typing import NoReturn
 from attrs import evolve
 
 from torchmgmt.channel import Frame, Kind, send
+from torchmgmt.handlers.faults import NO_FAULT
 from torchmgmt.records import ShareWeights, TemplateJob, WorkerJob
 from torchmgmt.worker import fitness
 from torchmgmt.worker.batch import fault_of
@@ -77,7 +78,9 @@ class TemplateProcess:
         try:
             with dying_with(self._parent_pid), fitness.postponed_thread_settings() as threads:
                 handler = load_model(self._spec, self._modules)
-        except Exception as error:
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             send(control, Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
         gc.collect()  # what is garbage already is no objection

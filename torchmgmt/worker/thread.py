@@ -49,13 +49,14 @@ class ThreadModel:
         self._handler: Handler | None = None
 
     def load(self) -> WorkerFault | None:
-        """Import and initialise the handler; return what it raised, ``SystemExit`` included, or None."""
+        """Import and initialise the handler, and have it begin; return what it raised, ``SystemExit`` included, or None."""
         context = Context.for_model(self._spec)
         # For a handler that imports files by itself, as the shipped one does: what to put before a module's name.
         context.system_properties["module_prefix"] = self._prefix
         try:
             _compute_with(self._threads)
             self._handler = load_handler(self._spec, context, self._import_file)
+            self._handler.begin(self._threads)
             warm_up(self._handler, self._spec)
         except BaseException as error:
             return self._with_plain_names(fault_of(self._explained(error)))
