@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import signal
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +182,8 @@ def test_begin_may_take_its_time(deploy: Deployer, tmp_path: Path, gate: Gate, m
     model.wait_ready(PATIENCE_S)
     assert model.describe().sharing.is_shared is True
     assert len(noted(tmp_path / "notes", "begin")) == 1
+    source = CLASS.format(path=str(tmp_path / "more"), parameters="self", body="threading.Event().wait()")
     with pytest.raises(WorkerStartFailed, match="startup_timeout"):
-        source = CLASS.format(path=str(tmp_path / "more"), parameters="self", body="threading.Event().wait()")
         deploy(source, model_name="slow", startup_timeout=0.5, config="maxRetryTimeoutInSec: 0\n")
 
 
@@ -292,3 +295,318 @@ def test_live_objects_begin(manager: ModelManager, backend_name: str) -> None:
 def test_a_layer_is_no_hook(manager: ModelManager) -> None:
     """A submodule that has the name of a hook is never called as one."""
     assert manager.register(Named(), model_name="m").predict(torch.tensor(5.0)).item() == 5
+
+
+# -- the end in good order ---------------------------------------------------------------------------------------------
+
+ENDING = (
+    TOOLS
+    + """
+import atexit
+class Handler:
+    def initialize(self, context):
+        atexit.register(note, {path!r}, "atexit of initialize")
+    def begin(self):
+        self.lines = open({path!r} + f"-{{os.getpid()}}", "w")
+        atexit.register(note, {path!r}, "atexit of begin")
+    def handle(self, data, context):
+        for row in data:
+            self.lines.write(f"{{row['body']}}\\n")
+        return [os.getpid() for _ in data]
+    {hooks}
+"""
+)
+FINALIZE = "def finalize(self): note({path!r}, 'finalize')"
+CLOSE = "def close(self, context): note({path!r}, f'close {{context.model_name}}')"
+
+
+def ending(path: Path, *hooks: str) -> str:
+    hooks = hooks or (FINALIZE, CLOSE)
+    text = "\n    ".join(hook.format(path=str(path)) for hook in hooks)
+    return ENDING.format(path=str(path), hooks=text)
+
+
+def written(path: Path) -> list[str]:
+    """What workers wrote to the files that they left open, all together."""
+    return sorted(line for file in path.parent.glob(f"{path.name}-*") for line in lines_of(file))
+
+
+@pytest.mark.parametrize("share_weights", WAYS)
+@pytest.mark.parametrize("end", ["unregister", "scale", "close"])
+def test_a_worker_ends_in_good_order(
+    deploy: Deployer, manager: ModelManager, tmp_path: Path, end: str, share_weights: str
+) -> None:
+    """Told to end, each worker calls finalize, close and what was registered with atexit, and writes what its files hold."""
+    path = tmp_path / "notes"
+    model = deploy(ending(path), initial_workers=2, share_weights=share_weights)
+    for number in range(20):
+        model.predict(number)
+    assert written(path) == []
+    {"unregister": model.unregister, "scale": lambda: model.scale(0, 0), "close": manager.close}[end]()
+    of_each = ["atexit of begin", "atexit of initialize", "close m", "finalize"]
+    assert sorted(lines_of(path)) == sorted(2 * of_each)
+    assert next(line for line in lines_of(path) if line != "close m") == "finalize"
+    assert written(path) == sorted(map(str, range(20)))
+
+
+def test_the_worker_that_was_a_template_ends_in_good_order(deploy: Deployer, tmp_path: Path) -> None:
+    """A file that was opened in initialize is written out as well, by the process that has become a worker, and by the others."""
+    path = tmp_path / "notes"
+    source = ending(path).replace("def begin(self):", "def begin(self): pass\n    def open(self):")
+    source = source.replace("def initialize(self, context):", "def initialize(self, context):\n        self.open()")
+    model = deploy(source, initial_workers=2)
+    for number in range(10):
+        model.predict(number)
+    assert model.describe().sharing.is_shared is False
+    model.unregister()
+    assert lines_of(path).count("finalize") == 2
+    assert written(path) == sorted(map(str, range(10)))
+
+
+def test_a_template_that_is_given_up_runs_no_hooks(deploy: Deployer, tmp_path: Path) -> None:
+    """Hooks are the workers': a template that is not needed any more calls none."""
+    path = tmp_path / "notes"
+    model = deploy(ending(path))
+    model.scale(0, 0)
+    before = lines_of(path)
+    model.unregister()
+    assert lines_of(path) == before
+    assert before.count("finalize") == 1
+
+
+def test_a_worker_that_is_recycled_ends_in_good_order(deploy: Deployer, tmp_path: Path) -> None:
+    """A worker that has served its number of requests calls its hooks before it goes, and its files are complete."""
+    path = tmp_path / "notes"
+    model = deploy(ending(path), max_requests=5)
+    for number in range(15):
+        model.predict(number, timeout=PATIENCE_S)
+    until(lambda: "finalize" in lines_of(path), "the first worker was replaced")
+    model.unregister()
+    assert written(path) == sorted(map(str, range(15)))
+
+
+def test_a_worker_that_dies_runs_no_hooks(deploy: Deployer, tmp_path: Path) -> None:
+    """An end that is in no good order is none: what was killed calls nothing."""
+    path = tmp_path / "notes"
+    model = deploy(ending(path))
+    os.kill(pids(model)[0], signal.SIGKILL)
+    assert model.predict("x", timeout=PATIENCE_S)
+    assert lines_of(path) == []
+
+
+RAISING = {
+    "an error": "raise ValueError('no good end')",
+    "a panic": "raise type('Panic', (BaseException,), {{}})('no good end')",
+    "an exit": "sys.exit('no good end')",
+    "an interrupt": "raise KeyboardInterrupt('no good end')",
+}
+
+
+@pytest.mark.parametrize("what", RAISING)
+def test_what_a_hook_raises_stops_nothing(
+    deploy: Deployer, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """The hooks after it, atexit and files have their turn, and the log has what it raised and printed."""
+    path = tmp_path / "notes"
+    model = deploy(ending(path, f"def finalize(self): print('a last print'); {RAISING[what]}", CLOSE))
+    model.predict("line")
+    report = model.unregister()
+    assert report.killed_pids == ()
+    assert sorted(lines_of(path)) == ["atexit of begin", "atexit of initialize", "close m"]
+    assert written(path) == ["line"]
+    assert "finalize() failed" in caplog.text
+    assert "no good end" in caplog.text
+
+
+HANGING = {
+    "sleeps": "threading.Event().wait()",
+    "computes": "[None for _ in iter(int, 1)]",
+    "swallows": "exec('while True:\\n try: time.sleep(9)\\n except BaseException: pass')",
+    "hangs in native code": "c = __import__('ctypes'); m = c.create_string_buffer(64); [c.CDLL(None).pthread_mutex_lock(m) for _ in 'ab']",
+    "waits for a thread": "t = threading.Thread(target=time.sleep, args=(60,), daemon=True); t.start(); t.join()",
+}
+
+
+@pytest.mark.parametrize("how", HANGING)
+def test_a_hook_that_hangs_loses_no_file(
+    deploy: Deployer, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """A hook that does not come back is given up in time for all that can be written: nothing has to be killed for it."""
+    path = tmp_path / "notes"
+    model = deploy(ending(path, f"def finalize(self): {HANGING[how]}", CLOSE))
+    model.predict("line")
+    report = model.unregister()
+    assert report.killed_pids == ()
+    assert written(path) == ["line"]
+    if how in {"sleeps", "computes", "waits for a thread"}:
+        assert sorted(lines_of(path)) == ["atexit of begin", "atexit of initialize", "close m"]
+        assert "finalize() was interrupted" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["sleeps", "swallows", "hangs in native code"])
+def test_in_a_hurry_files_are_written_all_the_same(
+    deploy: Deployer, manager: ModelManager, tmp_path: Path, how: str
+) -> None:
+    """Where the manager has no time for a hook that hangs, and sends SIGTERM, files are still written."""
+    path = tmp_path / "notes"
+    model = deploy(ending(path, f"def finalize(self): {HANGING[how]}", CLOSE))
+    model.predict("line")
+    manager.close(0)
+    assert written(path) == ["line"]
+
+
+def test_an_exit_function_that_hangs_holds_up_none_of_the_others(deploy: Deployer, tmp_path: Path) -> None:
+    """What was registered with atexit is called function by function; one that hangs is given up alone."""
+    path = tmp_path / "notes"
+    source = ending(path).replace("def begin(self):", "def begin(self):\n        atexit.register(time.sleep, 60)")
+    model = deploy(source)
+    model.predict("line")
+    assert model.unregister().killed_pids == ()
+    assert "atexit of initialize" in lines_of(path)
+    assert written(path) == ["line"]
+
+
+def test_a_file_that_cannot_be_written_holds_up_none_of_the_others(deploy: Deployer, tmp_path: Path) -> None:
+    """A full disk, or a pipe that nobody reads, costs its own file alone."""
+    path = tmp_path / "notes"
+    opened = (
+        "def begin(self):\n        self.full = open('/dev/full', 'w'); self.full.write('lost')"
+        "\n        self.pipe = os.pipe(); os.set_blocking(self.pipe[1], True); self.writer = open(self.pipe[1], 'wb', 1 << 20)"
+        "\n        self.writer.write(bytes(1 << 19))"
+    )
+    model = deploy(ending(path).replace("def begin(self):", opened))
+    model.predict("line")
+    assert model.unregister().killed_pids == ()
+    assert written(path) == ["line"]
+
+
+def test_the_kinds_of_files_that_are_written_out(deploy: Deployer, tmp_path: Path) -> None:
+    """Text, bytes, compressed files, and what a logging handler keeps, are complete when the worker has ended."""
+    source = f"""
+import gzip, logging.handlers
+folder = {str(tmp_path)!r}
+class H:
+    def begin(self):
+        self.text = open(folder + "/text", "a+")
+        self.bytes = open(folder + "/bytes", "wb", 1 << 16)
+        self.both = open(folder + "/both", "w+b")
+        self.zip = gzip.open(folder + "/zip", "wt")
+        target = logging.FileHandler(folder + "/log")
+        self.log = logging.getLogger("kept")
+        self.log.addHandler(logging.handlers.MemoryHandler(1000, target=target))
+    def handle(self, data, context):
+        for file in (self.text, self.zip):
+            file.write("x" * 10)
+        for file in (self.bytes, self.both):
+            file.write(b"x" * 10)
+        self.log.info("x" * 10)
+        return data
+"""
+    model = deploy(source)
+    model.predict(1)
+    model.unregister()
+    assert [(tmp_path / name).read_text().strip() for name in ("text", "bytes", "both", "log")] == ["x" * 10] * 4
+    assert b"x" * 10 in zlib.decompressobj(31).decompress((tmp_path / "zip").read_bytes())
+
+
+def test_a_folder_made_before_the_fork_outlives_its_workers(deploy: Deployer, tmp_path: Path) -> None:
+    """With share_weights=always, a TemporaryDirectory that was made once is not removed by the first worker that ends."""
+    source = """
+import os, tempfile
+class H:
+    def initialize(self, context):
+        self.folder = tempfile.TemporaryDirectory()
+    def begin(self):
+        self.own = tempfile.TemporaryDirectory()
+    def handle(self, data, context):
+        return [(self.folder.name, self.own.name, os.path.isdir(self.folder.name)) for _ in data]
+"""
+    model = deploy(source, share_weights="always", initial_workers=2)
+    shared, own, _ = model.predict(0)
+    model.scale(1)
+    assert model.predict(0)[2] is True
+    model.unregister()
+    assert Path(shared).is_dir()
+    Path(shared).rmdir()
+    assert not Path(own).exists()
+
+
+def test_a_function_ends_by_the_hooks_of_its_module(deploy: Deployer, tmp_path: Path) -> None:
+    """Handlers that are functions have their hooks beside them."""
+    path = tmp_path / "notes"
+    source = f"""{TOOLS}
+def finalize(): note({str(path)!r}, "finalize")
+def close(context): note({str(path)!r}, "close " + context.model_name)
+def handle(data, context): return data and [1 for _ in data]
+"""
+    deploy(source).unregister()
+    assert lines_of(path) == ["finalize", "close m"]
+
+
+def test_workers_that_are_threads_end_in_good_order(deploy: Deployer, tmp_path: Path) -> None:
+    """Each thread calls its own handler's hooks before it counts as ended; what the program registered with atexit is left alone."""
+    path = tmp_path / "notes"
+    hooks = f"""
+    def finalize(self):
+        note({str(path)!r}, "finalize"); raise SystemExit("nobody hears that")
+    def close(self):
+        note({str(path)!r}, "close")
+"""
+    source = f"{TOOLS}\nclass H:\n    def handle(self, data, context): return data\n{hooks}"
+    model = deploy(source, backend="thread", initial_workers=3)
+    model.scale(2)
+    assert sorted(lines_of(path)) == ["close", "finalize"]
+    model.unregister()
+    assert sorted(lines_of(path)) == 3 * ["close"] + 3 * ["finalize"]
+
+
+class Closing:
+    """A handler that notes in a file when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def handle(self, data: Any, context: Any) -> Any:
+        return data
+
+    def close(self) -> None:
+        with self.path.open("a") as file:
+            file.write("closed\n")
+
+
+class Sheet(io.StringIO):
+    """An open file of a kind, that can be called: whose ``close`` is the file's."""
+
+    def __call__(self, rows: list[Any]) -> list[Any]:
+        return [self.closed for _ in rows]
+
+
+def test_a_live_handler_is_closed_with_each_worker(manager: ModelManager, tmp_path: Path) -> None:
+    """In processes each worker has a copy of a live handler, and closes it; the program's own stays open."""
+    model = manager.register(Closing(tmp_path / "notes"), model_name="m", initial_workers=3)
+    model.scale(2)
+    assert lines_of(tmp_path / "notes") == ["closed"]
+    model.unregister()
+    assert lines_of(tmp_path / "notes") == ["closed"] * 3
+
+
+def test_what_threads_share_is_the_programs_to_close(manager: ModelManager, tmp_path: Path) -> None:
+    """A live object that threads share is closed by nobody but the program; one that each makes of a class is its own."""
+    model = manager.register(Closing(tmp_path / "notes"), model_name="m", initial_workers=3, backend="thread")
+    model.scale(1)
+    model.unregister()
+    assert lines_of(tmp_path / "notes") == []
+    made = functools.partial(Closing, tmp_path / "notes")
+    kind = type("Made", (Closing,), {"__init__": lambda self: Closing.__init__(self, made().path)})
+    manager.register(kind, model_name="kind", initial_workers=2, backend="thread").unregister()
+    assert lines_of(tmp_path / "notes") == ["closed"] * 2
+
+
+def test_a_live_object_that_is_an_open_file_stays_open(manager: ModelManager) -> None:
+    """The close of a file is no hook, although the object has it: threads that end do not close what the program uses."""
+    sheet = Sheet("text")
+    model = manager.register(sheet, model_name="m", initial_workers=2, backend="thread")
+    model.scale(1)
+    assert model.predict(0) is False
+    model.unregister()
+    assert not sheet.closed

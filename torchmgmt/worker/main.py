@@ -46,6 +46,7 @@ from torchmgmt.worker.process import (
     restore_environment,
     run_to_exit,
 )
+from torchmgmt.worker.shutdown import ShutDown, disown_finalizers
 from torchmgmt.worker.warmup import has_warm_up, warm_up
 
 __all__ = ["Loaded", "WorkerProcess", "load_model"]
@@ -63,6 +64,8 @@ class Loaded:
     """A model that a template has loaded."""
 
     handler: Handler
+    pid: int
+    """The template's, which may become a worker itself."""
     threads: int | None
     """The number of threads that the handler asked for, if it did."""
     is_doubtful: bool = False
@@ -127,7 +130,8 @@ class WorkerProcess:
         try:
             # What was measured while the model was loaded once for all workers counts for each, as if it had loaded it.
             channel.send(Frame(Kind.READY, handler.take_metrics()))
-            _serve(channel, handler, _page(self._page_fd), may_spin=self._job.threads > 1)
+            if _serve(channel, handler, _page(self._page_fd), may_spin=self._job.threads > 1):
+                ShutDown(handler.endings(), {channel.fileno()}).run()
         except BrokenSegment:
             raise
         except ConnectionError:
@@ -141,6 +145,8 @@ class WorkerProcess:
         else:
             # The template has done the rest, and the handler may have changed it to its liking since.
             redirect_output(self._output_fd)
+            if self._loaded.pid != os.getpid():
+                disown_finalizers()
             signal.signal(signal.SIGCHLD, self._loaded.on_child_end or signal.SIG_DFL)
             with contextlib.suppress(PermissionError):  # one that was the template leads its session already
                 os.setsid()
@@ -227,14 +233,14 @@ class _Attention:
         self._comes_soon = time.perf_counter() - self._idle_since < _AWAKE_S
 
 
-def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) -> None:
-    """Run what comes in, one after the other, until told to stop or the embedding process is gone."""
+def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) -> bool:
+    """Run what comes in, one after the other, until told to stop (True) or the embedding process is gone (False)."""
     attention = _Attention(channel, may_spin=may_spin)
     while True:
         attention.wait()
         frames = channel.read()
         if frames is None:
-            return
+            return False
         attention.note_arrival()
         for frame in frames:
             if frame.kind is Kind.RUN:
@@ -249,7 +255,7 @@ def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) ->
                 if _begins(channel, page, frame, frame.head):
                     _answer(channel, frame.head, [attempt(handler.describe)], handler.take_metrics())
             elif frame.kind is Kind.STOP:
-                return
+                return True
 
 
 def _begins(channel: Channel, page: Page, frame: Frame, number: int) -> bool:

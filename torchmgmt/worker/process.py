@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch
 
 from torchmgmt.variables import without_matching
+from torchmgmt.worker.shutdown import inherit_no_exit_functions
 
 __all__ = [
     "EXIT_NOT_LOADED",
@@ -71,6 +72,7 @@ def be_process(output_fd: int) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     _log_to_stderr()
+    inherit_no_exit_functions()
     os.setsid()
 
 

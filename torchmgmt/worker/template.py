@@ -26,6 +26,7 @@ from torchmgmt.worker.batch import fault_of
 from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper, dying_with
 from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
 from torchmgmt.worker.modules import ImportedModules
+from torchmgmt.worker.open_files import open_files
 from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, hide_variables, run_to_exit
 
 __all__ = ["TemplateProcess"]
@@ -87,6 +88,7 @@ class TemplateProcess:
         objections, is_final = self._objections(before)
         self._loaded = Loaded(
             handler,
+            os.getpid(),
             threads=threads[-1] if threads else None,
             is_doubtful=bool(objections),
             on_child_end=signal.getsignal(signal.SIGCHLD),
@@ -94,7 +96,8 @@ class TemplateProcess:
         # What the handler has set itself, it has set for its workers.
         self._environment = {name: value for name, value in self._environment.items() if _is_still(name, variables)}
         send(control, Frame(Kind.READY, (objections, is_final)))
-        self._settle()
+        if not objections or self._spec.share_weights is ShareWeights.ALWAYS:
+            self._settle()
         successor = Forker(control, self._root_pidfd, self._worker).run()
         if successor is not None:
             successor.run()
@@ -112,8 +115,8 @@ class TemplateProcess:
         return found, False
 
     def _settle(self) -> None:
-        """Make ready to be forked often: what is printed is out, and a collection in a worker copies no page of this."""
-        for stream in (sys.stdout, sys.stderr):
+        """Make ready to be forked often: what is written is out, and a collection in a worker copies no page of this."""
+        for stream in (*open_files({self._channel_fd}), sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the handler may have closed or replaced it
                 stream.flush()
         gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.warmup import warm_up
 
 __all__ = ["ThreadModel"]
+
+log = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 _threads_lock = threading.Lock()
@@ -86,6 +89,14 @@ class ThreadModel:
     def take_metrics(self) -> Sequence[RawMetric]:
         """Return what the handler has measured since the last call."""
         return self._loaded().take_metrics()
+
+    def end(self) -> None:
+        """Call the handler's hooks for the end in good order. What they raise, SystemExit included, is logged."""
+        for name, call in self._loaded().endings():
+            try:
+                call()
+            except BaseException:
+                log.exception("%s of %s failed", name, self._spec.key)
 
     def unload(self) -> None:
         """Forget the handler, and what was imported for it alone."""
