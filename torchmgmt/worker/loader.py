@@ -35,6 +35,9 @@ ImportFile: TypeAlias = Callable[[str, Path], ModuleType]
 """Imports a file of the model's folder: the name that the module has there, and the file."""
 
 
+_NO_MODULE = ModuleType("")
+
+
 class HandlerError(Exception):
     """The handler does not have a form that can be run, or did not keep to its side of the protocol."""
 
@@ -59,6 +62,7 @@ class Handler:
         entry_point: what is called with the rows of a batch and the context.
         context: the context that it is given.
         service: the object that it belongs to, if any.
+        module: the module that it was found in.
         hooks: its hooks, by their names.
         isolates_errors: whether a batch that raised is to be run again, request by request.
         limit_s: for how long a batch may run, in s, with all that is run again of it.
@@ -71,12 +75,14 @@ class Handler:
         context: Context,
         service: object = None,
         *,
+        module: ModuleType = _NO_MODULE,
         hooks: Mapping[str, Hook] = MappingProxyType({}),
         isolates_errors: bool = False,
         limit_s: float = math.inf,
         served_as: ServedAs | None = None,
     ) -> None:
         self.entry_point = entry_point
+        self.module = module
         self._context = context
         self._service = service
         self._hooks = hooks
@@ -86,6 +92,11 @@ class Handler:
         self._recorder = context.recorder
         self.take_metrics: Callable[[], Sequence[RawMetric]] = context.recorder.take
         """Returns what the handler has measured since the last call; empty if nothing. Not wrapped: every batch asks."""
+
+    @property
+    def owner(self) -> object:
+        """What holds what it has: the object that it belongs to, or the function that it is."""
+        return self.entry_point if self._service is None else self._service
 
     @property
     def has_begin(self) -> bool:
@@ -185,14 +196,14 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
         if isinstance(started, GeneratorType):  # one that answers in parts runs only when they are asked for
             deque(started, maxlen=0)
         hooks = hooks_found(functools.partial(hook_in, module))
-        return Handler(enveloped(spec.envelope, entry_point), context, hooks=hooks, **limits)
+        return Handler(enveloped(spec.envelope, entry_point), context, module=module, hooks=hooks, **limits)
     if function != "handle":
         raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")
     service = _handler_class(module, spec.handler)()
     if callable(initialize := getattr(service, "initialize", None)):
         initialize(context)
     hooks = hooks_found(service.hook if spec.live is not None else functools.partial(hook_of, service))
-    return Handler(enveloped(spec.envelope, service.handle), context, service, hooks=hooks, **limits)
+    return Handler(enveloped(spec.envelope, service.handle), context, service, module=module, hooks=hooks, **limits)
 
 
 def load_module(name: str, folder: Path, import_file: ImportFile | None = None) -> ModuleType:

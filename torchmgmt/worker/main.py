@@ -30,6 +30,7 @@ from torchmgmt.segments import BrokenSegment
 from torchmgmt.variables import without_matching
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
+from torchmgmt.worker.generators import GlobalGenerators, reseed
 from torchmgmt.worker.loader import Handler, load_handler
 from torchmgmt.worker.modules import ImportedModules
 from torchmgmt.worker.parts import PartSender
@@ -42,7 +43,6 @@ from torchmgmt.worker.process import (
     hide_variables,
     keep_standard_streams_open,
     redirect_output,
-    reseed,
     restore_environment,
     run_to_exit,
 )
@@ -66,6 +66,8 @@ class Loaded:
     handler: Handler
     pid: int
     """The template's, which may become a worker itself."""
+    generators: GlobalGenerators
+    """The global random generators, as loading has left them."""
     threads: int | None
     """The number of threads that the handler asked for, if it did."""
     is_doubtful: bool = False
@@ -152,7 +154,10 @@ class WorkerProcess:
                 os.setsid()
         restore_environment(without_matching(self._environment, self._job.spec.blacklist_env_vars))
         os.environ[WORKER_VARIABLE] = str(os.getpid())
-        reseed()
+        if self._loaded is None:
+            reseed()
+        else:
+            self._loaded.generators.settle()
         die_with(self._root_pidfd)
 
     def _handler(self) -> Handler:

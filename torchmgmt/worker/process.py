@@ -16,8 +16,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-import torch
-
 from torchmgmt.variables import without_matching
 from torchmgmt.worker.shutdown import inherit_no_exit_functions
 
@@ -30,7 +28,6 @@ __all__ = [
     "hide_variables",
     "keep_standard_streams_open",
     "redirect_output",
-    "reseed",
     "restore_environment",
     "run_to_exit",
 ]
@@ -149,18 +146,6 @@ def _priority(level: int) -> int:
         if level >= least:
             return priority
     return 7
-
-
-def reseed() -> None:
-    """Give this process random numbers of its own: torch's and numpy's global generators are copies after a fork.
-
-    The generator and not ``torch.seed``: that imports, and a handler's file may be called torch.
-    """
-    torch.default_generator.seed()
-    # Imported later it begins with numbers of its own. Not asked for by the package's attribute, which would import it.
-    random = sys.modules.get("numpy.random")
-    if random is not None and hasattr(random, "seed"):
-        random.seed()
 
 
 def die_with(root_pidfd: int) -> None:

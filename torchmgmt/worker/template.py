@@ -28,10 +28,14 @@ from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
 from torchmgmt.worker.modules import ImportedModules
 from torchmgmt.worker.open_files import open_files
 from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, hide_variables, run_to_exit
+from torchmgmt.worker.uniqueness import LoadWatch
 
 __all__ = ["TemplateProcess"]
 
 log = logging.getLogger(__name__)
+
+_MOST_NAMED = 5
+_ADVICE = "what is made in begin() instead, which runs in each worker, is no obstacle"
 
 
 class TemplateProcess:
@@ -77,7 +81,8 @@ class TemplateProcess:
         variables = {name: os.environ.get(name) for name in self._environment}
         before = fitness.marks() if fitness.can_tell() else None
         try:
-            with dying_with(self._parent_pid), fitness.postponed_thread_settings() as threads:
+            watch = LoadWatch(self._spec, self._modules)
+            with dying_with(self._parent_pid), fitness.postponed_thread_settings() as threads, watch:
                 handler = load_model(self._spec, self._modules)
         except NO_FAULT:
             raise
@@ -85,10 +90,11 @@ class TemplateProcess:
             send(control, Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
         gc.collect()  # what is garbage already is no objection
-        objections, is_final = self._objections(before)
+        objections, is_final = self._objections(before, watch.findings(handler))
         self._loaded = Loaded(
             handler,
             os.getpid(),
+            watch.generators,
             threads=threads[-1] if threads else None,
             is_doubtful=bool(objections),
             on_child_end=signal.getsignal(signal.SIGCHLD),
@@ -103,13 +109,13 @@ class TemplateProcess:
             successor.run()
         return EXIT_STOPPED
 
-    def _objections(self, before: fitness.Marks | None) -> tuple[list[str], bool]:
+    def _objections(self, before: fitness.Marks | None, unique: Sequence[str]) -> tuple[list[str], bool]:
         """Return what speaks against forking this process, and whether that is beyond the handler's author to allow."""
         if accelerators := fitness.accelerators_in_use():
             return [f"a context on an accelerator ({name})" for name in accelerators], True
         if before is None:
             return ["this system does not show what loading a model leaves behind"], False
-        found = fitness.findings(before, fitness.marks_after(before))
+        found = _together(fitness.findings(before, fitness.marks_after(before)), unique)
         if found and self._spec.share_weights is ShareWeights.ALWAYS:
             log.warning("Forked although loading the model left behind: %s", "; ".join(found))
         return found, False
@@ -128,6 +134,19 @@ class TemplateProcess:
         if loaded is not None and not loaded.is_doubtful and fitness.has_threads():
             loaded = self._loaded = evolve(loaded, is_doubtful=True)  # made by a finalizer, or by who hooks into forks
         return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._modules, loaded)
+
+
+def _together(left: Sequence[str], unique: Sequence[str]) -> list[str]:
+    """Return what loading left open and what it made unique, the most important first, and what one may do about that."""
+    found = [*left, *(each for each in unique if not any(_path_in(each) in other for other in left))]
+    if len(found) > _MOST_NAMED:
+        found[_MOST_NAMED:] = [f"{len(found) - _MOST_NAMED} more"]
+    return [*found, _ADVICE] if found else []
+
+
+def _path_in(finding: str) -> str:
+    """Return the path that a finding names, or all of it."""
+    return next((word for word in finding.split() if word.startswith("/")), finding)
 
 
 def _is_still(name: str, variables: Mapping[str, str | None]) -> bool:
