@@ -60,7 +60,7 @@ class Entropy:
         self._provenance = provenance
         self._substitutes = Substitutes()
         self._is_noting = False
-        self._is_seeding = False
+        self._thread = threading.local()
         self._python, self._numpy = _Global("random"), _Global("numpy.random")
 
     def start(self) -> None:
@@ -78,6 +78,7 @@ class Entropy:
         numpy = sys.modules.get("numpy.random")
         if numpy is not None:
             self._watch_global(self._numpy, numpy, numpy.mtrand._rand)
+            put(numpy, "RandomState", functools.partial(_Constructor, self._unnoticed))
 
     def stop(self, importers: Iterable[ModuleType] = ()) -> None:
         """Note nothing any more; all functions are what they were, also in ``importers``, which may hold them."""
@@ -99,6 +100,14 @@ class Entropy:
 
     # -- what stands in for others -------------------------------------------------------------------------------------
 
+    def _unnoticed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Make a call that may read random bytes of the system on its way, and makes nothing of them that lasts."""
+        self._thread.is_seeding = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._thread.is_seeding = False
+
     def _noting(self, note: Callable[..., None], original: Callable[..., Any]) -> Callable[..., Any]:
         """Return what does as ``original``, and tells ``note`` where it is called, what it returned, and with what."""
 
@@ -114,11 +123,7 @@ class Entropy:
     def _seeding(self, generator: _Global, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def substitute(*args: Any, **kwargs: Any) -> Any:
-            self._is_seeding = True  # which may read the system's random bytes
-            try:
-                result = original(*args, **kwargs)
-            finally:
-                self._is_seeding = False
+            result = self._unnoticed(original, *args, **kwargs)
             if self._is_noting:
                 seed = next(iter((*args, *kwargs.values())), None)
                 generator.is_seeded, generator.seed = seed is not None, seed
@@ -129,7 +134,7 @@ class Entropy:
     # -- what they note ------------------------------------------------------------------------------------------------
 
     def _on_bytes(self, frame: FrameType, result: object, *_args: object) -> None:
-        if not self._is_seeding:
+        if not getattr(self._thread, "is_seeding", False):
             self._note("what it made of random bytes of the system", frame)
 
     def _on_own_generator(
@@ -154,6 +159,32 @@ class Entropy:
     def _note(self, what: str, frame: FrameType) -> None:
         if what not in self.unique and (site := self._provenance.site(frame)) is not None:
             self.unique[what] = site
+
+
+class _Constructor:
+    """Stands in for a class whose objects begin with a seed of the system's, also where they are given one to go on with.
+
+    Whoever asks what is an instance of it, or derives from it, has to do with the class.
+    """
+
+    def __init__(self, unnoticed: Callable[..., Any], original: type[Any]) -> None:
+        self._unnoticed, self._original = unnoticed, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        is_seeded = next(iter((*args, *kwargs.values())), None) is not None
+        return self._unnoticed(self._original, *args, **kwargs) if is_seeded else self._original(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, self._original)
+
+    def __subclasscheck__(self, subclass: type[Any]) -> bool:
+        return issubclass(subclass, self._original)
+
+    def __mro_entries__(self, _bases: tuple[Any, ...]) -> tuple[type[Any], ...]:
+        return (self._original,)
 
 
 def _top(frame: FrameType) -> str:

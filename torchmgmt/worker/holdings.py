@@ -86,10 +86,10 @@ class _Walk:
             for each in _few(base, value, base.__iter__):
                 self.add(where, each, depth, foreign)
         elif issubclass(kind, type):
-            if self._is_model(value.__module__):
+            if self._is_model(_module_of(value)):
                 self._add_all(value.__qualname__, _own_items(vars(value)), depth, foreign)
         elif issubclass(kind, types.FunctionType):
-            if self._is_model(value.__module__ or "__main__"):
+            if self._is_model(_module_of(value)):
                 self._add_all(value.__qualname__, _captured(value), depth, foreign)
         elif issubclass(kind, types.MethodType):
             self.add(where, value.__self__, depth, foreign)
@@ -101,14 +101,14 @@ class _Walk:
 
     def _look_into_object(self, where: str, value: Any, depth: int, foreign: int) -> None:
         kind = type(value)
-        own = self._is_model(kind.__module__)
+        own = self._is_model(_module_of(kind))
         if issubclass(kind, torch.nn.Module):
             modules = _attributes(value).get("_modules")
             if isinstance(modules, dict):  # a script has none in Python
                 self._add_all(where, modules, depth - 1, foreign)  # however deep: they are few
             if not own:
                 return
-        elif kind.__module__.partition(".")[0] == __name__.partition(".")[0] and depth > 1:
+        elif _module_of(kind).partition(".")[0] == __name__.partition(".")[0] and depth > 1:
             return  # the context, say
         foreign = 0 if own else foreign + 1
         self._add_all(where, _attributes(value), depth, foreign)
@@ -118,6 +118,12 @@ class _Walk:
     def _add_all(self, where: str, values: dict[str, Any], depth: int, foreign: int) -> None:
         for name, each in _few(dict, values, dict.items):
             self.add(f"{where}.{name}", each, depth, foreign)
+
+
+def _module_of(value: Any) -> str:
+    """Return the name of the module of a class or function; one without counts as the program's."""
+    name = value.__module__
+    return name if isinstance(name, str) else "__main__"
 
 
 def _is_numpys_scalar(kind: type) -> bool:

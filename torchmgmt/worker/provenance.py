@@ -24,6 +24,8 @@ __all__ = ["Provenance", "Site", "module_of"]
 
 _OURS = str(Path(__file__).parents[1])
 _OUR_HANDLERS = str(Path(_OURS, "handlers"))
+# What stands in for others there is called by whoever calls those.
+_STANDING_IN = frozenset(str(Path(__file__).with_name(f"{name}.py")) for name in ("entropy", "audit"))
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _PYTHONS = tuple({*map(sysconfig.get_path, ("stdlib", "platstdlib")), str(Path(os.__file__).parent)})
 
@@ -76,7 +78,9 @@ class Provenance:
                 return None
             if owner is _Owner.OUR_HANDLER:
                 return self._site(inner or frame, None)
-            inner, frame = frame, frame.f_back
+            if owner is not _Owner.NOBODY or frame.f_code.co_filename not in _STANDING_IN:
+                inner = frame
+            frame = frame.f_back
         return None if inner is None else self._site(inner, None)
 
     def is_model(self, module: str, file: str | None) -> bool:
@@ -110,6 +114,8 @@ class Provenance:
         return owner
 
     def _find_owner(self, file: str) -> _Owner:
+        if file in _STANDING_IN:
+            return _Owner.NOBODY
         if _is_in(file, self._folder):
             return _Owner.MODEL
         if _is_in(file, _OUR_HANDLERS):

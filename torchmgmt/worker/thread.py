@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 _threads_lock = threading.Lock()
+# Python counts the depth of trees for all threads together, and takes what several make at a time for an error.
+_parsing_lock = threading.Lock()
 
 
 class ThreadModel:
@@ -177,7 +179,9 @@ def _own_tree(value: Any) -> Any:
 
 def _imported_names(file: Path) -> Iterator[str]:
     """Give the first part of each name that ``file`` imports anywhere, its functions included."""
-    for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
+    with _parsing_lock:
+        tree = ast.parse(file.read_bytes(), str(file))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
