@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.handlers import PATIENCE_S, TOOLS, Deployer, is_gone, until
-from torchmgmt import Model
+from torchmgmt import Model, ModelManager
 from torchmgmt.answer_future import AnswerFuture
 
 CALLERS = 60
@@ -110,8 +113,7 @@ OWN = {
         "running mktemp",
     ),
     "a number out of a file": (
-        "file = open(ROOT + '/next', 'r+'); fcntl.flock(file, fcntl.LOCK_EX)"
-        "; self.path = int(file.read()); file.seek(0); file.write(str(self.path + 1)); file.close()",
+        "self.path = counted()",
         "the file",
     ),
     "a folder that was free": (
@@ -124,6 +126,13 @@ OWN = {
     ),
 }
 HELPERS = """
+def counted():
+    with open(ROOT + "/next", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        number = int(file.read())
+        file.seek(0)
+        file.write(str(number + 1))
+    return number
 def free(make):
     for number in range(99):
         try:
@@ -219,6 +228,31 @@ def registry() -> Iterator[int]:
     server.shutdown(socket.SHUT_RDWR)
     server.close()
     thread.join()
+
+
+class Folder:
+    """A live handler with a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def initialize(self, context: Any) -> None:
+        self.path = Path(tempfile.mkdtemp(dir=self.root), "in")
+
+    def handle(self, data: Any, context: Any) -> list[str]:
+        answers = []
+        for row in data:
+            self.path.write_text(row["body"])
+            time.sleep(0.004)
+            answers.append(self.path.read_text())
+        return answers
+
+
+def test_what_a_live_handler_makes_is_not_forked(manager: ModelManager, root: Path) -> None:
+    """Objects of the program's are watched as the code of archives is."""
+    model = manager.register(Folder(root), model_name="m", initial_workers=3)
+    assert right(submitted(model)) == CALLERS
+    assert "test_own_things.py, line" in model.describe().sharing.reason
 
 
 # -- whatever becomes of processes and batches -------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -35,13 +36,12 @@ class Span:
 
     def has(self, value: Any) -> bool:
         """Whether ``value`` is a moment of it, as a number (of a second or a part of one), a date with time, or a text with one."""
-        if isinstance(value, datetime):
-            return self._has_date(value)
-        if isinstance(value, time.struct_time):
-            return any(self._has_number(int(seconds(value))) for seconds in (calendar.timegm, time.mktime))
-        if isinstance(value, bool):
-            return False
-        if isinstance(value, (int, float)):
+        with contextlib.suppress(OverflowError, ValueError, OSError):  # the year 1, say
+            if isinstance(value, datetime):
+                return self._has_date(value)
+            if isinstance(value, time.struct_time):
+                return any(self._has_number(int(seconds(value))) for seconds in (calendar.timegm, time.mktime))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             return self._has_number(value)
         return isinstance(value, str) and self._has_text(value)
 
@@ -50,11 +50,12 @@ class Span:
         return any(self._has_number(each.timestamp()) for each in readings)
 
     def _has_number(self, value: float) -> bool:
-        """Whether it is the time of the day, or a reading of a clock that began somewhere.
+        """Whether it is the time of the day, as far as it has decimals, or a reading of a clock that began somewhere.
 
         Of the latter only what has a part of a millisecond: it may be any small number.
         """
-        if any(int(self._began * unit) <= value <= self._ended * unit for unit in _UNITS):
+        step = 1.0 if isinstance(value, int) else 10.0 ** -len(repr(value).partition(".")[2])
+        if any(self._began * unit - step <= value <= self._ended * unit + step for unit in _UNITS):
             return True
         is_reading = (value * 1000) % 1 != 0
         spans = list(zip(self._began_on, self._ended_on, strict=True))
@@ -63,7 +64,8 @@ class Span:
         return any(began * 1e9 <= value <= ended * 1e9 for began, ended in spans)
 
     def _has_text(self, text: str) -> bool:
-        if any(self._has_number(float(number)) for number in _NUMBER.findall(text) if 9 < len(number) < 25):
+        numbers = (number for number in _NUMBER.findall(text) if 9 < len(number) < 25)
+        if any(self._has_number(float(number) if "." in number else int(number)) for number in numbers):
             return True
         if any("".join(parts) in self._texts for parts in _TIME_OF_DAY.findall(text)):
             return True

@@ -43,7 +43,7 @@ def _is_written(file: Any) -> bool:
         return False
     try:
         return not file.closed and bool(file.writable())
-    except Exception:  # one that was never opened, or is of the handler's own making
+    except BaseException:  # one that was never opened, or is of the handler's own making
         return False
 
 

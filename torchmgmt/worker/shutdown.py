@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torchmgmt.worker.open_files import open_files
 
@@ -67,7 +67,9 @@ class ShutDown:
         self._step("a function registered with atexit", atexit._run_exitfuncs, began + _EXIT_FUNCTIONS_S)
         self._step("logging.shutdown()", logging.shutdown, began + _LOGGING_S)
         self._is_hurried = False  # what comes now is what all hurry is for
-        for file in open_files(self._ours):
+        files: list[Any] = []
+        self._step("looking for open files", lambda: files.extend(open_files(self._ours)), began + _FILES_S)
+        for file in files:
             self._step(f"writing what {file!r} still holds", file.flush, began + _FILES_S)
 
     def _take_signals(self, began: float) -> None:
