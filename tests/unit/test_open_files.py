@@ -46,7 +46,7 @@ def test_frozen_files_are_found(folder: Path) -> None:
 def test_what_holds_nothing_to_write_is_not_found(folder: Path) -> None:
     """Files that are only read, closed, in memory or without a buffer are left alone."""
     (folder / "read").touch()
-    closed = (folder / "closed").open("w")  # noqa: SIM115
+    closed = (folder / "closed").open("w")
     closed.close()
     memory, texts = io.BytesIO(), io.StringIO()
     with (folder / "read").open() as read, (folder / "raw").open("wb", buffering=0) as raw, (folder / "w").open("w"):
