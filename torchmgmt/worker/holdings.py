@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-__all__ = ["Held", "held_values", "modules_of"]
+__all__ = ["Held", "held_values", "namespaces"]
 
 _MAX_OBJECTS = 20_000
 _MAX_ITEMS = 1_000
@@ -175,9 +175,8 @@ def _captured(function: types.FunctionType) -> dict[str, Any]:
     return found
 
 
-def modules_of(names: Iterable[str], is_model: Callable[[str], bool]) -> Iterator[tuple[str, object]]:
-    """Give the namespaces of those modules that are the model's, by their names."""
-    for name in names:
-        module = sys.modules.get(name)
+def namespaces(modules: Mapping[str, object], is_model: Callable[[str], bool]) -> Iterator[tuple[str, object]]:
+    """Give the namespaces of those of ``modules`` that are the model's, by their names."""
+    for name, module in modules.items():
         if isinstance(module, types.ModuleType) and is_model(name):
             yield name, _own_items(vars(module))

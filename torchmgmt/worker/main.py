@@ -33,6 +33,7 @@ from torchmgmt.worker.forking import WORKER_VARIABLE
 from torchmgmt.worker.generators import GlobalGenerators, reseed
 from torchmgmt.worker.loader import Handler, load_handler
 from torchmgmt.worker.modules import ImportedModules
+from torchmgmt.worker.open_files import Descriptor, descriptors
 from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.process import (
     EXIT_NOT_LOADED,
@@ -66,6 +67,8 @@ class Loaded:
     handler: Handler
     pid: int
     """The template's, which may become a worker itself."""
+    left_open: frozenset[Descriptor]
+    """The descriptors that loading it has left open."""
     generators: GlobalGenerators
     """The global random generators, as loading has left them."""
     threads: int | None
@@ -106,6 +109,7 @@ class WorkerProcess:
         self._environment = environment
         self._modules = modules
         self._loaded = loaded
+        self._ours: frozenset[Descriptor] = frozenset()
 
     def run(self) -> NoReturn:
         """Be the worker. Never returns."""
@@ -133,7 +137,7 @@ class WorkerProcess:
             # What was measured while the model was loaded once for all workers counts for each, as if it had loaded it.
             channel.send(Frame(Kind.READY, handler.take_metrics()))
             if _serve(channel, handler, _page(self._page_fd), may_spin=self._job.threads > 1):
-                ShutDown(handler.endings(), {channel.fileno()}).run()
+                ShutDown(handler.endings(), self._ours).run()
         except BrokenSegment:
             raise
         except ConnectionError:
@@ -143,10 +147,12 @@ class WorkerProcess:
     def _take_over_process(self) -> None:
         if self._loaded is None:
             be_process(self._output_fd)
+            self._ours = descriptors()
             hide_variables(self._job.spec.blacklist_env_vars)
         else:
             # The template has done the rest, and the handler may have changed it to its liking since.
             redirect_output(self._output_fd)
+            self._ours = descriptors() - self._loaded.left_open
             if self._loaded.pid != os.getpid():
                 disown_finalizers()
             signal.signal(signal.SIGCHLD, self._loaded.on_child_end or signal.SIG_DFL)

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from torchmgmt.worker.open_files import open_files
+from torchmgmt.worker.open_files import Descriptor, descriptors, open_files
 
 __all__ = ["ShutDown", "disown_finalizers", "inherit_no_exit_functions"]
 
@@ -46,10 +46,10 @@ class ShutDown:
 
     Args:
         endings: the hooks to call, by names for the log, in order.
-        ours: descriptors that belong to the worker itself, and to no file of the handler's.
+        ours: descriptors that are of the worker's own making, and no files of the handler's.
     """
 
-    def __init__(self, endings: Sequence[tuple[str, Callable[[], object]]], ours: Collection[int] = ()) -> None:
+    def __init__(self, endings: Sequence[tuple[str, Callable[[], object]]], ours: Collection[Descriptor] = ()) -> None:
         self._endings = endings
         self._ours = set(ours)
         self._is_armed = False
@@ -84,7 +84,7 @@ class ShutDown:
 
     def _start_second_thread(self, until: float) -> None:
         reader, writer = os.pipe()
-        self._ours |= {reader, writer}
+        self._ours |= {each for each in descriptors() if each[0] in {reader, writer}}
         os.set_blocking(writer, False)
         # Written to by the system's own signal handler: the Python one waits until the first thread runs Python code.
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from attrs import evolve
 
@@ -26,7 +26,7 @@ from torchmgmt.worker.batch import fault_of
 from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper, dying_with
 from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
 from torchmgmt.worker.modules import ImportedModules
-from torchmgmt.worker.open_files import open_files
+from torchmgmt.worker.open_files import descriptors, open_files
 from torchmgmt.worker.process import EXIT_NOT_LOADED, EXIT_STOPPED, be_process, hide_variables, run_to_exit
 from torchmgmt.worker.uniqueness import LoadWatch
 
@@ -79,6 +79,7 @@ class TemplateProcess:
         os.environ[WORKER_VARIABLE] = str(os.getpid())
         control = socket.socket(fileno=self._channel_fd)
         variables = {name: os.environ.get(name) for name in self._environment}
+        ours = descriptors()
         before = fitness.marks() if fitness.can_tell() else None
         try:
             watch = LoadWatch(self._spec, self._modules)
@@ -94,6 +95,7 @@ class TemplateProcess:
         self._loaded = Loaded(
             handler,
             os.getpid(),
+            descriptors() - ours,
             watch.generators,
             threads=threads[-1] if threads else None,
             is_doubtful=bool(objections),
@@ -103,7 +105,7 @@ class TemplateProcess:
         self._environment = {name: value for name, value in self._environment.items() if _is_still(name, variables)}
         send(control, Frame(Kind.READY, (objections, is_final)))
         if not objections or self._spec.share_weights is ShareWeights.ALWAYS:
-            self._settle()
+            self._settle(open_files(ours) if objections else ())
         successor = Forker(control, self._root_pidfd, self._worker).run()
         if successor is not None:
             successor.run()
@@ -120,9 +122,9 @@ class TemplateProcess:
             log.warning("Forked although loading the model left behind: %s", "; ".join(found))
         return found, False
 
-    def _settle(self) -> None:
+    def _settle(self, files: Sequence[Any]) -> None:
         """Make ready to be forked often: what is written is out, and a collection in a worker copies no page of this."""
-        for stream in (*open_files({self._channel_fd}), sys.stdout, sys.stderr):
+        for stream in (*files, sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the handler may have closed or replaced it
                 stream.flush()
         gc.freeze()

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import astuple
 
 from torchmgmt.worker.audit import LoadAudit, Trace
 from torchmgmt.worker.entropy import Entropy
 from torchmgmt.worker.generators import GlobalGenerators, is_of_system
-from torchmgmt.worker.holdings import Held, held_values, modules_of
+from torchmgmt.worker.holdings import Held, held_values, namespaces
 from torchmgmt.worker.moments import Span
 from torchmgmt.worker.provenance import Provenance, Site
 from torchmgmt.worker.substitutes import Substitutes
@@ -51,7 +50,9 @@ class LoadWatch:
     """
 
     def __init__(self, spec: ModelSpec, modules: ImportedModules) -> None:
-        self._given = sorted(_texts_in([spec.model_dir, *astuple(spec.key), spec.manifest, spec.config]), key=len)[::-1]
+        self._given = sorted(
+            _texts_in([spec.model_dir, spec.key.name, spec.key.version, spec.manifest, spec.config]), key=len
+        )[::-1]
         self._provenance = Provenance(spec)
         self._modules = modules
         self._entropy = Entropy(self._provenance)
@@ -102,13 +103,13 @@ class LoadWatch:
         own = handler.module.__name__
 
         def is_model(name: str) -> bool:
-            module = sys.modules.get(name)
-            return name == own or module is None or self._provenance.is_model(name, getattr(module, "__file__", None))
+            module = handler.module if name == own else sys.modules.get(name)
+            return module is None or self._provenance.is_model(name, getattr(module, "__file__", None))
 
         roots: list[tuple[str, object]] = [(type(handler.owner).__qualname__, handler.owner)]
-        roots += modules_of(self._modules.later_names(), is_model)
-        if self._provenance.is_model(own, handler.module.__file__):
-            roots.append((own, vars(handler.module)))
+        # The handler's own may not be among the imported ones any more, if it was called like one of Python's.
+        modules = {name: sys.modules.get(name) for name in self._modules.later_names()} | {own: handler.module}
+        roots += namespaces(modules, is_model)
         seeds = {**self._entropy.seeds, **self.generators.torch_seed}
         return held_values([*roots, *((f"the seed of {name}", seed) for name, seed in seeds.items())], is_model)
 
