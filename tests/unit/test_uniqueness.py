@@ -152,10 +152,13 @@ UNIQUE = {
     "self.bytes = os.getrandom(2)": "random bytes",
     "f = open('/dev/urandom', 'rb'); self.bytes = f.read(2); f.close()": "/dev/urandom",
     "f = open('/proc/sys/kernel/random/uuid'); self.name = f.read(); f.close()": "/proc/sys/kernel/random/uuid",
-    "self.draw = numpy.random.default_rng()": "random bytes",
-    "self.draw = numpy.random.Generator(numpy.random.PCG64())": "random bytes",
-    "self.draw = numpy.random.RandomState()": "random bytes",
-    "self.number = numpy.random.RandomState().rand()": "random bytes",
+    "self.draw = numpy.random.default_rng()": "a generator of random numbers",
+    "self.draw = numpy.random.Generator(numpy.random.PCG64())": "a generator of random numbers",
+    "self.draw = numpy.random.RandomState()": "a generator of random numbers",
+    "self.number = numpy.random.RandomState().rand()": "a generator of random numbers",
+    "self.number = numpy.random.default_rng().integers(9)": "a generator of random numbers",
+    "self.draw = numpy.random.RandomState(None)": "a generator of random numbers",
+    "make = lambda seed=None: numpy.random.RandomState(seed)\nself.draw = make()": "a generator of random numbers",
     "self.draw = random.Random()": "a generator of random numbers",
     "self.number = random.random()": "numbers of random",
     "self.number = randint(1, 9)": "numbers of random",
@@ -238,6 +241,11 @@ HARMLESS = [
     "self.draw = numpy.random.default_rng(7)",
     "self.draw = numpy.random.RandomState(7); isinstance(self.draw, numpy.random.RandomState) or 1 / 0",
     "self.draw = numpy.random.RandomState(seed=7)",
+    "make = lambda seed=None: numpy.random.RandomState(seed)\nself.draw = make(7)",
+    "self.draws = [numpy.random.RandomState(seed) for seed in range(3)]",
+    "class Mine(numpy.random.RandomState): pass\nself.draw = Mine(7)",
+    "def of(seed: int | numpy.random.RandomState): pass\nself.kinds = {numpy.random.RandomState: 1}",
+    "import functools\nself.draw = functools.partial(numpy.random.RandomState, 7)()",
     "self.draw = numpy.random.Generator(numpy.random.PCG64(7))",
     "self.draw = random.Random(7)",
     "self.draw = torch.Generator()",
@@ -248,7 +256,6 @@ HARMLESS = [
     "random.seed(); numpy.random.seed()",
     "self.net = torch.nn.Linear(3, 3)",
     "numpy.random.rand(1, 3, 224, 224)",
-    "class Mine(numpy.random.RandomState): pass\nissubclass(Mine, numpy.random.RandomState) or 1 / 0",
     # what is read and not kept
     "logging.getLogger('x').warning('pid %s', os.getpid())",
     "import psutil; psutil.Process(os.getpid()).memory_info()",
@@ -295,6 +302,9 @@ NUMBER = random.random()
 PID = os.getpid()
 def make(): return uuid.uuid4().hex
 def lazily(): import liblazy; return liblazy.SESSION
+def draw(): return random.randint(0, 9)
+def seed(): random.seed(7); numpy.random.seed(7)
+TABLE = {random.randint: 1, numpy.random.rand: 2, numpy.random.RandomState: 3}
 """
 
 
@@ -312,6 +322,28 @@ def test_what_libraries_do_when_they_are_called_is_the_models(load: Loader) -> N
     (load.library / "libcalled.py").write_text(LIBRARY)
     (found,) = load("import libcalled; self.name = libcalled.make()")
     assert "libcalled.make in handler" in found
+    (found,) = load("import libcalled; self.number = libcalled.draw()")
+    assert "numbers of random" in found
+
+
+def test_tables_of_functions_that_libraries_keep_are_of_the_real_ones(load: Loader) -> None:
+    """A library that is imported meanwhile sees Python's and numpy's own functions, which it will be asked about later."""
+    (load.library / "libtable.py").write_text(LIBRARY)
+    load.load("import libtable")
+    table = sys.modules["libtable"].TABLE  # type: ignore[attr-defined]
+    assert table == {random.randint: 1, np.random.rand: 2, np.random.RandomState: 3}
+
+
+def test_seeds_that_a_library_sets_for_the_model_count(load: Loader) -> None:
+    """Whoever calls a library's function to seed all generators has seeded them."""
+    (load.library / "libseed.py").write_text(LIBRARY)
+    watch, handler = load.load("import libseed; libseed.seed(); self.numbers = random.random(), numpy.random.rand()")
+    assert watch.findings(handler) == []
+    states = random.getstate(), np.random.rand()
+    watch.generators.settle()
+    assert random.getstate() == states[0]
+    random.seed(7)
+    assert handler.owner.numbers[0] == random.random()  # type: ignore[attr-defined]
 
 
 def test_what_the_models_own_modules_do_when_they_are_imported_is_the_models(load: Loader) -> None:

@@ -1,10 +1,12 @@
 """Where a process gets from what no other one has: the system's random bytes, generators that nobody seeded, its own id.
 
-Functions stand in for these while a model is loaded, and note what the model's code gets from them.
+Functions stand in for these while a model is loaded, and note what the model's code gets from them. Those of ``random`` and
+``numpy.random`` do so for the model's own code alone: libraries such as numba keep tables of these very functions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -22,8 +24,13 @@ from torchmgmt.worker.substitutes import Substitutes
 
 __all__ = ["Entropy", "TemporaryName"]
 
-# Where random bytes of the system come from. ``random`` has a name of its own for it, by which secrets and numpy get theirs.
-_BYTES = (("os", "urandom"), ("os", "getrandom"), ("random", "_urandom"), ("ssl", "RAND_bytes"), ("uuid", "uuid1"))
+_BYTES = "what it made of random bytes of the system"
+_GENERATOR = "a generator of random numbers without a seed"
+_DRAWN = "what it made of numbers of {}, which it has not seeded"
+# Where random bytes of the system come from. ``random`` has a name of its own for it, by which secrets get theirs.
+_SOURCES = (("os", "urandom"), ("os", "getrandom"), ("random", "_urandom"), ("ssl", "RAND_bytes"), ("uuid", "uuid1"))
+_SEEDING = frozenset({"seed", "setstate", "set_state"})
+_LOOKING = frozenset({"getstate", "get_state"})
 # So many numbers may make a name; more are an input to try a model out with, say, of which nothing is kept.
 _FEW = 64
 # They ask for the id of the process to see whether they were forked, or to write it to a log.
@@ -40,45 +47,40 @@ class TemporaryName:
     """Whether the model was given the name alone (mktemp), to use as it likes."""
 
 
-@define
-class _Global:
-    """A global generator, as far as the model is concerned."""
-
-    name: str
-    is_seeded: bool = False
-    seed: object = None
-
-
 class Entropy:
-    """What the model's code has got so far that no other process gets. A context manager: meanwhile it is noted."""
+    """What the model's code has got so far that no other process gets, between :meth:`start` and :meth:`stop`."""
 
     def __init__(self, provenance: Provenance) -> None:
-        self.unique: dict[str, Site] = {}
-        """What it got, in words, and where it did so first."""
         self.names: dict[str, TemporaryName] = {}
         self.pid_read: Site | None = None
+        self.seeds: dict[str, object] = {}
+        """What the model's own code has seeded Python's and numpy's global generators with last; None: from the system."""
+        self.is_drawn_by_imports = False
+        """Whether a library has taken numbers from Python's global generator when it was imported."""
+        self._seeded_by_libraries: set[str] = set()
         self._provenance = provenance
         self._substitutes = Substitutes()
         self._is_noting = False
         self._thread = threading.local()
-        self._python, self._numpy = _Global("random"), _Global("numpy.random")
+        self._got: dict[str, Site] = {}
+        self._numpy_seeds: list[_Asked] = []
 
     def start(self) -> None:
         """Begin to note what the model gets."""
         self._is_noting = True
         put = self._substitutes.put
-        for module, name in _BYTES:
+        for module, name in _SOURCES:
             if module in sys.modules:
-                put(sys.modules[module], name, functools.partial(self._noting, self._on_bytes))
-        put(os, "getpid", functools.partial(self._noting, self._on_pid))
-        put(threading, "get_native_id", functools.partial(self._noting, self._on_pid))
-        put(vars(tempfile)["_RandomNameSequence"], "__next__", functools.partial(self._noting, self._on_name))
-        put(random.Random, "seed", functools.partial(self._noting, self._on_own_generator))
-        self._watch_global(self._python, random, random._inst)
+                put(sys.modules[module], name, self._noting(self._on_bytes))
+        put(os, "getpid", self._noting(self._on_pid))
+        put(threading, "get_native_id", self._noting(self._on_pid))
+        put(vars(tempfile)["_RandomNameSequence"], "__next__", self._noting(self._on_name))
+        put(random.Random, "seed", self._noting(self._on_own_generator))
+        self._watch_global(random, vars(random)["_inst"])
         numpy = sys.modules.get("numpy.random")
         if numpy is not None:
-            self._watch_global(self._numpy, numpy, numpy.mtrand._rand)
-            put(numpy, "RandomState", functools.partial(_Constructor, self._unnoticed))
+            self._watch_global(numpy, numpy.mtrand._rand)
+            put(numpy.bit_generator, "randbits", self._seeding_numpys)
 
     def stop(self, importers: Iterable[ModuleType] = ()) -> None:
         """Note nothing any more; all functions are what they were, also in ``importers``, which may hold them."""
@@ -86,66 +88,106 @@ class Entropy:
         self._substitutes.undo(importers)
 
     @property
-    def seeds(self) -> dict[str, object]:
-        """What the model has seeded global generators with, by their names: their states are as it set them."""
-        return {each.name: each.seed for each in (self._python, self._numpy) if each.is_seeded}
+    def unique(self) -> dict[str, Site]:
+        """What it got, in words, and where it did so first."""
+        kept = [each.site for each in self._numpy_seeds if not each.is_discarded]
+        return {**self._got, **({_GENERATOR: kept[0]} if kept else {})}
 
-    def _watch_global(self, generator: _Global, module: ModuleType, owner: object) -> None:
-        for name in ("seed", "setstate", "set_state"):
-            self._substitutes.put(module, name, functools.partial(self._seeding, generator))
+    def _watch_global(self, module: ModuleType, owner: object) -> None:
+        """Have the functions of a module that belong to its global generator tell when the model's own code calls them."""
+        substitutes: dict[str, Any] = {}
         for name, function in list(vars(module).items()):
-            if getattr(function, "__self__", None) is owner and name not in {"getstate", "get_state"}:
-                on_draw = functools.partial(self._on_draw, generator)
-                self._substitutes.put(module, name, functools.partial(self._noting, on_draw))
+            if name in _SEEDING:
+                substitutes[name] = self._seeding(module.__name__, function)
+            elif getattr(function, "__self__", None) is owner and name not in _LOOKING:
+                substitutes[name] = self._noting(functools.partial(self._on_draw, module.__name__))(function)
+
+        def give(name: str, value: Any, frame: FrameType) -> Any:
+            if name not in substitutes or not self._is_noting:
+                return value
+            if self._provenance.is_models(frame):
+                return substitutes[name]
+            self._on_library(module.__name__, name, frame)
+            return value
+
+        self._substitutes.give(module, give, {substitutes[name]: vars(module)[name] for name in substitutes})
 
     # -- what stands in for others -------------------------------------------------------------------------------------
 
-    def _unnoticed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Make a call that may read random bytes of the system on its way, and makes nothing of them that lasts."""
-        self._thread.is_seeding = True
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._thread.is_seeding = False
+    def _noting(self, note: Callable[..., None]) -> Callable[[Any], Any]:
+        """Return what makes of a function one that does the same and tells ``note`` of it: where, what came out, with what."""
 
-    def _noting(self, note: Callable[..., None], original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what does as ``original``, and tells ``note`` where it is called, what it returned, and with what."""
+        def make(original: Any) -> Any:
+            @functools.wraps(original)
+            def substitute(*args: Any, **kwargs: Any) -> Any:
+                result = original(*args, **kwargs)
+                if self._is_noting:
+                    note(sys._getframe(1), result, *args, **kwargs)
+                return result
 
+            return substitute
+
+        return make
+
+    def _seeding(self, generator: str, original: Any) -> Any:
         @functools.wraps(original)
         def substitute(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if self._is_noting:
-                note(sys._getframe(1), result, *args, **kwargs)
+                self.seeds[generator] = next(iter((*args, *kwargs.values())), None)
             return result
 
         return substitute
 
-    def _seeding(self, generator: _Global, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _seeding_numpys(self, original: Any) -> Any:
+        """Return what numpy seeds a generator from that was given no seed, or will be in a moment: see :class:`_Seed`."""
+
         @functools.wraps(original)
-        def substitute(*args: Any, **kwargs: Any) -> Any:
-            result = self._unnoticed(original, *args, **kwargs)
-            if self._is_noting:
-                seed = next(iter((*args, *kwargs.values())), None)
-                generator.is_seeded, generator.seed = seed is not None, seed
-            return result
+        def substitute(count: int) -> int:
+            self._thread.is_seeding = True
+            try:
+                seed: int = original(count)
+            finally:
+                self._thread.is_seeding = False
+            frame = sys._getframe(1)
+            if not self._is_noting or (site := self._provenance.site(frame)) is None:
+                return seed
+            self._numpy_seeds.append(_Asked(site))
+            return _Seed(seed, frame, self._numpy_seeds[-1])
 
         return substitute
 
     # -- what they note ------------------------------------------------------------------------------------------------
 
-    def _on_bytes(self, frame: FrameType, result: object, *_args: object) -> None:
+    def _on_bytes(self, frame: FrameType, result: object, *_args: object, **_kwargs: object) -> None:
         if not getattr(self._thread, "is_seeding", False):
-            self._note("what it made of random bytes of the system", frame)
+            self._note(_BYTES, frame)
 
     def _on_own_generator(
-        self, frame: FrameType, result: object, _generator: object, a: object = None, version: int = 2
+        self, frame: FrameType, result: object, generator: object, a: object = None, version: int = 2
     ) -> None:
         if a is None and module_of(_out_of(frame, "random")) != tempfile.__name__:
-            self._note("a generator of random numbers without a seed", frame)
+            self._note(_GENERATOR, frame)
 
-    def _on_draw(self, generator: _Global, frame: FrameType, result: Any, *_args: object, **_kwargs: object) -> None:
-        if not generator.is_seeded and getattr(result, "size", 1) <= _FEW:
-            self._note(f"what it made of numbers of {generator.name}, which it has not seeded", frame)
+    def _on_draw(self, generator: str, frame: FrameType, result: Any, *_args: object, **_kwargs: object) -> None:
+        if not self._is_seeded(generator) and getattr(result, "size", 1) <= _FEW:
+            self._note(_DRAWN.format(generator), frame)
+
+    def _on_library(self, generator: str, name: str, frame: FrameType) -> None:
+        """Note that a library is about to seed a global generator, or to draw from it: for the model, or for itself.
+
+        Of numpy's one cannot know yet how many numbers it will be; and who draws many makes no name of them.
+        """
+        is_for_model = self._provenance.site(frame) is not None
+        if name in _SEEDING:
+            self._seeded_by_libraries |= {generator} if is_for_model else set()
+        elif generator == random.__name__ and not is_for_model:
+            self.is_drawn_by_imports = True
+        elif generator == random.__name__ and not self._is_seeded(generator):
+            self._note(_DRAWN.format(generator), frame)
+
+    def _is_seeded(self, generator: str) -> bool:
+        return self.seeds.get(generator) is not None or generator in self._seeded_by_libraries
 
     def _on_pid(self, frame: FrameType, result: object) -> None:
         if self.pid_read is None and _top(frame) not in _ASK_FOR_THEMSELVES:
@@ -157,34 +199,41 @@ class Entropy:
             self.names[result] = TemporaryName(site, is_for_later=not is_made)
 
     def _note(self, what: str, frame: FrameType) -> None:
-        if what not in self.unique and (site := self._provenance.site(frame)) is not None:
-            self.unique[what] = site
+        if what not in self._got and (site := self._provenance.site(frame)) is not None:
+            self._got[what] = site
 
 
-class _Constructor:
-    """Stands in for a class whose objects begin with a seed of the system's, also where they are given one to go on with.
+@define
+class _Asked:
+    """A seed that numpy has asked the system for."""
 
-    Whoever asks what is an instance of it, or derives from it, has to do with the class.
+    site: Site
+    is_discarded: bool = False
+
+
+class _Seed(int):
+    """A seed of the system's for a generator of numpy's, which tells whether that has thrown it away at once.
+
+    ``RandomState(7)`` asks for one, too, and then takes the 7: both within the one call. A generator that was given no seed
+    keeps it, and if it is made for a single number, at least until the next call.
     """
 
-    def __init__(self, unnoticed: Callable[..., Any], original: type[Any]) -> None:
-        self._unnoticed, self._original = unnoticed, original
+    def __new__(cls, value: int, frame: FrameType, asked: _Asked) -> _Seed:
+        """Return the number, asked for in ``frame``."""
+        seed = super().__new__(cls, value)
+        seed.asked, seed.place = asked, (id(frame), frame.f_lasti)
+        return seed
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        is_seeded = next(iter((*args, *kwargs.values())), None) is not None
-        return self._unnoticed(self._original, *args, **kwargs) if is_seeded else self._original(*args, **kwargs)
+    asked: _Asked
+    place: tuple[int, int]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+    def __del__(self) -> None:
+        with contextlib.suppress(ValueError):  # the interpreter ends, and no code runs any more
+            frame = sys._getframe(1)
+            self.asked.is_discarded = self.place == (id(frame), frame.f_lasti)
 
-    def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance, self._original)
-
-    def __subclasscheck__(self, subclass: type[Any]) -> bool:
-        return issubclass(subclass, self._original)
-
-    def __mro_entries__(self, _bases: tuple[Any, ...]) -> tuple[type[Any], ...]:
-        return (self._original,)
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
 
 
 def _top(frame: FrameType) -> str:

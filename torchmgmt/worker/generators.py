@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ __all__ = ["GlobalGenerators", "is_of_system", "reseed"]
 _TORCHS_DEFAULT = 67280421310721
 # People's seeds are below, or a little below zero; the system's are anywhere in 64 bits.
 _OF_PEOPLE = 1 << 32
+# So many numbers of 32 bits may have been taken from Python's generator; more take longer than a tenth of a second to tell.
+_MOST_NUMBERS, _AT_A_TIME = 1 << 24, 1 << 20
+_ENOUGH_BYTES = 16
 
 
 def reseed() -> None:
@@ -39,16 +42,33 @@ class GlobalGenerators:
     """The global generators of a process that loads a model: which of them the model has seeded. Seeds all when made."""
 
     def __init__(self) -> None:
-        reseed()
+        torch.default_generator.seed()
         self._torchs_seed = torch.default_generator.initial_seed()
-        self._is_numpy_seeded = self._is_torch_seeded = False
-        self._python_state: Any = None
+        self._numpy = sys.modules.get("numpy.random")
+        if self._numpy is not None:
+            # One that has been given no seed yet; it keeps what it began with until it is given one.
+            self._numpy.set_bit_generator(self._numpy.MT19937())
+        self._pythons_state = random.getstate()
+        self._is_torch_seeded = self._is_numpy_seeded = self._is_python_seeded = False
+        self.is_python_drawn_from = False
+        """Whether somebody took numbers from Python's, which nobody had seeded."""
 
-    def note(self, seeded: Collection[str]) -> None:
-        """Note, when the model is loaded, which were seeded; ``seeded`` names those of Python and numpy."""
+    def note(self, seeds: Mapping[str, object]) -> None:
+        """Note, when the model is loaded, which it has seeded, be it by its own code or by what that has called.
+
+        ``seeds`` are those of Python's and numpy's that its own code has given last; None: from the system.
+        """
         self._is_torch_seeded = torch.default_generator.initial_seed() != self._torchs_seed
-        self._is_numpy_seeded = "numpy.random" in seeded
-        self._python_state = random.getstate() if "random" in seeded else None
+        if "numpy.random" in seeds:
+            self._is_numpy_seeded = seeds["numpy.random"] is not None
+        elif self._numpy is not None:
+            self._is_numpy_seeded = getattr(self._numpy.get_bit_generator(), "seed_seq", None) is None
+        before, self._pythons_state = self._pythons_state, random.getstate()
+        if "random" in seeds:
+            self._is_python_seeded = seeds["random"] is not None
+        elif before != self._pythons_state:
+            self.is_python_drawn_from = _leads_to(before, self._pythons_state)
+            self._is_python_seeded = not self.is_python_drawn_from
 
     @property
     def torch_seed(self) -> dict[str, int]:
@@ -61,8 +81,23 @@ class GlobalGenerators:
             torch.default_generator.seed()
         if not self._is_numpy_seeded:
             _reseed_numpy()
-        if self._python_state is not None:
-            random.setstate(self._python_state)
+        if self._is_python_seeded:
+            random.setstate(self._pythons_state)
+
+
+def _leads_to(before: Any, after: Any) -> bool:
+    """Whether one state of Python's generator comes of another by taking numbers: is it on its way, or was it set?"""
+    on_its_way, there = random.Random(0), random.Random(0)
+    on_its_way.setstate(before)
+    there.setstate(after)
+    sought = there.getrandbits(8 * _ENOUGH_BYTES).to_bytes(_ENOUGH_BYTES, "little")
+    rest = b""
+    for _ in range(_MOST_NUMBERS // _AT_A_TIME):
+        rest += on_its_way.getrandbits(32 * _AT_A_TIME).to_bytes(4 * _AT_A_TIME, "little")
+        if sought in rest:
+            return True
+        rest = rest[-_ENOUGH_BYTES:]
+    return False
 
 
 def _reseed_numpy() -> None:

@@ -83,6 +83,10 @@ class Provenance:
             frame = frame.f_back
         return None if inner is None else self._site(inner, None)
 
+    def is_models(self, frame: FrameType) -> bool:
+        """Whether ``frame`` runs code of the model's own."""
+        return self._owner(frame) is _Owner.MODEL
+
     def is_model(self, module: str, file: str | None) -> bool:
         """Whether a module is the model's, by its name and its file."""
         if module.partition(".")[0] == self._package:

@@ -95,6 +95,9 @@ class LoadWatch:
         found += self._traces()
         found += self._names(held, " ".join(found))
         found += self._values(held)
+        by_others = self._entropy.is_drawn_by_imports or any("numbers of random" in each for each in found)
+        if self.generators.is_python_drawn_from and not by_others:
+            found.append("what was made of numbers of random, which nobody had seeded")
         if any(map(is_of_system, self.generators.torch_seed.values())):
             found.append("torch's global generator, with a seed that may be the system's")
         return found
@@ -110,7 +113,7 @@ class LoadWatch:
         # The handler's own may not be among the imported ones any more, if it was called like one of Python's.
         modules = {name: sys.modules.get(name) for name in self._modules.later_names()} | {own: handler.module}
         roots += namespaces(modules, is_model)
-        seeds = {**self._entropy.seeds, **self.generators.torch_seed}
+        seeds: dict[str, object] = {**self._entropy.seeds, **self.generators.torch_seed}
         return held_values([*roots, *((f"the seed of {name}", seed) for name, seed in seeds.items())], is_model)
 
     def _traces(self) -> Iterator[str]:
