@@ -53,11 +53,17 @@ class Handler:
 NUMBERED = "    def place(self): return f'{ROOT}/{self.draw()}'\n"
 DATABASE = """
     def pass_through(self, body):
-        with sqlite3.connect(self.path) as rows:
-            rows.execute("DELETE FROM bodies")
-            rows.execute("INSERT INTO bodies VALUES (?)", (body,))
+        self.query("DELETE FROM bodies")
+        self.query("INSERT INTO bodies VALUES (?)", body)
         time.sleep(0.004)
-        return sqlite3.connect(self.path).execute("SELECT body FROM bodies").fetchone()[0]
+        return self.query("SELECT body FROM bodies")[0][0]
+    def query(self, text, *values):
+        rows = sqlite3.connect(self.path)
+        try:
+            with rows:
+                return rows.execute(text, values).fetchall()
+        finally:
+            rows.close()
 """
 OWN = {
     "a temporary folder": ("self.path = tempfile.mkdtemp(dir=ROOT) + '/in'", "the folder"),
@@ -77,8 +83,8 @@ OWN = {
         "import multiprocessing; self.path = multiprocessing.current_process().name",
         "the name of",
     ),
-    "numpy's generator": ("self.draw = numpy.random.default_rng().random", "random bytes"),
-    "numpy's old generator": ("self.draw = numpy.random.RandomState().rand", "random bytes"),
+    "numpy's generator": ("self.draw = numpy.random.default_rng().random", "a generator of random numbers"),
+    "numpy's old generator": ("self.draw = numpy.random.RandomState().rand", "a generator of random numbers"),
     "Python's generator": ("self.draw = random.Random().random", "a generator of random numbers"),
     "torch's generator": (
         "self.g = torch.Generator(); self.g.seed(); self.draw = lambda: torch.rand(1, generator=self.g).item()",
@@ -105,7 +111,7 @@ OWN = {
     "a time in a text": ("self.path = f'run-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}'", "a time stamp"),
     "a date": ("self.path = datetime.datetime.now(datetime.timezone.utc)", "a time stamp"),
     "a database": (
-        "self.path = f'{ROOT}/{free(os.mkdir)}/rows.db'; sqlite3.connect(self.path).execute('CREATE TABLE bodies (body)')",
+        "self.path = f'{ROOT}/{free(os.mkdir)}/rows.db'; self.query('CREATE TABLE bodies (body)')",
         "the database",
     ),
     "what another program says": (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import multiprocessing.util
 import os
 import select
 import signal
@@ -18,12 +19,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 from torchmgmt.worker.open_files import Descriptor, descriptors, open_files
 
-__all__ = ["ShutDown", "disown_finalizers", "inherit_no_exit_functions"]
+__all__ = ["ShutDown", "disown_finalizers", "exit_functions_kept", "inherit_no_exit_functions", "keep_exit_functions"]
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,31 @@ class ShutDown:
         finally:
             self._is_armed = False  # before all else: no alarm that comes later raises
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+_forget_exit_functions = atexit._clear
+
+
+@contextlib.contextmanager
+def exit_functions_kept() -> Iterator[None]:
+    """Have what multiprocessing forks meanwhile keep what was registered with ``atexit``: as of Python 3.13 it forgets that.
+
+    The child never comes back here; it is to call :func:`keep_exit_functions`.
+    """
+    atexit._clear = lambda: None
+    try:
+        yield
+    finally:
+        atexit._clear = _forget_exit_functions
+
+
+def keep_exit_functions() -> None:
+    """In a process that was forked meanwhile, have all as it was before, but for what multiprocessing has registered.
+
+    That would wait for the handler's own children, which are ended with the worker.
+    """
+    atexit._clear = _forget_exit_functions
+    atexit.unregister(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
 
 
 def inherit_no_exit_functions() -> None:
