@@ -76,8 +76,8 @@ class ThreadModel:
         """Run one batch; return an answer or a fault for each request, in order.
 
         What comes of an answer before the rest goes to ``send``, with the request's place in the batch; ``is_abandoned``
-        says whether nobody waits for the batch any more. Raises what a handler raises that is no Exception, such as
-        SystemExit.
+        says whether nobody waits for the batch any more. Of what a handler raises, raises SystemExit and KeyboardInterrupt
+        alone.
         """
         heads = [each.head() for each in requests]
         segments = [segment for request in requests for segment in _copy(request.row).segments]
