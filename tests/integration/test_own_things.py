@@ -261,6 +261,17 @@ def test_what_a_live_handler_makes_is_not_forked(manager: ModelManager, root: Pa
     assert "test_own_things.py, line" in model.describe().sharing.reason
 
 
+def test_always_means_in_spite_of_what_was_made_unique(deploy: Deployer, root: Path) -> None:
+    """With share_weights=always the finding is named and not heeded, and workers need not prove that they can compute."""
+    body, words = OWN["a temporary folder"]
+    count = "def pass_through(self, body):\n        return len(os.listdir('/proc/self/task'))\n"
+    text = source(root, "a temporary folder", initialize=body).replace("def pass_through(self, body):", count)
+    model = deploy(text, share_weights="always", threads_per_worker=2)
+    assert model.describe().sharing.is_shared is True
+    assert words in model.describe().sharing.reason
+    assert model.predict("") == 2, "its first thread, and the one that watches its parent"
+
+
 # -- whatever becomes of processes and batches -------------------------------------------------------------------------
 
 IN_BEGIN = {"begin": OWN["a temporary folder"][0]}
@@ -388,8 +399,9 @@ def drawn_first(model: Model, workers: int) -> list[tuple[float, ...]]:
         f"{SEEDS}; torch.rand(9); numpy.random.rand(700); [random.random() for _ in range(700)]",
         "from random import seed; seed(3); torch.random.manual_seed(3); numpy.random.set_state(numpy.random.RandomState(3).get_state())",
         "torch.manual_seed(-1); numpy.random.seed(seed=5); random.setstate(random.Random(5).getstate())",
+        "torch.manual_seed(1); numpy.random.set_bit_generator(numpy.random.PCG64(5)); random.seed('text')",
     ],
-    ids=["seeded", "seeded and drawn from", "by other names", "by state"],
+    ids=["seeded", "seeded and drawn from", "by other names", "by state", "another generator"],
 )
 def test_seeds_stay_as_the_handler_set_them(deploy: Deployer, seeds: str) -> None:
     """Each forked worker goes on where initialize has left the generators that it seeded, as one that loads by itself does."""

@@ -98,10 +98,12 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     library.mkdir()
     monkeypatch.syspath_prepend(str(library))
     monkeypatch.setenv("ROOT", str(tmp_path))
+    generator = np.random.get_bit_generator()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     modules = set(sys.modules)
     yield Loader(tmp_path, library)
     random.setstate(states[0])
+    np.random.set_bit_generator(generator)
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
     for name in set(sys.modules) - modules:
@@ -166,6 +168,8 @@ UNIQUE = {
     "self.name = ''.join(random.choices('abc', k=9))": "numbers of random",
     "self.number = numpy.random.rand()": "numbers of numpy.random",
     "self.numbers = numpy.random.randint(9, size=8)": "numbers of numpy.random",
+    "self.name = ''.join(numpy.random.choice(list('abc'), 8))": "numbers of numpy.random",
+    "numpy.random.set_bit_generator(numpy.random.PCG64())": "a generator of random numbers",
     "random.seed(); self.number = random.random()": "numbers of random",
     "numpy.random.seed(None); self.number = numpy.random.rand()": "numbers of numpy.random",
     "random.seed(os.getpid())": "the id of the process",
@@ -257,6 +261,8 @@ HARMLESS = [
     "random.seed(); numpy.random.seed()",
     "self.net = torch.nn.Linear(3, 3)",
     "numpy.random.rand(1, 3, 224, 224)",
+    "numpy.random.rand(1, 4); numpy.random.randint(0, 1000, (1, 16)); numpy.random.normal(size=8)",
+    "numpy.random.set_bit_generator(numpy.random.PCG64(7)); self.number = 1",
     # what is read and not kept
     "logging.getLogger('x').warning('pid %s', os.getpid())",
     "import psutil; psutil.Process(os.getpid()).memory_info()",

@@ -31,8 +31,8 @@ _DRAWN = "what it made of numbers of {}, which it has not seeded"
 _SOURCES = (("os", "urandom"), ("os", "getrandom"), ("random", "_urandom"), ("ssl", "RAND_bytes"), ("uuid", "uuid1"))
 _SEEDING = frozenset({"seed", "setstate", "set_state"})
 _LOOKING = frozenset({"getstate", "get_state"})
-# So many numbers may make a name; more are an input to try a model out with, say, of which nothing is kept.
-_FEW = 64
+# So many letters or whole numbers in a row may make a name. More, or fractions, are an input to try a model out with.
+_LONGEST_NAME = 64
 # They ask for the id of the process to see whether they were forked, or to write it to a log.
 _ASK_FOR_THEMSELVES = frozenset({"logging", "tempfile", "multiprocessing"})
 _MAKE_WHAT_THEY_NAME = frozenset({"tempfile", "multiprocessing"})
@@ -170,7 +170,7 @@ class Entropy:
             self._note(_GENERATOR, frame)
 
     def _on_draw(self, generator: str, frame: FrameType, result: Any, *_args: object, **_kwargs: object) -> None:
-        if not self._is_seeded(generator) and getattr(result, "size", 1) <= _FEW:
+        if not self._is_seeded(generator) and _may_be_name(result):
             self._note(_DRAWN.format(generator), frame)
 
     def _on_library(self, generator: str, name: str, frame: FrameType) -> None:
@@ -234,6 +234,13 @@ class _Seed(int):
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
+
+
+def _may_be_name(drawn: Any) -> bool:
+    """Whether a number or a name may be made of what was drawn."""
+    if getattr(drawn, "size", 1) == 1:
+        return True
+    return bool(drawn.size <= _LONGEST_NAME and drawn.ndim == 1 and drawn.dtype.kind != "f")
 
 
 def _top(frame: FrameType) -> str:

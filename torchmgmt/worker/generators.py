@@ -45,9 +45,13 @@ class GlobalGenerators:
         torch.default_generator.seed()
         self._torchs_seed = torch.default_generator.initial_seed()
         self._numpy = sys.modules.get("numpy.random")
-        if self._numpy is not None:
-            # One that has been given no seed yet; it keeps what it began with until it is given one.
-            self._numpy.set_bit_generator(self._numpy.MT19937())
+        self._numpys_own: Any = None
+        if self._numpy is not None and hasattr(self._numpy, "set_bit_generator"):  # since numpy 1.24
+            # One that was given no seed yet: it keeps what it began with until it is given one.
+            self._numpys_own = self._numpy.MT19937()
+            self._numpy.set_bit_generator(self._numpys_own)
+        else:
+            _reseed_numpy()
         self._pythons_state = random.getstate()
         self._is_torch_seeded = self._is_numpy_seeded = self._is_python_seeded = False
         self.is_python_drawn_from = False
@@ -61,8 +65,9 @@ class GlobalGenerators:
         self._is_torch_seeded = torch.default_generator.initial_seed() != self._torchs_seed
         if "numpy.random" in seeds:
             self._is_numpy_seeded = seeds["numpy.random"] is not None
-        elif self._numpy is not None:
-            self._is_numpy_seeded = getattr(self._numpy.get_bit_generator(), "seed_seq", None) is None
+        elif self._numpys_own is not None and self._numpy is not None:
+            is_another = self._numpy.get_bit_generator() is not self._numpys_own  # which the model has put there
+            self._is_numpy_seeded = is_another or self._numpys_own._seed_seq is None
         before, self._pythons_state = self._pythons_state, random.getstate()
         if "random" in seeds:
             self._is_python_seeded = seeds["random"] is not None

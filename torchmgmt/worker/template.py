@@ -91,14 +91,17 @@ class TemplateProcess:
             send(control, Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
         gc.collect()  # what is garbage already is no objection
-        objections, is_final = self._objections(before, watch.findings(handler))
+        left, is_final = self._left_behind(before)
+        objections = left if before is None else _objections(left, watch.findings(handler))
+        if objections and self._spec.share_weights is ShareWeights.ALWAYS and not is_final:
+            log.warning("Forked although loading the model left behind: %s", "; ".join(objections))
         self._loaded = Loaded(
             handler,
-            os.getpid(),
-            descriptors() - ours,
-            watch.generators,
+            pid=os.getpid(),
+            left_open=descriptors() - ours,
+            generators=watch.generators,
             threads=threads[-1] if threads else None,
-            is_doubtful=bool(objections),
+            is_doubtful=bool(left),
             on_child_end=signal.getsignal(signal.SIGCHLD),
         )
         # What the handler has set itself, it has set for its workers.
@@ -111,21 +114,18 @@ class TemplateProcess:
             successor.run()
         return EXIT_STOPPED
 
-    def _objections(self, before: fitness.Marks | None, unique: Sequence[str]) -> tuple[list[str], bool]:
-        """Return what speaks against forking this process, and whether that is beyond the handler's author to allow."""
+    def _left_behind(self, before: fitness.Marks | None) -> tuple[list[str], bool]:
+        """Return what loading has left in this process, and whether to fork it is beyond the handler's author to allow."""
         if accelerators := fitness.accelerators_in_use():
             return [f"a context on an accelerator ({name})" for name in accelerators], True
         if before is None:
             return ["this system does not show what loading a model leaves behind"], False
-        found = _together(fitness.findings(before, fitness.marks_after(before)), unique)
-        if found and self._spec.share_weights is ShareWeights.ALWAYS:
-            log.warning("Forked although loading the model left behind: %s", "; ".join(found))
-        return found, False
+        return fitness.findings(before, fitness.marks_after(before)), False
 
     def _settle(self, files: Sequence[Any]) -> None:
         """Make ready to be forked often: what is written is out, and a collection in a worker copies no page of this."""
         for stream in (*files, sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # the handler may have closed or replaced it
+            with contextlib.suppress(BaseException):  # the handler may have closed or replaced it
                 stream.flush()
         gc.freeze()
 
@@ -138,12 +138,13 @@ class TemplateProcess:
         return WorkerProcess(job, fds, self._root_pidfd, self._environment, self._modules, loaded)
 
 
-def _together(left: Sequence[str], unique: Sequence[str]) -> list[str]:
-    """Return what loading left open and what it made unique, the most important first, and what one may do about that."""
+def _objections(left: Sequence[str], unique: Sequence[str]) -> list[str]:
+    """Return what speaks against forking: what loading left behind, what it made unique, and what one may do about that."""
     found = [*left, *(each for each in unique if not any(_path_in(each) in other for other in left))]
+    named = found[:_MOST_NAMED]
     if len(found) > _MOST_NAMED:
-        found[_MOST_NAMED:] = [f"{len(found) - _MOST_NAMED} more"]
-    return [*found, _ADVICE] if found else []
+        named.append(f"{len(found) - _MOST_NAMED} more")
+    return [*named, _ADVICE] if found else []
 
 
 def _path_in(finding: str) -> str:
