@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import signal
+import sys
 import threading
 import zlib
 from pathlib import Path
@@ -210,8 +211,9 @@ def test_what_begin_makes_is_no_obstacle_to_sharing(deploy: Deployer, tmp_path: 
         Path(folder).rmdir()
 
 
-def test_a_service_loaded_by_hand_has_begun(tmp_path: Path) -> None:
+def test_a_service_loaded_by_hand_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ts.model_loader loads for a unit test is as a worker has it: begun."""
+    monkeypatch.setitem(sys.modules, "handler", sys)  # and is gone afterwards
     (tmp_path / "handler.py").write_text(
         "class H:\n    def begin(self): self.x = 7\n    def handle(self, data, context): return [self.x for _ in data]\n"
     )
