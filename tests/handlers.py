@@ -213,12 +213,16 @@ LIGHT_TORCH = {
     "__init__.py": """
 import random
 class OutOfMemoryError(RuntimeError): pass
+class Generator: pass
+class nn:
+    class Module: pass
 class Tensor:
     def sum(self): return self
 def ones(*shape): return Tensor()
 def set_num_threads(count): pass
 class default_generator:
     seed = staticmethod(random.seed)
+    initial_seed = staticmethod(int)
 """,
     "multiprocessing.py": "from multiprocessing import get_context\n",
 }

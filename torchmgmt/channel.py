@@ -67,7 +67,7 @@ class Kind(IntEnum):
     READY = 10
     FAILED = 11
     DONE = 12
-    ALIVE = 13  # before a warm-up, which may take long
+    ALIVE = 13  # before begin() of a handler, or a warm-up, which may take long
     PART = 14  # of an answer, before the rest
     SKIPPED = 15  # a batch that was recalled
     REFUSED = 16  # a batch that it could not read

@@ -130,7 +130,7 @@ threading.Event().wait()
 
 
 @needs_seccomp
-@pytest.mark.usefixtures("light_torch")
+@pytest.mark.usefixtures("light_torch", "swept")
 def test_without_pidfds_no_process_outlives_the_program(tmp_path: Path) -> None:
     """A program that is killed takes its busy workers with it, though nobody can watch it by a descriptor."""
     source = deny(["pidfd_open", "pidfd_send_signal"], errno.EPERM) + DYING

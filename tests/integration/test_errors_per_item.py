@@ -13,7 +13,7 @@ import torch
 from tests.handlers import ECHO, EVAL, PATIENCE_S, TOOLS, Deployer, Gate, lines_of, write_manifest
 from torchmgmt import Model, ModelManager, ProcessBackend, Settings
 from torchmgmt.answer_future import AnswerFuture
-from torchmgmt.errors import DeadlineExceeded, HandlerFailed
+from torchmgmt.errors import DeadlineExceeded, HandlerFailed, WorkerDied, WorkerStartFailed
 
 REFUSING = """
 from torchmgmt.handlers.inputs import InputRefused
@@ -82,6 +82,11 @@ def serve(request: pytest.FixtureRequest, deploy: Deployer) -> Iterator[Server]:
     yield server
     for gate in server.gates:
         gate.open()
+
+
+@pytest.fixture(params=["process", "thread"])
+def backend_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def failed(outcomes: Sequence[Any]) -> list[int]:
@@ -188,3 +193,119 @@ def test_what_is_past_its_deadline_is_not_run_again(serve: Server, gate: Gate, t
     assert [each.result(PATIENCE_S) for each in others] == ["a", "b"]
     assert lines_of(ran).count("late") <= 1  # never, where this machine is so slow that the batch began without it
     assert [lines_of(ran).count(body) for body in ("a", "b")] == [2, 2]
+
+
+# -- errors that are no Exception --------------------------------------------------------------------------------------
+
+PANICKY = (
+    """
+import asyncio
+class PanicException(BaseException):
+    '''As pyo3 raises it, where a library in Rust panics.'''
+def raising(error):
+    raise error
+    yield
+"""
+    + EVAL
+)
+NO_EXCEPTIONS = ["PanicException('index out of bounds')", "asyncio.CancelledError('too late')", "GeneratorExit('gone')"]
+
+
+@pytest.mark.parametrize("error", NO_EXCEPTIONS)
+def test_what_is_no_exception_is_the_requests_error_all_the_same(serve: Server, error: str) -> None:
+    """A BaseException of a handler is told to its batch with its class, text and traceback, and the worker serves on."""
+    served = serve(PANICKY)
+    (outcome,) = served.ask(f"fail({error})")
+    (worker,) = served.model.describe().workers
+    assert isinstance(outcome, HandlerFailed)
+    kind, _, text = error.partition("(")
+    assert outcome.error_type.rpartition(".")[2] == kind.removeprefix("asyncio.")
+    assert text.strip("')") in outcome.reason
+    assert "raise error" in outcome.traceback
+    assert served.ask("6 * 7") == [42]
+    assert [each.id for each in served.model.describe().workers] == [worker.id]
+
+
+@pytest.mark.parametrize("body", ["{}", "raising({})"], ids=["returned", "yielded"])
+def test_of_one_item_it_fails_that_alone(serve: Server, body: str) -> None:
+    """A BaseException in the place of an answer, or of a generator for one, fails its request and no other one."""
+    outcomes = serve(PANICKY).ask("1", body.format("PanicException('no')"), "3")
+    assert (outcomes[0], outcomes[2], failed(outcomes)) == (1, 3, [1])
+
+
+@pytest.mark.parametrize("error", NO_EXCEPTIONS)
+def test_errors_that_are_no_exception_are_isolated(serve: Server, error: str) -> None:
+    """With isolate_errors a batch that ended in a BaseException is run again, and who raises it fails alone."""
+    outcomes = serve(PANICKY, isolate_errors=True).ask("1", f"fail({error})", "3")
+    assert (outcomes[0], outcomes[2], failed(outcomes)) == (1, 3, [1])
+
+
+def test_an_error_that_is_no_exception_may_name_requests(serve: Server) -> None:
+    """``indexes`` of a BaseException count as those of any other error do."""
+    naming = "fail(setattr(PanicException, 'indexes', (1,)) or PanicException('this one')) if len(data) > 2 else 2"
+    outcomes = serve(PANICKY).ask("1", naming, "3")
+    assert (outcomes[0], outcomes[2], failed(outcomes)) == (1, 3, [1])
+
+
+def test_stacked_groups_fail_apart_whatever_they_raise(serve: Server) -> None:
+    """A group of a function of tensors that ends in a BaseException fails no other group."""
+    backend = serve.options["backend"]
+
+    def doubled(batch: torch.Tensor) -> torch.Tensor:
+        if batch.shape[1] == 2:
+            raise GeneratorExit("two")
+        return batch * 2
+
+    manager = serve.deploy.manager
+    model = manager.register(
+        doubled, model_name="fn", batching="stack", batch_size=2, max_batch_delay=500, backend=backend
+    )
+    good, bad = model.submit(torch.ones(3)), model.submit(torch.ones(2))
+    assert good.result(PATIENCE_S).tolist() == [2, 2, 2]
+    assert isinstance(bad.exception(PATIENCE_S), HandlerFailed)
+
+
+@pytest.mark.parametrize("stage", ["initialize", "begin", "warm-up"])
+def test_loading_that_ends_in_no_exception_is_a_failed_start(deploy: Deployer, backend_name: str, stage: str) -> None:
+    """A BaseException while a worker starts says so with its traceback; it is no death of a worker."""
+    source = f"""
+class Panic(BaseException):
+    pass
+class H:
+    def initialize(self, context):
+        if {stage == "initialize"}: raise Panic("in {stage}")
+    def begin(self):
+        if {stage == "begin"}: raise Panic("in {stage}")
+    def handle(self, data, context):
+        if {stage == "warm-up"}: raise Panic("in {stage}")
+        return data
+"""
+    with pytest.raises(WorkerStartFailed, match=f"Panic.*in {stage}") as caught:
+        deploy(source, config="warmup: [{body: 1}]\nmaxRetryTimeoutInSec: 0\n", backend=backend_name)
+    assert "raise Panic" in caught.value.traceback
+
+
+def test_a_description_that_ends_in_no_exception_is_an_error_of_the_description(serve: Server) -> None:
+    """A BaseException of describe_handle is told to who asked for the description; the worker serves on."""
+    source = """
+class Panic(BaseException):
+    pass
+class H:
+    def initialize(self, context): pass
+    def handle(self, data, context): return [row["body"] for row in data]
+    def describe_handle(self): raise Panic("not now")
+"""
+    served = serve(source)
+    served.gate.open()
+    with pytest.raises(HandlerFailed, match="not now"):
+        served.model.describe(customized=True)
+    assert served.ask("x") == ["x"]
+
+
+@pytest.mark.parametrize("error", ["SystemExit(3)", "KeyboardInterrupt()"])
+def test_what_asks_for_an_end_still_ends_the_worker(serve: Server, error: str) -> None:
+    """SystemExit and KeyboardInterrupt are no errors of a request: the worker ends, and another one takes its place."""
+    served = serve(PANICKY)
+    (outcome,) = served.ask(f"fail({error})")
+    assert isinstance(outcome, WorkerDied)
+    assert served.model.predict("6 * 7", timeout=PATIENCE_S) == 42

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attrs
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from tests.handlers import TOOLS, Deployer, Gate, is_gone, lines_of, until
 from torchmgmt import Model, ModelManager
@@ -152,12 +154,8 @@ def test_what_is_loaded_is_frozen(loading: Loading) -> None:
 
 
 def test_random_numbers_differ_between_workers(loading: Loading) -> None:
-    """torch's, numpy's and Python's own global generators give each worker numbers of its own, and not the template's."""
-    model = loading(
-        "torch.manual_seed(1); numpy.random.seed(1); random.seed(1)",
-        imports="import random, numpy, torch",
-        initial_workers=3,
-    )
+    """torch's, numpy's and Python's own global generators give each worker numbers of its own, unless the handler seeded them."""
+    model = loading("torch.rand(2000)", imports="import random, numpy, torch", initial_workers=3)
     expression = "(torch.rand(1).item(), numpy.random.rand(), random.random(), os.urandom(4).hex())"
     answers = from_each(model, expression).values()
     for numbers in zip(*answers, strict=True):  # type: ignore[call-overload]
@@ -337,13 +335,16 @@ def test_a_model_for_the_processor_is_shared(loading: Loading, config: str | Non
     "body",
     [
         "self.rows = numpy.memmap(__file__, dtype='uint8', mode='r')",
-        "numpy.save('rows.npy', numpy.arange(9999)); self.rows = numpy.load('rows.npy', mmap_mode='r')",
-        "torch.save(torch.ones(9999), 'w.pt'); self.rows = torch.load('w.pt', mmap=True)",
+        "self.rows = numpy.load({folder!r} + '/rows.npy', mmap_mode='r')",
+        "self.rows = torch.load({folder!r} + '/w.pt', mmap=True)",
         "with open(__file__, 'rb') as f: f.read(5); self.rows = __import__('mmap').mmap(f.fileno(), 0, access=1)",
     ],
 )
-def test_mapped_files_spoil_nothing(loading: Loading, body: str) -> None:
+def test_mapped_files_spoil_nothing(loading: Loading, tmp_path: Path, body: str) -> None:
     """Files that are mapped to be read, by numpy, torch or mmap, are shared as anything else is."""
+    np.save(tmp_path / "rows.npy", np.arange(9999))
+    torch.save(torch.ones(9999), tmp_path / "w.pt")
+    body = body.replace("{folder!r}", repr(str(tmp_path)))
     model = loading(body, imports="import numpy, torch", initial_workers=2)
     assert model.describe().sharing.is_shared is True, reason(model)
     assert model.predict("len(self.rows) > 0") is True
@@ -355,9 +356,8 @@ def test_mapped_files_spoil_nothing(loading: Loading, body: str) -> None:
 def test_a_worker_that_hangs_after_the_fork_ends_the_forking(loading: Loading, monkeypatch: pytest.MonkeyPatch) -> None:
     """What shows no sign of life in time is killed, and from then on workers load by themselves and say why."""
     monkeypatch.setattr("torchmgmt.backends.process_worker.FORK_LIMIT_S", 0.5)
-    hang = "os.register_at_fork(after_in_child=lambda: os.getppid() == loader and threading.Event().wait())"
     model = loading(
-        f"global loader; loader = os.getpid(); {hang}",
+        "os.register_at_fork(after_in_child=threading.Event().wait)",
         synchronous=False,
         initial_workers=2,
     )

@@ -407,8 +407,8 @@ def test_an_answer_that_cannot_be_pickled_fails_alone(stage: Stage) -> None:
     assert answer == "fine"
 
 
-@pytest.mark.parametrize("error", ["SystemExit(3)", "KeyboardInterrupt()", "GeneratorExit()"])
-def test_what_is_no_exception_ends_the_worker(stage: Stage, error: str) -> None:
+@pytest.mark.parametrize("error", ["SystemExit(3)", "KeyboardInterrupt()"])
+def test_what_asks_for_an_end_ends_the_worker(stage: Stage, error: str) -> None:
     """sys.exit() in a handler ends its worker, in words and with the traceback; there is no exit status."""
     worker, listener = stage.worker()
     worker.run(1, batch("1"))
@@ -420,6 +420,48 @@ def test_what_is_no_exception_ends_the_worker(stage: Stage, error: str) -> None:
     assert worker.last_lines() == exit.last_lines
     assert (exit.exitcode, exit.last_started, exit.is_final, exit.fault) == (None, 2, False, None)
     assert listener.names() == [("ready",), ("done", 1), ("exited",)]
+
+
+CLOSING = """
+class Handler:
+    def handle(self, data, context): return [row["body"] for row in data]
+    def close(self, context):
+        context.model_yaml_config["gate"].started.set()
+        context.model_yaml_config["gate"].released.wait()
+"""
+
+
+def test_its_end_is_told_after_its_hooks(stage: Stage, gate: Gate) -> None:
+    """A worker that is told to stop has ended when its handler's close has, and not before."""
+    worker, listener = stage.worker(CLOSING)
+    worker.run(1, batch("x"))
+    worker.stop()
+    assert gate.started.wait(PATIENCE_S)
+    assert listener.answers(1) == ["x"]
+    assert ("exited",) not in listener.names()
+    gate.released.set()
+    assert listener.exit().reason == "it was told to end"
+
+
+def test_a_hook_that_hangs_is_abandoned(stage: Stage, gate: Gate) -> None:
+    """One that is killed while its handler's close hangs is abandoned as one that hangs in a batch is."""
+    worker, listener = stage.worker(CLOSING)
+    worker.stop()
+    assert gate.started.wait(PATIENCE_S)
+    worker.terminate()
+    worker.kill()
+    exit = listener.exit()
+    assert "abandoned" in exit.reason
+    assert any("close" in line for line in exit.last_lines)
+
+
+def test_a_worker_that_is_terminated_calls_no_hooks(stage: Stage, gate: Gate) -> None:
+    """What begins nothing more does not begin to close either."""
+    worker, listener = stage.worker(CLOSING)
+    listener.wait("ready")
+    worker.terminate()
+    assert listener.exit().reason == "it was told to end"
+    assert not gate.started.is_set()
 
 
 def test_a_hung_worker_is_abandoned_for_good(stage: Stage, gate: Gate) -> None:

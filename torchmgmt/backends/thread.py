@@ -370,6 +370,8 @@ class ThreadWorker:
             )
             self._tell(functools.partial(self._listener.done, task.number, outcomes, time.perf_counter() - began))
             self._tell_metrics(model)
+        if self._ends_in_good_order():
+            model.end()
         self._end("it was told to end")
 
     def _next_task(self) -> _Task | None:
@@ -384,6 +386,14 @@ class ThreadWorker:
             task = self._tasks.popleft()
             self._doing, self._last_started = _Doing.COMPUTING, task.number
             return task
+
+    def _ends_in_good_order(self) -> bool:
+        """Return whether it was told to stop and no more; what its hooks then do counts as a computation."""
+        with self._changed:
+            if self._is_terminated or self._doing is not _Doing.WAITING:
+                return False
+            self._doing = _Doing.COMPUTING
+            return True
 
     def _send(self, number: int, index: int, part: Encoded) -> None:
         self._tell(functools.partial(self._listener.part, number, index, part))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
+from torchmgmt.handlers.faults import NO_FAULT
 from torchmgmt.handlers.kept_state import KeptState
 from torchmgmt.handlers.showing import Layout, Single, anywhere, layout_of, mixed_part
 from torchmgmt.handlers.stacking import Form, Group, NotABatch, Stackable, kind_of
@@ -109,7 +109,9 @@ class BatchedCall:
     def _attempt(self, group: Group, layout: Layout) -> Any:
         try:
             return self._run(group, layout)[0]
-        except Exception as error:
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             return error
 
     def _layout_for(self, value: Stackable) -> Layout:
@@ -141,7 +143,9 @@ class BatchedCall:
         one = rehearsal.one()
         try:
             two = rehearsal.two()
-        except Exception as error:
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             return self._single(error)
         try:
             layout = layout_of(one, two)
@@ -155,7 +159,7 @@ class BatchedCall:
             )
         return layout
 
-    def _single(self, error: Exception) -> Layout:
+    def _single(self, error: BaseException) -> Layout:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if self._shares_batches:
             log.warning("Requests are run one by one, as a batch of two cannot be run (%s)", reason)
@@ -177,7 +181,9 @@ class _Rehearsal:
         stacked = Group([0], [alone]).stacked()
         try:
             return self.call(stacked)
-        except Exception as error:
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             if self.fixed_batch is None or self.fixed_batch == 1:
                 raise
             raise NotABatch(
@@ -190,8 +196,12 @@ class _Rehearsal:
         """Return what comes out for the request behind another one; raise what the call raises for both of two others."""
         other = Stackable(self.value.form, [_another(leaf) for leaf in self.value.leaves])
         self.state.put_back()
-        with contextlib.suppress(Exception):  # what is in no request may be refused; the same one twice may do
+        try:
             return self.call(Group([0, 1], [other, self.value]).stacked())
+        except NO_FAULT:
+            raise
+        except BaseException as error:  # what is in no request may be refused; the same one twice may do
+            log.debug("A request that was made up was refused: %r", error)
         self.state.put_back()
         return self.call(Group([0, 1], [self.value, self.value]).stacked())
 

@@ -77,7 +77,7 @@ class _ManyItems(BaseEnvelope):
         items = self.parse_input(data)
         try:
             results = self._handle_fn(items, context) if items else []
-        except Exception as error:
+        except BaseException as error:
             self._name_requests(error)
             raise
         return results if results is None else self.format_output(results)
@@ -98,10 +98,12 @@ class _ManyItems(BaseEnvelope):
         return [self._answer_or_error(index, list(islice(answers, count))) for index, count in enumerate(self._lengths)]
 
     def _answer_or_error(self, index: int, results: Any) -> Any:
-        errors = [each for each in results if isinstance(each, Exception)] if isinstance(results, (list, tuple)) else []
+        errors = (
+            [each for each in results if isinstance(each, BaseException)] if isinstance(results, (list, tuple)) else []
+        )
         return errors[0] if errors else self._answer(index, results)
 
-    def _name_requests(self, error: Exception) -> None:
+    def _name_requests(self, error: BaseException) -> None:
         """Have an error that names items of the batch name the requests that they came with."""
         items: Any = getattr(error, "indexes", None)
         if not isinstance(items, Collection):

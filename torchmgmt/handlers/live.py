@@ -13,6 +13,8 @@ import torch
 
 from torchmgmt.handlers.batched_call import BatchedCall
 from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.faults import NO_FAULT
+from torchmgmt.handlers.hooks import BEGIN, Hook, hook_of
 from torchmgmt.handlers.kept_state import KeptState, stand_in
 from torchmgmt.handlers.live_loading import fixed_batch_of, load_live
 from torchmgmt.handlers.stacking import Group, grouped
@@ -34,6 +36,8 @@ class LiveHandler:
         self._call: Callable[..., Any]
         self._batched: BatchedCall
         self._isolates_errors = False
+        self._own: object = None
+        self._shared: LiveObject | None = None
         self._mode: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     def initialize(self, context: Context) -> None:
@@ -45,7 +49,10 @@ class LiveHandler:
             )
         loaded = load_live(live)
         if live.batching is None:
-            self._be(loaded() if live.role is Role.HANDLER_CLASS else loaded, live, context)
+            loaded = loaded() if live.role is Role.HANDLER_CLASS else loaded
+        self._own, self._shared = loaded, live if loaded is live.target else None
+        if live.batching is None:
+            self._be(loaded, context)
             return
         self._call, self._isolates_errors = loaded, live.isolates_errors
         if live.role is not Role.FUNCTION:
@@ -70,16 +77,30 @@ class LiveHandler:
             fixed_batch=fixed_batch_of(self._call),
         )
 
-    def _be(self, service: Any, live: LiveObject, context: Context) -> None:
+    def hook(self, name: str) -> Hook | None:
+        """Return the hook ``name`` of what was registered; None if it has none, or it is not this worker's to call.
+
+        Threads share one object, which is the program's: it begins once, and whoever made it closes it.
+        """
+        hook = hook_of(self._own, name)
+        if hook is None or self._shared is None:
+            return hook
+        return functools.partial(self._call_once, name, hook) if name == BEGIN else None
+
+    def _be(self, service: Any, context: Context) -> None:
         """Hand everything on to a handler."""
         if callable(initialize := getattr(service, "initialize", None)):
-            if live.target is not None and live.role is Role.HANDLER:
-                live.initialize_once(initialize, context)
-            else:
-                initialize(context)
+            self._call_once("initialize", initialize, context)
         self.handle = service.handle  # type: ignore[method-assign]
         if callable(describe := getattr(service, "describe_handle", None)):
             self.describe_handle = describe
+
+    def _call_once(self, name: str, call: Callable[[Context], object], context: Context) -> None:
+        """Make a call, but only once of an object that threads share."""
+        if self._shared is None:
+            call(context)
+        else:
+            self._shared.do_once(name, functools.partial(call, context))
 
     def handle(self, data: Sequence[Any], context: Context) -> Sequence[Any]:
         """Return an answer for each request: its part of what the batch, stacked, was made into.
@@ -108,7 +129,9 @@ class LiveHandler:
         """Run one group of several: its error is its own."""
         try:
             return self._run(group)
-        except Exception as error:
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             if not self._isolates_errors or len(group.positions) == 1:
                 return [error] * len(group.positions)
         return [answer for each in group.each() for answer in self._run_apart(each)]

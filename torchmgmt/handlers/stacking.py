@@ -15,6 +15,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from torchmgmt.handlers.faults import NO_FAULT
 from torchmgmt.handlers.tensors import read_tensor
 
 __all__ = ["Form", "Group", "NotABatch", "Stackable", "grouped", "is_array", "kind_of", "sequence_of", "stackable"]
@@ -176,14 +177,16 @@ def sequence_of(kind: type[Any], parts: Sequence[Any]) -> Any:
     return list(parts)
 
 
-def grouped(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Group], dict[int, Exception]]:
+def grouped(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Group], dict[int, BaseException]]:
     """Return the groups that ``rows`` form, and by position why one is in none."""
     groups: dict[Form, tuple[list[int], list[Stackable]]] = {}
-    refused: dict[int, Exception] = {}
+    refused: dict[int, BaseException] = {}
     for position, row in enumerate(rows):
         try:
             value = stackable(row)
-        except Exception as error:
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             refused[position] = error
             continue
         positions, values = groups.setdefault(value.form, ([], []))

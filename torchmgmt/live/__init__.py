@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -80,8 +81,8 @@ class LiveObject:
         """The object itself, in the process that registered it, for workers that are threads there; else None."""
         self._fd: int | None = None
         self._lock = threading.Lock()
-        self._initializing = threading.Lock()
-        self._is_initialized = False  # guarded by _initializing
+        self._doing = threading.Lock()
+        self._done: set[str] = set()  # guarded by _doing
 
     def __repr__(self) -> str:
         return f"<LiveObject: {self.role.value}, {self.shown}>"
@@ -143,12 +144,15 @@ class LiveObject:
             os.close(fd)
         self.target = None
 
-    def initialize_once(self, initialize: Any, context: Any) -> None:
-        """Call ``initialize``, unless that was done: threads share one handler. Blocks while another one does it."""
-        with self._initializing:
-            if not self._is_initialized:
-                initialize(context)
-                self._is_initialized = True
+    def do_once(self, name: str, call: Callable[[], object]) -> None:
+        """Make a call of this name unless it was made before: threads share one object. Blocks while another makes one.
+
+        One that raises counts as not made.
+        """
+        with self._doing:
+            if name not in self._done:
+                call()
+                self._done.add(name)
 
 
 def live_object(source: object, batching: str | None) -> LiveObject:

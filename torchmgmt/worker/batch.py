@@ -15,9 +15,10 @@ from attrs import define, evolve, frozen
 from torchmgmt.channel import Buffer
 from torchmgmt.encoding import decode, encode, encode_answer
 from torchmgmt.exchange import BodyHead, Encoded, RequestHead
+from torchmgmt.handlers.faults import NO_FAULT, BatchAbandoned
 from torchmgmt.records import EXPIRED, WorkerFault
 from torchmgmt.worker.loader import Handler
-from torchmgmt.worker.parts import BatchAbandoned, Parts, PartSender
+from torchmgmt.worker.parts import Parts, PartSender
 from torchmgmt.worker.rows import row_of
 
 __all__ = ["attempt", "fault_of", "own_buffers", "run_batch"]
@@ -40,7 +41,9 @@ Ended: TypeAlias = "list[Outcome] | _Failure"
 def run_batch(
     handler: Handler, requests: Sequence[RequestHead], segments: Sequence[Buffer], sender: PartSender = _TAKEN_WHOLE
 ) -> list[Encoded | WorkerFault]:
-    """Run one batch; return an answer or a fault for each of its requests, in order. Raises nothing of the handler's.
+    """Run one batch; return an answer or a fault for each of its requests, in order.
+
+    Of what the handler raises, it raises SystemExit and KeyboardInterrupt alone.
 
     What the handler sends of an answer before the rest goes to ``sender``.
 
@@ -152,7 +155,9 @@ def _run(handler: Handler, asked: _Asked) -> Ended:
         answers = iter(_answered(handler, heads, rows, parts) if rows else ())
     except BatchAbandoned:
         return [EXPIRED if outcome is None else outcome for outcome in outcomes]
-    except Exception as error:
+    except NO_FAULT:
+        raise
+    except BaseException as error:
         # To be made here, and the error let go of: its frames hold what the handler had made of the batch, maybe all memory.
         return _failure_of(error, outcomes, is_final=parts.any_sent)
     return [next(answers) if outcome is None else outcome for outcome in outcomes]
@@ -182,7 +187,9 @@ def _row(segments: Sequence[Buffer], body: BodyHead | None, handler: Handler, co
         if body is not None:
             return row_of(body, segments[0], handler.served_as)
         return decode(Encoded(own_buffers(segments) if copies else segments))
-    except Exception as error:
+    except NO_FAULT:
+        raise
+    except BaseException as error:
         return fault_of(error)
 
 
@@ -196,11 +203,13 @@ def _outcome(parts: Parts, index: int, answer: Any) -> Outcome:
         return fault_of(answer)
     try:
         return parts.outcome(index, answer)
-    except Exception as error:
+    except NO_FAULT:
+        raise
+    except BaseException as error:
         return fault_of(error)
 
 
-def _failure_of(error: Exception, outcomes: Sequence[Outcome | None], *, is_final: bool) -> _Failure:
+def _failure_of(error: BaseException, outcomes: Sequence[Outcome | None], *, is_final: bool) -> _Failure:
     """Return what a run that raised leaves; ``outcomes`` has None for each request that the handler was given."""
     fault = fault_of(error)
     given = [position for position, outcome in enumerate(outcomes) if outcome is None]
@@ -211,19 +220,21 @@ def _failure_of(error: Exception, outcomes: Sequence[Outcome | None], *, is_fina
     return _Failure(settled, fault, names_some=bool(named), is_final=is_final)
 
 
-def _indexes_of(error: Exception, batch_size: int) -> Collection[int]:
+def _indexes_of(error: BaseException, batch_size: int) -> Collection[int]:
     """Return the positions in the batch that ``error`` names; none if it has something else by that name."""
     indexes = _attribute(error, "indexes")
     try:
         if not isinstance(indexes, Collection) or any(isinstance(each, bool) for each in indexes):
             return ()
         named = {operator.index(each) for each in indexes}
-    except Exception:  # no integers, or a collection of the handler's own making
+    except NO_FAULT:
+        raise
+    except BaseException:  # no integers, or a collection of the handler's own making
         return ()
     return named if all(0 <= index < batch_size for index in named) else ()
 
 
-def _fault_at(index: int, error: Exception, fault: WorkerFault) -> WorkerFault:
+def _fault_at(index: int, error: BaseException, fault: WorkerFault) -> WorkerFault:
     """Return the fault of one request that ``error`` names: its own, where the error has one for each."""
     errors = _attribute(error, "errors")
     own = errors.get(index) if isinstance(errors, dict) else None
@@ -296,7 +307,9 @@ def attempt(make: Callable[[], Any]) -> Encoded | WorkerFault:
     """Return what ``make`` returns, pickled; if either raises, return that as a fault."""
     try:
         return encode(make())
-    except Exception as error:
+    except NO_FAULT:
+        raise
+    except BaseException as error:
         return fault_of(error)
 
 
@@ -318,7 +331,9 @@ def fault_of(error: BaseException) -> WorkerFault:
 def _attribute(error: BaseException, name: str) -> Any:
     try:
         return getattr(error, name, None)
-    except Exception:  # a property that fails
+    except NO_FAULT:
+        raise
+    except BaseException:  # a property that fails
         return None
 
 
@@ -332,7 +347,9 @@ def _traceback_of(error: BaseException) -> str:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as reason:  # it has a __str__ of its own
+    except NO_FAULT:
+        raise
+    except BaseException as reason:  # it has a __str__ of its own
         return f"(its text cannot be read: {type(reason).__name__})"
 
 

@@ -25,6 +25,7 @@ from attrs import define
 from torchmgmt.channel import Frame, FrameReader, Kind, send
 from torchmgmt.records import TemplateJob, WorkerJob
 from torchmgmt.system_calls import open_pidfd
+from torchmgmt.worker.shutdown import exit_functions_kept, keep_exit_functions
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -176,7 +177,8 @@ class Forker:
     def _fork(self, number: int, body: Body, *, is_template: bool) -> None:
         process = self._context.Process(target=self._run_child, args=(body,), daemon=False)
         try:
-            process.start()
+            with exit_functions_kept():
+                process.start()
         except Exception as error:  # no memory, no process
             self._refuse(number, str(error))
             return
@@ -201,6 +203,7 @@ class Forker:
 
     def _run_child(self, body: Body) -> NoReturn:
         """Give up, in the child, what belongs to this process; then be what it is to be."""
+        keep_exit_functions()
         signal.set_wakeup_fd(-1)
         self._close()
         body.run()

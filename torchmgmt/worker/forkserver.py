@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -33,6 +34,8 @@ def main() -> NoReturn:
     control, root_pidfd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     torch.set_num_threads(1)
     become_subreaper()
+    if "numpy" in sys.modules:  # torch has imported it; how models use its generators can be watched from the first
+        importlib.import_module("numpy.random")
     modules = ImportedModules()
     # A collection in a worker would otherwise touch, and so copy, every page of what was imported here. What is garbage of
     # it stays: to find it costs 0.1 s of every first start, and gains less than a megabyte.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import GeneratorType, ModuleType
+from types import GeneratorType, MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import frozen
@@ -19,17 +20,22 @@ from attrs import frozen
 from torchmgmt.handlers import SHIPPED
 from torchmgmt.handlers.context import Context
 from torchmgmt.handlers.envelopes import enveloped
+from torchmgmt.handlers.hooks import BEGIN, ENDINGS, hook_in, hook_of, hooks_found
 from torchmgmt.worker.declarations import declare_metrics
 from torchmgmt.worker.parts import NO_MORE
 
 if TYPE_CHECKING:
     from torchmgmt.exchange import ResponseProperties
+    from torchmgmt.handlers.hooks import Hook
     from torchmgmt.records import ModelSpec, RawMetric
 
 __all__ = ["Handler", "HandlerError", "ImportFile", "load_file", "load_handler", "load_module"]
 
 ImportFile: TypeAlias = Callable[[str, Path], ModuleType]
 """Imports a file of the model's folder: the name that the module has there, and the file."""
+
+
+_NO_MODULE = ModuleType("")
 
 
 class HandlerError(Exception):
@@ -56,6 +62,8 @@ class Handler:
         entry_point: what is called with the rows of a batch and the context.
         context: the context that it is given.
         service: the object that it belongs to, if any.
+        module: the module that it was found in.
+        hooks: its hooks, by their names.
         isolates_errors: whether a batch that raised is to be run again, request by request.
         limit_s: for how long a batch may run, in s, with all that is run again of it.
         served_as: what its model is called.
@@ -68,14 +76,18 @@ class Handler:
         context: Context,
         service: object = None,
         *,
+        module: ModuleType = _NO_MODULE,
+        hooks: Mapping[str, Hook] = MappingProxyType({}),
         isolates_errors: bool = False,
         limit_s: float = math.inf,
         served_as: ServedAs | None = None,
         is_trusted: bool = False,
     ) -> None:
         self.entry_point = entry_point
+        self.module = module
         self._context = context
         self._service = service
+        self._hooks = hooks
         self.isolates_errors = isolates_errors
         self.limit_s = limit_s
         self.served_as = served_as or ServedAs()
@@ -83,6 +95,31 @@ class Handler:
         self._recorder = context.recorder
         self.take_metrics: Callable[[], Sequence[RawMetric]] = context.recorder.take
         """Returns what the handler has measured since the last call; empty if nothing. Not wrapped: every batch asks."""
+
+    @property
+    def owner(self) -> object:
+        """What holds what it has: the object that it belongs to, or the function that it is."""
+        return self.entry_point if self._service is None else self._service
+
+    @property
+    def has_begin(self) -> bool:
+        """Whether it has something to do in each worker before that is ready."""
+        return BEGIN in self._hooks
+
+    def begin(self, threads: int | None = None) -> None:
+        """Have it make what each worker has for itself. To be called once in each; raises whatever the hook raises.
+
+        ``threads`` is how many threads an operation may use here; None: as many as were told when it was loaded.
+        """
+        if threads is not None:
+            self._context.system_properties["threads"] = threads
+        if self.has_begin:
+            self._hooks[BEGIN](self._context)
+
+    def endings(self) -> list[tuple[str, Callable[[], None]]]:
+        """Return what is to be called when its worker ends in good order, by names and in that order; often nothing."""
+        names = [name for name in ENDINGS if name in self._hooks]
+        return [(f"{name}()", functools.partial(self._hooks[name], self._context)) for name in names]
 
     def run(
         self,
@@ -162,13 +199,15 @@ def load_handler(spec: ModelSpec, context: Context, import_file: ImportFile | No
         started = entry_point(None, context)
         if isinstance(started, GeneratorType):  # one that answers in parts runs only when they are asked for
             deque(started, maxlen=0)
-        return Handler(enveloped(spec.envelope, entry_point), context, **limits)
+        hooks = hooks_found(functools.partial(hook_in, module))
+        return Handler(enveloped(spec.envelope, entry_point), context, module=module, hooks=hooks, **limits)
     if function != "handle":
         raise HandlerError(f"module {name} has no function {function}, which handler {spec.handler!r} names")
     service = _handler_class(module, spec.handler)()
     if callable(initialize := getattr(service, "initialize", None)):
         initialize(context)
-    return Handler(enveloped(spec.envelope, service.handle), context, service, **limits)
+    hooks = hooks_found(service.hook if spec.live is not None else functools.partial(hook_of, service))
+    return Handler(enveloped(spec.envelope, service.handle), context, service, module=module, hooks=hooks, **limits)
 
 
 def load_module(name: str, folder: Path, import_file: ImportFile | None = None) -> ModuleType:

@@ -22,6 +22,7 @@ from torchmgmt.channel import Buffer, Channel, Frame, Kind
 from torchmgmt.compat import install_ts
 from torchmgmt.exchange import AnswerHead, Encoded
 from torchmgmt.handlers.context import Context
+from torchmgmt.handlers.faults import NO_FAULT
 from torchmgmt.handlers.recorder import make_current
 from torchmgmt.page import Page
 from torchmgmt.records import ModelSpec, RawMetric, WorkerFault, WorkerJob
@@ -29,8 +30,10 @@ from torchmgmt.segments import BrokenSegment
 from torchmgmt.variables import without_matching
 from torchmgmt.worker.batch import attempt, fault_of, run_batch
 from torchmgmt.worker.forking import WORKER_VARIABLE
+from torchmgmt.worker.generators import GlobalGenerators, reseed
 from torchmgmt.worker.loader import Handler, load_handler
 from torchmgmt.worker.modules import ImportedModules
+from torchmgmt.worker.open_files import Descriptor, descriptors
 from torchmgmt.worker.parts import PartSender
 from torchmgmt.worker.process import (
     EXIT_NOT_LOADED,
@@ -41,10 +44,10 @@ from torchmgmt.worker.process import (
     hide_variables,
     keep_standard_streams_open,
     redirect_output,
-    reseed,
     restore_environment,
     run_to_exit,
 )
+from torchmgmt.worker.shutdown import ShutDown, disown_finalizers
 from torchmgmt.worker.warmup import has_warm_up, warm_up
 
 __all__ = ["Loaded", "WorkerProcess", "load_model"]
@@ -62,6 +65,12 @@ class Loaded:
     """A model that a template has loaded."""
 
     handler: Handler
+    pid: int
+    """The template's, which may become a worker itself."""
+    left_open: frozenset[Descriptor]
+    """The descriptors that loading it has left open."""
+    generators: GlobalGenerators
+    """The global random generators, as loading has left them."""
     threads: int | None
     """The number of threads that the handler asked for, if it did."""
     is_doubtful: bool = False
@@ -100,6 +109,7 @@ class WorkerProcess:
         self._environment = environment
         self._modules = modules
         self._loaded = loaded
+        self._ours: frozenset[Descriptor] = frozenset()
 
     def run(self) -> NoReturn:
         """Be the worker. Never returns."""
@@ -114,16 +124,20 @@ class WorkerProcess:
             handler = self._handler()
             # What the layers need for one batch they need for the next one again; what loading has left nobody needs.
             keep_freed_memory()
-            if has_warm_up(self._job.spec):
+            if handler.has_begin or has_warm_up(self._job.spec):
                 channel.send(Frame(Kind.ALIVE))
-                warm_up(handler, self._job.spec)
-        except Exception as error:
+            handler.begin(self._job.threads)
+            warm_up(handler, self._job.spec)
+        except NO_FAULT:
+            raise
+        except BaseException as error:
             channel.send(Frame(Kind.FAILED, fault_of(error)))
             return EXIT_NOT_LOADED
         try:
             # What was measured while the model was loaded once for all workers counts for each, as if it had loaded it.
             channel.send(Frame(Kind.READY, handler.take_metrics()))
-            _serve(channel, handler, _page(self._page_fd), may_spin=self._job.threads > 1)
+            if _serve(channel, handler, _page(self._page_fd), may_spin=self._job.threads > 1):
+                ShutDown(handler.endings(), self._ours).run()
         except BrokenSegment:
             raise
         except ConnectionError:
@@ -133,16 +147,23 @@ class WorkerProcess:
     def _take_over_process(self) -> None:
         if self._loaded is None:
             be_process(self._output_fd)
+            self._ours = descriptors()
             hide_variables(self._job.spec.blacklist_env_vars)
         else:
             # The template has done the rest, and the handler may have changed it to its liking since.
             redirect_output(self._output_fd)
+            self._ours = descriptors() - self._loaded.left_open
+            if self._loaded.pid != os.getpid():
+                disown_finalizers()
             signal.signal(signal.SIGCHLD, self._loaded.on_child_end or signal.SIG_DFL)
             with contextlib.suppress(PermissionError):  # one that was the template leads its session already
                 os.setsid()
         restore_environment(without_matching(self._environment, self._job.spec.blacklist_env_vars))
         os.environ[WORKER_VARIABLE] = str(os.getpid())
-        reseed()
+        if self._loaded is None:
+            reseed()
+        else:
+            self._loaded.generators.settle()
         die_with(self._root_pidfd)
 
     def _handler(self) -> Handler:
@@ -223,18 +244,18 @@ class _Attention:
         self._comes_soon = time.perf_counter() - self._idle_since < _AWAKE_S
 
 
-def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) -> None:
-    """Run what comes in, one after the other, until told to stop or the embedding process is gone."""
+def _serve(channel: Channel, handler: Handler, page: Page, *, may_spin: bool) -> bool:
+    """Run what comes in, one after the other, until told to stop (True) or the embedding process is gone (False)."""
     attention = _Attention(channel, may_spin=may_spin)
     while True:
         attention.wait()
         frames = channel.read()
         if frames is None:
-            return
+            return False
         attention.note_arrival()
         for frame in frames:
             if frame.kind is Kind.STOP:
-                return
+                return True
             if frame.error is not None:
                 channel.send(Frame(Kind.REFUSED, _refusal(frame.error), number=frame.number))
             elif frame.kind is Kind.RUN and _begins(channel, page, frame):

@@ -24,6 +24,15 @@ class ImportedModules:
         self._modules = dict(sys.modules)
         sys.modules[_MARK] = ModuleType(_MARK)
 
+    def later_names(self) -> set[str]:
+        """Return the names of the modules that were imported since."""
+        return _names_after_mark()
+
+    def later(self) -> Iterator[ModuleType]:
+        """Give the modules that were imported since."""
+        found = (sys.modules.get(name) for name in self.later_names())
+        return (module for module in found if isinstance(module, ModuleType))
+
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Bring back what is taken out of ``sys.modules`` meanwhile, and be it for a file of the same name.

@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from torchmgmt.encoding import encode
 from torchmgmt.exchange import Encoded, Form, RequestHead, ResponseProperties
+from torchmgmt.handlers.faults import NO_FAULT, BatchAbandoned
 from torchmgmt.worker.answers import rendered
 
 if TYPE_CHECKING:
     from torchmgmt.worker.open_inference import Asked
 
-__all__ = ["NO_MORE", "BatchAbandoned", "PartSender", "Parts"]
+__all__ = ["NO_MORE", "PartSender", "Parts"]
 
 NO_MORE: Any = object()
 """What a request is answered with whose answer has come in parts, and is complete."""
-
-
-class BatchAbandoned(BaseException):
-    """Nobody waits for the batch any more: raised where its handler sends a part, and not meant for it to catch."""
 
 
 class PartSender:
@@ -108,7 +105,9 @@ class Parts:
         except StopIteration as end:
             left[index] = NO_MORE if end.value is None else end.value
             return False
-        except Exception as error:  # this request's own: the others go on
+        except NO_FAULT:
+            raise
+        except BaseException as error:  # this request's own: the others go on
             left[index] = error
             return False
         self._send_one(index, part)

@@ -16,9 +16,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-import torch
-
 from torchmgmt.variables import without_matching
+from torchmgmt.worker.shutdown import inherit_no_exit_functions
 
 __all__ = [
     "EXIT_NOT_LOADED",
@@ -29,7 +28,6 @@ __all__ = [
     "hide_variables",
     "keep_standard_streams_open",
     "redirect_output",
-    "reseed",
     "restore_environment",
     "run_to_exit",
 ]
@@ -53,7 +51,7 @@ def run_to_exit(body: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):  # the handler may have put anything in its place
                 stream.flush()
         os._exit(status)
 
@@ -71,6 +69,7 @@ def be_process(output_fd: int) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     _log_to_stderr()
+    inherit_no_exit_functions()
     os.setsid()
 
 
@@ -147,18 +146,6 @@ def _priority(level: int) -> int:
         if level >= least:
             return priority
     return 7
-
-
-def reseed() -> None:
-    """Give this process random numbers of its own: torch's and numpy's global generators are copies after a fork.
-
-    The generator and not ``torch.seed``: that imports, and a handler's file may be called torch.
-    """
-    torch.default_generator.seed()
-    # Imported later it begins with numbers of its own. Not asked for by the package's attribute, which would import it.
-    random = sys.modules.get("numpy.random")
-    if random is not None and hasattr(random, "seed"):
-        random.seed()
 
 
 def die_with(root_pidfd: int) -> None:

@@ -95,7 +95,7 @@ class ModelLoader:
         Raises:
             ValueError: no handler is named.
             InvalidArgument: there is no such envelope.
-            Exception: whatever importing and initialising the handler raise.
+            Exception: whatever importing and initialising the handler, and its hook ``begin``, raise.
         """
         folder = Path(model_dir)
         manifest = _manifest_of(folder)
@@ -114,7 +114,9 @@ class ModelLoader:
             manifest=manifest,
             config=service.context.model_yaml_config,
         )
-        service.entry_point = load_handler(spec, service.context).entry_point
+        loaded = load_handler(spec, service.context)
+        loaded.begin()
+        service.entry_point = loaded.entry_point
         return service
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +25,12 @@ from torchmgmt.worker.warmup import warm_up
 
 __all__ = ["ThreadModel"]
 
+log = logging.getLogger(__name__)
+
 _numbers = itertools.count(1)
 _threads_lock = threading.Lock()
+# Python counts the depth of trees for all threads together, and takes what several make at a time for an error.
+_parsing_lock = threading.Lock()
 
 
 class ThreadModel:
@@ -49,13 +54,14 @@ class ThreadModel:
         self._handler: Handler | None = None
 
     def load(self) -> WorkerFault | None:
-        """Import and initialise the handler; return what it raised, ``SystemExit`` included, or None."""
+        """Import and initialise the handler, and have it begin; return what it raised, ``SystemExit`` included, or None."""
         context = Context.for_model(self._spec)
         # For a handler that imports files by itself, as the shipped one does: what to put before a module's name.
         context.system_properties["module_prefix"] = self._prefix
         try:
             _compute_with(self._threads)
             self._handler = load_handler(self._spec, context, self._import_file)
+            self._handler.begin(self._threads)
             warm_up(self._handler, self._spec)
         except BaseException as error:
             return self._with_plain_names(fault_of(self._explained(error)))
@@ -70,8 +76,8 @@ class ThreadModel:
         """Run one batch; return an answer or a fault for each request, in order.
 
         What comes of an answer before the rest goes to ``send``, with the request's place in the batch; ``is_abandoned``
-        says whether nobody waits for the batch any more. Raises what a handler raises that is no Exception, such as
-        SystemExit.
+        says whether nobody waits for the batch any more. Of what a handler raises, raises SystemExit and KeyboardInterrupt
+        alone.
         """
         heads = [each.head() for each in requests]
         segments = [segment for request in requests for segment in _copy(request.row).segments]
@@ -85,6 +91,14 @@ class ThreadModel:
     def take_metrics(self) -> Sequence[RawMetric]:
         """Return what the handler has measured since the last call."""
         return self._loaded().take_metrics()
+
+    def end(self) -> None:
+        """Call the handler's hooks for the end in good order. What they raise, SystemExit included, is logged."""
+        for name, call in self._loaded().endings():
+            try:
+                call()
+            except BaseException:
+                log.exception("%s of %s failed", name, self._spec.key)
 
     def unload(self) -> None:
         """Forget the handler, and what was imported for it alone."""
@@ -165,7 +179,9 @@ def _own_tree(value: Any) -> Any:
 
 def _imported_names(file: Path) -> Iterator[str]:
     """Give the first part of each name that ``file`` imports anywhere, its functions included."""
-    for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
+    with _parsing_lock:
+        tree = ast.parse(file.read_bytes(), str(file))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

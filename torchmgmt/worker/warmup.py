@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
+from torchmgmt.handlers.faults import NO_FAULT
+
 if TYPE_CHECKING:
     from torchmgmt.records import ModelSpec
     from torchmgmt.worker.loader import Handler
@@ -54,10 +56,12 @@ def warm_up(handler: Handler, spec: ModelSpec) -> None:
             ids = [f"warmup-{number}" for number in range(len(batch.rows))]
             try:
                 answers = handler.run(list(batch.rows), ids, [{} for _ in ids])
-                errors = [answer for answer in answers if isinstance(answer, Exception)]
+                errors = [answer for answer in answers if isinstance(answer, BaseException)]
                 if errors:
                     raise errors[0]
-            except Exception as error:
+            except NO_FAULT:
+                raise
+            except BaseException as error:
                 raise WarmUpFailed(f"{batch.name} failed: {type(error).__name__}: {error}") from error
 
 
