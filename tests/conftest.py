@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.handlers import until
 from tests.leaks import LeakGuard
 from torchmgmt import ProcessBackend
 
@@ -41,5 +42,6 @@ def backend(leak_guard: LeakGuard) -> Iterator[ProcessBackend]:
     """
     backend = ProcessBackend()
     backend.warm()
+    until(lambda: backend.forkserver.pid is not None, "the torch-only process has been started")
     yield backend
     backend.close()

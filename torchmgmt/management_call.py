@@ -28,6 +28,9 @@ _GIVEN_S = 1.0
 _TAKEN_BACK_S = 3.0
 """So long an interrupted caller waits at most until what was done for it is taken back."""
 
+_FINISHED_S = 0.5
+"""So long for what goes on to its end: mostly that is there by then, and the next call finds all as it is to be."""
+
 _current: contextvars.ContextVar[_Call[Any] | None] = contextvars.ContextVar("torchmgmt_management_call", default=None)
 
 
@@ -85,7 +88,7 @@ class ManagementThreads:
         Args:
             act: runs on one of these threads, in the caller's context; on one of them, at once.
             take_back: called with its result if the caller was interrupted; then ``act`` goes no further where it asks
-                :func:`check_wanted`. None: it is done to its end.
+                :func:`check_wanted`. None: it is done to its end, for which the caller waits only shortly.
 
         Where the system has no thread for it, the calling one makes it.
         """
@@ -99,7 +102,9 @@ class ManagementThreads:
                 call.run()
             return call.result()
         except BaseException:
-            if not call.has_failed and take_back is not None:
+            if take_back is None:
+                call.wait(_FINISHED_S)
+            elif not call.has_failed:
                 if call.abandon():
                     self.post(call.take_back)
                 call.wait_until_settled(_TAKEN_BACK_S)
@@ -179,6 +184,11 @@ class _Call(Generic[T]):
             finally:
                 self._error = None  # its frames refer to this object
         return self._result  # type: ignore[return-value]  # it is what the function returned
+
+    def wait(self, timeout: float) -> None:
+        """Block until it is made, for at most ``timeout`` seconds; for who was interrupted in :meth:`result`."""
+        if not self._is_over:
+            self._waits.acquire(timeout=timeout)
 
     def abandon(self) -> bool:
         """Have it go no further; return whether the caller is to see to :meth:`take_back`, as it is over already."""

@@ -422,7 +422,7 @@ class ModelManager:
         served = self._catalogue.get(name, version)
         wanted = Scale(min_worker, min_worker if max_worker is None else max_worker)
         with self._catalogue.gone_is_not_found(served):
-            self._call(lambda: self._scale(served, wanted, timeout))
+            self._call(lambda: self._scale(served, wanted, timeout), take_back=bool)
             if synchronous:
                 served.pool.wait_ready()
         return self.describe(name, served.spec.key.version)
@@ -450,7 +450,7 @@ class ModelManager:
             ModelNotFound, ModelVersionNotFound: it is not registered.
         """
         self._catalogue.check_usable(name, version)
-        self._call(lambda: self._set_default(name, version))
+        self._call(lambda: self._set_default(name, version), take_back=bool)
 
     def unregister(self, name: str, version: str | None = None, *, timeout: float | None = None) -> CloseReport:
         """Remove a version (the default one unless given); return once it is gone and its name is free again.
@@ -608,7 +608,11 @@ class ModelManager:
         return report
 
     def _call(self, act: Callable[[], T], take_back: Callable[[T], object] | None = None) -> T:
-        """Have a thread of the library do something; on those that nothing interrupts, or that must not wait, at once."""
+        """Have a thread of the library do something; on those that nothing interrupts, or that must not wait, at once.
+
+        ``take_back`` is as of :meth:`torchmgmt.management_call.ManagementThreads.call`; ``bool``: what is done stays, and what
+        was not begun is not.
+        """
         dispatcher = self._backends.dispatcher_here()
         if dispatcher is not None:
             return dispatcher.act_here(act)

@@ -7,15 +7,28 @@ profile may refuse it (EPERM, ENOSYS), and a sandbox may know half of it (EINVAL
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import select
 import signal
 
-__all__ = ["fix_size", "has_fixed_size", "memory_file", "nameless_file", "open_pidfd", "send_signal"]
+__all__ = [
+    "become_subreaper",
+    "fix_size",
+    "has_ended",
+    "has_fixed_size",
+    "memory_file",
+    "nameless_file",
+    "open_pidfd",
+    "send_signal",
+    "set_death_signal",
+]
 
 _DENIED = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL})
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _MFD_NOEXEC_SEAL = 8
 """Linux 6.3; without it a system with ``vm.memfd_noexec=2`` refuses a memory file. Older ones know no such flag."""
 
@@ -36,7 +49,7 @@ def open_pidfd(pid: int) -> int | None:
         raise
 
 
-def send_signal(pid: int, pidfd: int | None, number: signal.Signals) -> None:
+def send_signal(pid: int, pidfd: int | None, number: int) -> None:
     """Send a signal to a process by its pidfd; by its pid where there is none, or the system denies it. Any thread.
 
     Raises:
@@ -50,15 +63,31 @@ def send_signal(pid: int, pidfd: int | None, number: signal.Signals) -> None:
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _DENIED:
                 raise
-        if _has_ended(pidfd):  # its pid may be another's
+        if has_ended(pidfd):  # its pid may be another's
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     os.kill(pid, number)
 
 
-def _has_ended(pidfd: int) -> bool:
+def has_ended(pidfd: int) -> bool:
+    """Return whether the process of a pidfd has ended. Any thread; does not block."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(0))
+
+
+def set_death_signal(number: int) -> None:
+    """Have this process sent a signal when the thread ends that has started it; 0: none. Linux only; for the main thread."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def become_subreaper() -> None:
+    """Have orphaned descendants come to this process instead of init, so that they can be ended. Linux only."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, argument: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
 
 
 def memory_file(name: str) -> int | None:

@@ -355,7 +355,8 @@ class Caller:
 CHOICES: Sequence[tuple[str, signal.Signals, int]] = (
     ("worker", signal.SIGKILL, 60),
     ("worker", signal.SIGSEGV, 20),
-    ("worker", signal.SIGTERM, 12),
+    ("worker", signal.SIGTERM, 12),  # which it ignores
+    ("torch-only", signal.SIGTERM, 4),
     ("worker", signal.SIGSTOP, 16),
     ("template", signal.SIGKILL, 28),
     ("template", signal.SIGSTOP, 8),

@@ -135,7 +135,7 @@ def test_unregister_interrupted(scene: Scene) -> None:
     for interruption in interruptions():
         scene.deploy("model")
         interruption.of(lambda: scene.manager.unregister("model"))
-        scene.check_well(interruption.where)
+        scene.check_well(interruption.where)  # where it is still going on it is soon done
 
 
 def test_scale_interrupted(scene: Scene) -> None:
@@ -160,6 +160,7 @@ def test_set_default_interrupted(scene: Scene) -> None:
         scene.check_well(interruption.where)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where it meets a finalizer
 @pytest.mark.usefixtures("light_torch")
 def test_close_interrupted(tmp_path: Path) -> None:
     """The next close() ends it all, soon."""
@@ -175,6 +176,7 @@ def test_close_interrupted(tmp_path: Path) -> None:
             manager.predict("m", 1)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where it meets a finalizer
 @pytest.mark.usefixtures("light_torch")
 def test_the_first_registration_of_a_program_interrupted(tmp_path: Path) -> None:
     """The threads and the process that it starts serve the next one, or end with close()."""

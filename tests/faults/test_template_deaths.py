@@ -24,7 +24,7 @@ def noted(loads: Path) -> str:
     return f"{TOOLS}\nnote({str(loads)!r}, os.getpid())\n{EVAL.removeprefix(TOOLS)}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGSTOP])
 def test_an_idle_template_that_dies_harms_no_worker(deploy: Deployer, loads: Path, number: signal.Signals) -> None:
     """When an idle template dies or is stopped its worker serves on; the next worker comes from another template."""
     model = deploy(noted(loads))

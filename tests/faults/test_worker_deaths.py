@@ -13,7 +13,7 @@ from tests.handlers import EVAL, TOOLS, Deployer, Gate, is_gone, lines_of, until
 from torchmgmt.errors import WorkerDied
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGABRT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_an_idle_worker_that_dies_is_replaced(deploy: Deployer, number: signal.Signals) -> None:
     """A worker that dies while idle fails no request; another one takes its place, and describe says how it died."""
     model = deploy()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import requests
 
 import torchmgmt
+from tests.handlers import until
 from tests.http.archives import BROKEN, SLOW_TO_LOAD, write_model
 from tests.http.conftest import Client
 from torchmgmt.http.command_line import parse_command_line
@@ -70,9 +72,9 @@ def start(tmp_path) -> Iterator[Callable[..., Program]]:
     """Start programs; what still runs at the end is killed."""
     programs: list[Program] = []
 
-    def start(*arguments: str, until: str = STARTED) -> Program:
+    def start(*arguments: str, line: str = STARTED) -> Program:
         programs.append(Program(arguments, tmp_path))
-        programs[-1].wait_for(until)
+        programs[-1].wait_for(line)
         return programs[-1]
 
     yield start
@@ -189,17 +191,47 @@ def test_a_second_signal_hastens_the_end(start, tmp_path):
     wait_until_registered(program.client(), "slow")
     program.process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        program.process.wait(0.7)
+        program.process.wait(1.5)
     assert program.end(signal.SIGINT) == 0
     caller.join()
     assert len(failures) == 1
     assert failures[0] != 200
 
 
+def test_the_same_signal_again_hastens_nothing(start, tmp_path):
+    """``timeout``, systemd and terminals send it to the program, to its group, to all of it: requests are finished."""
+    begun = tmp_path / "begun"
+    slow = f"""
+import pathlib, time
+def handle(data, context):
+    if data is None:
+        return None
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(1.5)
+    return ["done"] * len(data)
+"""
+    write_model(tmp_path / "store", "slow", slow)
+    program = start("--model-store", "store", "--models", "slow", "--default-workers-per-model", "1")
+    answers: list[bytes] = []
+    caller = threading.Thread(
+        target=lambda: answers.append(program.client("Inference").post("/predictions/slow", data="x").content)
+    )
+    caller.start()
+    until(begun.exists)
+    family = psutil.Process(program.process.pid).children(recursive=True)
+    for process in [program.process, *family, program.process]:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert program.process.wait(30) == 0
+    caller.join()
+    assert answers == [b"done"]
+    assert "died" not in program.log.read_text()
+
+
 def test_a_signal_while_models_load_ends_it(start, tmp_path):
     """Nobody waits for a model that loads when the program is to end."""
     write_model(tmp_path / "model_store", "slow", SLOW_TO_LOAD)
-    program = start("--models", "slow", "--default-workers-per-model", "1", until="Management address")
+    program = start("--models", "slow", "--default-workers-per-model", "1", line="Management address")
     wait_until_registered(program.client(), "slow")
     assert program.end() == 0
     assert STARTED not in program.lines

@@ -449,7 +449,7 @@ def test_a_hook_that_hangs_loses_no_file(
 def test_in_a_hurry_files_are_written_all_the_same(
     deploy: Deployer, manager: ModelManager, tmp_path: Path, how: str
 ) -> None:
-    """Where the manager has no time for a hook that hangs, and sends SIGTERM, files are still written."""
+    """Where the manager has no time for a hook that hangs, and hurries, files are still written."""
     path = tmp_path / "notes"
     model = deploy(ending(path, f"def finalize(self): {HANGING[how]}", CLOSE))
     model.predict("line")

@@ -25,6 +25,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "interpreter",
             "lifecycle",
             "log_relay",
+            "process_signals",
             "records",
             "redaction",
             "signals_held",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from torchmgmt.process_signals import HURRY, LAST_WORDS
 from torchmgmt.system_calls import send_signal
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Child:
         self._lock = threading.Lock()
         # guarded by _lock
         self._pidfd: int | None = None
-        self._signal: signal.Signals | None = None  # to be sent as soon as the process is known
+        self._signal: int | None = None  # to be sent as soon as the process is known
         self._gone = False
 
     @property
@@ -62,7 +63,7 @@ class Child:
         if was_given_up:
             self.forget()
 
-    def send(self, number: signal.Signals) -> bool:
+    def send(self, number: int) -> bool:
         """Signal the process and no other that got its pid since; False if it is not there (any more).
 
         One that is not there yet gets the signal as soon as it is.
@@ -79,7 +80,7 @@ class Child:
 
     def kill(self) -> bool:
         """Have it write down where it is, then end it; False if it is not there (any more), or not yet."""
-        if not self.send(signal.SIGUSR2):
+        if not self.send(LAST_WORDS):
             self.send(signal.SIGKILL)
             return False
         self._call_at(time.monotonic() + _LAST_WORDS_S, lambda: self.send(signal.SIGKILL))
@@ -153,6 +154,8 @@ def describe_exit(exitcode: int | None) -> str:
         return "its exit status is not known"
     if exitcode >= 0:
         return f"it exited with status {exitcode}"
+    if -exitcode == HURRY:
+        return "it was told to end"
     try:
         number = signal.Signals(-exitcode)
     except ValueError:

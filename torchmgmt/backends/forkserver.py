@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,10 +36,13 @@ __all__ = ["ForkServer"]
 
 log = logging.getLogger(__name__)
 
-_MODULE = "torchmgmt.worker.forkserver"
 # The path is set before anything is imported, so that a file in the working directory cannot stand in for a module.
 # Without collections meanwhile, importing torch takes a tenth less.
-_BOOTSTRAP = f"import gc, sys; gc.disable(); sys.path[:] = {{path}}; from {_MODULE} import main; main()"
+_BOOTSTRAP = (
+    "import gc, sys; gc.disable(); sys.path[:] = {path}; "
+    "from torchmgmt.worker.beginning import begin; begin(); "
+    "from torchmgmt.worker.forkserver import main; main()"
+)
 _PROGRAMS_PATH = "sys.argv[3].split('\\n')"
 # What a frozen program has on its path is for the interpreter in it.
 _OWN_PATH_FIRST = f"[*filter(None, sys.path), *{_PROGRAMS_PATH}]"
@@ -93,9 +97,8 @@ class ForkServer:
             return self._server.process.pid if self._server else None
 
     def warm(self) -> None:
-        """Start the torch-only process if it does not run. Returns at once; torch is imported over there."""
-        with self._lock:
-            self._ensure_running_locked()
+        """Start the torch-only process soon, if it does not run. Returns at once; torch is imported over there."""
+        self._dispatcher.call_soon(self._warm)
 
     def fork(self, job: WorkerJob | TemplateJob, fds: Sequence[int], listener: ForkListener) -> tuple[Forker, int]:
         """Fork a child that does ``job``; the descriptors are its own and are closed here.
@@ -158,7 +161,8 @@ class ForkServer:
             with os.fdopen(output_writer, "wb", buffering=0):
                 output = Output(output_reader, self._output_dispatcher, log)
                 undo.callback(output.close)
-                process = _popen(theirs, output_writer, without_matching(os.environ, self._blacklist))
+                environment = without_matching(os.environ, self._blacklist)
+                process = _popen(theirs, output_writer, environment, is_tied=self._is_on_lasting_thread())
             undo.callback(_reap, process, 0)
             child = Child(self._dispatcher.call_at)
             child.forked(process.pid, None)
@@ -176,7 +180,16 @@ class ForkServer:
             undo.pop_all()
         return server, forker
 
+    def _is_on_lasting_thread(self) -> bool:
+        """Whether the calling thread is there as long as this is needed: not a loop's that has the dispatcher's rounds now."""
+        is_own = self._dispatcher.on_thread() and self._dispatcher.owner.host is None
+        return is_own or threading.current_thread() is threading.main_thread()
+
     # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
+
+    def _warm(self) -> None:
+        with self._lock, contextlib.suppress(ManagerClosed):
+            self._ensure_running_locked()
 
     def _on_message(self, server: _Server, frame: Frame) -> None:
         if frame.kind is Kind.READY:
@@ -207,7 +220,13 @@ class ForkServer:
                 listener.orphaned()
 
 
-def _popen(control: socket.socket, output_fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _popen(
+    control: socket.socket, output_fd: int, environment: Mapping[str, str], *, is_tied: bool
+) -> subprocess.Popen[bytes]:
+    """Start an interpreter that becomes the torch-only process.
+
+    ``is_tied``: until it has imported torch, it is killed if the calling thread ends, as it does not look for us yet.
+    """
     python = interpreter()
     bootstrap = _BOOTSTRAP.format(path=_OWN_PATH_FIRST if is_frozen() else _PROGRAMS_PATH)
     pidfd = open_pidfd(os.getpid())
@@ -215,9 +234,11 @@ def _popen(control: socket.socket, output_fd: int, environment: Mapping[str, str
     entries: Sequence[object] = sys.path
     path = [entry or str(Path.cwd()) for entry in entries if isinstance(entry, str)]  # Python heeds no others
     fds = [str(control.fileno()), str(-1 if pidfd is None else pidfd)]
+    # What is sent to all processes of a service is not to end it before it has seen to that itself.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
         return subprocess.Popen(
-            [python, "-c", bootstrap, *fds, "\n".join(path)],
+            [python, "-c", bootstrap, *fds, "\n".join(path), "tied" if is_tied else "free"],
             stdin=subprocess.DEVNULL,
             stdout=output_fd,
             stderr=output_fd,
@@ -227,6 +248,7 @@ def _popen(control: socket.socket, output_fd: int, environment: Mapping[str, str
             start_new_session=True,
         )
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if pidfd is not None:
             os.close(pidfd)
 

@@ -24,6 +24,7 @@ from torchmgmt.dispatcher import Dispatcher, Timer
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import AnswerHead, Encoded, WorkerRequest
 from torchmgmt.page import PAGE_BYTES, Page
+from torchmgmt.process_signals import HURRY
 from torchmgmt.records import WorkerExit, WorkerFault, WorkerJob
 from torchmgmt.system_calls import fix_size, nameless_file
 
@@ -170,15 +171,11 @@ class ProcessWorker:
         self._send(Frame(Kind.STOP))
 
     def terminate(self) -> None:
-        """End it as it loads, or although it did not heed :meth:`stop`; one that is not forked yet never is.
-
-        By SIGKILL: workers heed no other signal, since those that a service manager sends to all processes of a service
-        reach them, too.
-        """
+        """End it as it loads, or although it did not heed :meth:`stop`; one that is not forked yet never is."""
         with self._lock:
             if not self._is_started:
                 return
-        if self._parent.withdraw(self) or not self.child.kill():
+        if self._parent.withdraw(self) or not self.child.send(HURRY):
             self._on_dispatcher(lambda: self._finish_unforked("it was told to end before it was forked"))
 
     def kill(self) -> None:

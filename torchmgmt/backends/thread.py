@@ -361,7 +361,7 @@ class ThreadWorker:
             self._end("it could not load its model", fault=fault)
             return
         self._backend.sample_memory()
-        self._tell(self._listener.ready)
+        self._tell_ready()
         self._tell_metrics(model)
         while (task := self._next_task()) is not None:
             began = time.perf_counter()
@@ -400,6 +400,12 @@ class ThreadWorker:
 
     def _is_abandoned(self, number: int) -> bool:
         return self._abandoned == number
+
+    def _tell_ready(self) -> None:
+        with self._changed:
+            if self._doing is _Doing.LOADING:
+                self._doing = _Doing.WAITING  # before anybody hears of it, and has it end
+                self._backend.tell(self._listener.ready)
 
     def _tell_metrics(self, model: ThreadModel) -> None:
         if metrics := model.take_metrics():

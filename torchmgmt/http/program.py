@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -52,6 +53,8 @@ KEPT_BYTES = 128 << 20
 DRAIN_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 8.0
 """Together below the 30 s that orchestrators wait between SIGTERM and SIGKILL."""
+REPEAT_S = 1.0
+"""A signal that comes so soon after the first is the same one again: ``timeout`` and Ctrl-C in a pipeline send it twice."""
 LAST_RESORT_S = 5.0
 STATE_FILE = Path("torchmgmt", "state.json")
 """Below state_dir. Not in it: TorchServe takes each file in its logs/config for a snapshot, and cannot start with others."""
@@ -149,12 +152,13 @@ class Program:
         keep_freed_memory(KEPT_BYTES)
         loader.start()
         reason = self._signals.get()
+        began = time.monotonic()
         notify_systemd("STOPPING=1")
         logger.info("Stopping: requests in flight are finished; a second signal hastens that")
         # At once, because a stop that takes too long ends with os._exit.
         self.keys.close()
         loader.stop()
-        self._stop(Stopper(manager, servers))
+        self._stop(Stopper(manager, servers), began)
         return GAVE_UP if reason == GAVE_UP else 0
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -191,11 +195,11 @@ class Program:
             logger.error("Ending, as on_give_up says: the workers of %s could not be started", event.key)
             self._signals.put(GAVE_UP)
 
-    def _stop(self, stopper: Stopper) -> None:
+    def _stop(self, stopper: Stopper, began: float) -> None:
         stopper.start()
         while stopper.is_alive():
             try:
-                if self._signals.get(timeout=0.05) == GAVE_UP:
+                if self._signals.get(timeout=0.05) == GAVE_UP or time.monotonic() < began + REPEAT_S:
                     continue  # it ends already
             except queue.Empty:
                 continue

@@ -8,7 +8,6 @@ what the handlers' own children leave behind.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import pickle
@@ -24,19 +23,18 @@ from attrs import define
 
 from torchmgmt.channel import Frame, FrameReader, Kind, send
 from torchmgmt.records import TemplateJob, WorkerJob
-from torchmgmt.system_calls import open_pidfd
+from torchmgmt.system_calls import open_pidfd, set_death_signal
 from torchmgmt.worker.shutdown import exit_functions_kept, keep_exit_functions
+from torchmgmt.worker.stop_signals import ignore_stops, own_fork
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
 
-__all__ = ["WORKER_VARIABLE", "Body", "Forker", "become_subreaper", "dying_with"]
+__all__ = ["WORKER_VARIABLE", "Body", "Forker", "dying_with"]
 
 WORKER_VARIABLE = "TORCHMGMT_WORKER_PID"
 """Set in every worker to its own pid, so that what its handler starts can be told from what another one's does."""
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 _READ = selectors.EVENT_READ
 _MAX_FDS = 16
 # So often, a second apart, what is left is killed once more; what lives on then cannot be killed by us.
@@ -113,7 +111,7 @@ class Forker:
             sock.setblocking(False)
         # A handler that does nothing: what matters is the byte that the wake-up descriptor gets.
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ignore_stops()
         # The program, or the model's handler, may have blocked it; then no end of a child would be noticed.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
@@ -177,7 +175,7 @@ class Forker:
     def _fork(self, number: int, body: Body, *, is_template: bool) -> None:
         process = self._context.Process(target=self._run_child, args=(body,), daemon=False)
         try:
-            with exit_functions_kept():
+            with exit_functions_kept(), own_fork():
                 process.start()
         except Exception as error:  # no memory, no process
             self._refuse(number, str(error))
@@ -278,29 +276,19 @@ class Forker:
         return bool(self._children) and psutil.pid_exists(session)
 
 
-def become_subreaper() -> None:
-    """Have orphaned descendants come to this process instead of init (Linux only), so that they can be ended."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
 @contextlib.contextmanager
 def dying_with(parent_pid: int) -> Iterator[None]:
     """Have this process killed if its parent, which has one thread, dies meanwhile (Linux only).
 
     For a time in which it cannot look for itself whether the embedding process is still there.
     """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_death_signal(signal.SIGKILL)
     if os.getppid() != parent_pid:  # it was quicker
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         yield
     finally:
-        _prctl(_PR_SET_PDEATHSIG, 0)
-
-
-def _prctl(option: int, argument: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
+        set_death_signal(0)
 
 
 def _kill_descendants() -> None:

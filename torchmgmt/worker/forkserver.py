@@ -6,7 +6,6 @@ import gc
 import importlib
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ import torch
 from torchmgmt.channel import Frame, Kind, send
 from torchmgmt.interpreter import STARTED
 from torchmgmt.records import TemplateJob, WorkerJob
-from torchmgmt.worker.forking import Body, Forker, become_subreaper
+from torchmgmt.system_calls import become_subreaper, set_death_signal
+from torchmgmt.worker.forking import Body, Forker
 from torchmgmt.worker.main import WorkerProcess
 from torchmgmt.worker.modules import ImportedModules
 from torchmgmt.worker.template import TemplateProcess
@@ -26,11 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
-    """Run the torch-only process. Its arguments: the control socket's and the parent's pidfd's descriptors, then sys.path."""
+    """Run the torch-only process.
+
+    Its arguments: the descriptors of the control socket and of the parent's pidfd, sys.path, and what
+    :func:`torchmgmt.worker.beginning.begin` needs to know.
+    """
     os.environ.pop(STARTED, None)
     logging.basicConfig(format="<4>%(name)s: %(message)s")
-    # Which signals the program has blocked, perhaps to wait for them, is its own affair.
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     control, root_pidfd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     torch.set_num_threads(1)
     become_subreaper()
@@ -48,6 +50,7 @@ def main() -> NoReturn:
         return WorkerProcess(job, fds, root_pidfd, forker.environment, modules)
 
     forker = Forker(control, root_pidfd, body_of)
+    set_death_signal(0)  # from here on it looks itself whether the embedding process is there
     try:
         send(control, Frame(Kind.READY))
         forker.run()

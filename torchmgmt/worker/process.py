@@ -16,8 +16,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
+from torchmgmt.process_signals import LAST_WORDS
 from torchmgmt.variables import without_matching
 from torchmgmt.worker.shutdown import inherit_no_exit_functions
+from torchmgmt.worker.stop_signals import ignore_stops
 
 __all__ = [
     "EXIT_NOT_LOADED",
@@ -59,15 +61,13 @@ def run_to_exit(body: Callable[[], int]) -> NoReturn:
 def be_process(output_fd: int) -> None:
     """Take over, right after the fork from the torch-only process: signals, output, logging, a session of its own."""
     redirect_output(output_fd)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    # SIGINT from a terminal does not reach this session; a stray one is not to end a batch.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ignore_stops()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    faulthandler.register(LAST_WORDS, all_threads=True)
     _log_to_stderr()
     inherit_no_exit_functions()
     os.setsid()

@@ -1,8 +1,8 @@
 """How a worker ends in good order: its handler's hooks, what was registered with ``atexit``, and what open files still hold.
 
 The embedding process waits for 5 s for a worker that it told to end, and for less when it is in a hurry itself; then it sends
-SIGTERM, and SIGKILL 2 s later. So each step has its time, in which it is interrupted where Python code runs or waits, and what
-can be written at all is written before SIGKILL comes: after SIGTERM at once, and by a second thread where the first one hangs
+HURRY, and SIGKILL 2 s later. So each step has its time, in which it is interrupted where Python code runs or waits, and what
+can be written at all is written before SIGKILL comes: after HURRY at once, and by a second thread where the first one hangs
 in what nobody can interrupt.
 """
 
@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
+from torchmgmt.process_signals import HURRY
 from torchmgmt.worker.open_files import Descriptor, descriptors, open_files
 
 __all__ = ["ShutDown", "disown_finalizers", "exit_functions_kept", "inherit_no_exit_functions", "keep_exit_functions"]
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 # Until then, in s from the beginning, what comes before is over.
 _HOOKS_S, _EXIT_FUNCTIONS_S, _LOGGING_S, _FILES_S = 2.5, 3.25, 3.5, 4.0
 _SECOND_THREAD_S = 4.3
-# What each step gets at least, whatever those before it took; and what is left to the first thread after SIGTERM.
+# What each step gets at least, whatever those before it took; and what is left to the first thread after HURRY.
 _LEAST_S = 0.2
 _HURRIED_S = 0.5
 # A step that goes on after it was interrupted is interrupted again so often.
@@ -80,8 +81,8 @@ class ShutDown:
             self._start_second_thread(began + _SECOND_THREAD_S)
         except (OSError, RuntimeError):  # no descriptor is left, or no thread
             log.warning("Nothing will end this worker should a hook hang in native code", exc_info=True)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM, signal.SIGTERM])
+        signal.signal(HURRY, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM, HURRY])
 
     def _start_second_thread(self, until: float) -> None:
         reader, writer = os.pipe()
@@ -92,11 +93,11 @@ class ShutDown:
         threading.Thread(target=self._end_after, args=(reader, until), name="torchmgmt-end", daemon=True).start()
 
     def _end_after(self, signals: int, until: float) -> NoReturn:
-        """End the process at ``until``, or soon after SIGTERM, unless the first thread has done it."""
+        """End the process at ``until``, or soon after HURRY, unless the first thread has done it."""
         poller = select.poll()
         poller.register(signals, select.POLLIN)
         while (left := until - time.monotonic()) > 0:
-            if poller.poll(left * 1000) and signal.SIGTERM in os.read(signals, 4096):
+            if poller.poll(left * 1000) and HURRY in os.read(signals, 4096):
                 until = min(until, time.monotonic() + _HURRIED_S)
         with contextlib.suppress(BaseException):
             log.error("The worker ends although something hangs in it that cannot be interrupted")
@@ -106,14 +107,14 @@ class ShutDown:
         os._exit(0)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if number == signal.SIGTERM:
+        if number == HURRY:
             self._is_hurried = True
         if self._is_armed:
-            raise _TimeIsUp(signal.Signals(number).name)
+            raise _TimeIsUp
 
     def _step(self, name: str, call: Callable[[], object], until: float) -> None:
         if self._is_hurried:
-            log.warning("%s is left out: SIGTERM came", name)
+            log.warning("%s is left out: there is no time for it", name)
             return
         limit_s = max(_LEAST_S, until - time.monotonic())
         try:

@@ -21,9 +21,10 @@ from attrs import evolve
 from torchmgmt.channel import Frame, Kind, send
 from torchmgmt.handlers.faults import NO_FAULT
 from torchmgmt.records import ShareWeights, TemplateJob, WorkerJob
+from torchmgmt.system_calls import become_subreaper
 from torchmgmt.worker import fitness
 from torchmgmt.worker.batch import fault_of
-from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, become_subreaper, dying_with
+from torchmgmt.worker.forking import WORKER_VARIABLE, Body, Forker, dying_with
 from torchmgmt.worker.main import Loaded, WorkerProcess, load_model
 from torchmgmt.worker.modules import ImportedModules
 from torchmgmt.worker.open_files import descriptors, open_files
