@@ -16,7 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from torchmgmt.errors import ManagerClosed
+from torchmgmt.errors import ManagerClosed, copy_of
 from torchmgmt.log_relay import AnyLogger, log_guarded
 
 __all__ = ["OwnedFuture", "Owner", "Waits"]
@@ -109,13 +109,14 @@ class OwnedFuture(Future[T]):
         return self._phase in _OVER
 
     def result(self, timeout: float | None = None) -> T:
-        """Return the result; block for at most ``timeout`` seconds. Raises what ended it, CancelledError or TimeoutError."""
+        """Return the result; block for at most ``timeout`` seconds. Raises what ended it, CancelledError or TimeoutError.
+
+        Whoever asks gets a copy of the error: its traceback has the frames of that one alone, and keeps alive nothing that
+        leads back to it.
+        """
         error = self.exception(timeout)
         if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # it refers to this frame
+            raise copy_of(error)
         return self._result  # type: ignore[return-value]  # it is what the owner has set
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

@@ -14,7 +14,7 @@ from attrs import define
 
 from torchmgmt import forks
 from torchmgmt.answer_future import is_slow_to_read, value_of
-from torchmgmt.errors import ManagerClosed, ReaderTooSlow
+from torchmgmt.errors import ManagerClosed, ReaderTooSlow, copy_of
 from torchmgmt.exchange import Response
 from torchmgmt.segments import size_of
 
@@ -148,10 +148,7 @@ class AnswerStream:
             if error is not None or (last is not None and last.segments):
                 self._is_read, self._error = True, None
         if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # it refers to this frame
+            raise copy_of(error)  # as of OwnedFuture.result
         return Response.of(last) if last is not None and last.segments else None
 
     def when_due(self, wake: Callable[[], object]) -> bool:
@@ -349,14 +346,11 @@ class AnswerStream:
                 return part.content
             self._is_read = True
             last, error = self._last, self._error
-            self._error = None  # it refers to frames that have the stream
+            self._error = None
         if was_read:
             return None
         if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # it refers to this frame
+            raise copy_of(error)  # as of OwnedFuture.result
         if last is None:
             raise InvalidStateError("it has not ended")
         return last if last.segments else None

@@ -173,7 +173,8 @@ def until_stopped(pid: int, *, stopped: bool) -> None:
         (-11, "SIGSEGV (a crash in native code"),
         (-15, "SIGTERM"),
         (-7, "SIGBUS (a mapped file shrank"),
-        (-40, "signal 40"),
+        (-50, "signal 50"),
+            (-40, "it was told to end"),
         (-1, "SIGHUP"),
     ],
 )

@@ -59,13 +59,13 @@ class StartFailures:
         self.last_error = error
         # Whoever waits for a start need not hear of what another attempt, which is made in a moment, may well set right.
         self.failed_starts += isinstance(error, WorkerStartFailed) and not is_retryable
-        self._actions.log(logging.WARNING, "%s", error)
+        self._actions.log(logging.WARNING, "%s", str(error))  # its frames are not kept by who keeps the record
 
     def give_up(self, reason: WorkerStartFailed | WorkerDied | None = None) -> None:
         """Start none any more, and say so: for this ``reason``, or else for that of the last failure."""
         self.cease()
         self.last_error = reason or self.last_error
-        self._actions.log(logging.ERROR, "Starting workers of %s was given up: %s", self._key, self.last_error)
+        self._actions.log(logging.ERROR, "Starting workers of %s was given up: %s", self._key, str(self.last_error))
 
     def cease(self) -> None:
         """Start none any more."""
