@@ -18,6 +18,7 @@ import sys
 import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
@@ -43,6 +44,11 @@ _kept: deque[type[Any]] = deque(maxlen=_MOST_KEPT)
 class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     """Pickles as cloudpickle does, and what is of a spawned program's main module like what is of ``__main__``."""
 
+    def __init__(self, file: io.BytesIO, **options: Any) -> None:
+        super().__init__(file, **options)
+        self.code_files: set[str] = set()
+        """Where the code is from of the functions that went along by it."""
+
     def dump(self, obj: object) -> None:
         """Write ``obj``."""
         with _spawned_main.by_value():
@@ -51,8 +57,11 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     def reducer_override(self, obj: Any) -> Any:
         """Return how a class or function is pickled; NotImplemented if as always. Called with nearly every object."""
         reduced = super().reducer_override(obj)
-        if _is_code(reduced) and isinstance(obj, type):
-            _classes[_key_of(reduced)] = obj
+        if _is_code(reduced):
+            if isinstance(obj, type):
+                _classes[_key_of(reduced)] = obj
+            elif isinstance(obj, FunctionType):
+                self.code_files.add(obj.__code__.co_filename)
         return reduced
 
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 MOST_LINES_BYTES = 64 << 10
 """Lines of this size together may stay, however small the state is that they change."""
+CLOSE_LIMIT_S = 10.0
+"""So long a write that is under way may take once nothing more is to be written."""
 PRIVATE = 0o600  # URLs may carry what is for nobody else
 
 
@@ -136,6 +138,7 @@ class StateKeeper:
         self._done = 0  # of those asked
         self._is_writing = False
         self._is_closed = False
+        self._is_left_to_writer = False  # to close the file
         # belongs to whoever writes
         self._on_disk: DesiredState | None = None
         self._is_failing = False
@@ -169,7 +172,7 @@ class StateKeeper:
         with self._changed:
             self._asked += 1
             mine = self._asked
-            while self._done < mine and self._is_writing:
+            while self._done < mine and self._is_writing and not self._is_left_to_writer:
                 self._changed.wait()
             if self._done >= mine or self._is_closed:
                 return
@@ -182,14 +185,25 @@ class StateKeeper:
                 self._is_writing = False
                 self._done = covered
                 self._changed.notify_all()
+                is_left_to_me = self._is_left_to_writer
+            if is_left_to_me:
+                self._file.close()
 
-    def close(self) -> None:
-        """Wait for a write that is under way, write nothing more, and let others use the file. Idempotent."""
+    def close(self, timeout: float = CLOSE_LIMIT_S) -> None:
+        """Wait for a write that is under way, write nothing more, and let others use the file. Idempotent.
+
+        Blocks for at most ``timeout`` seconds: a disk that has gone may keep who writes to it for ever. That one lets go of
+        the file then, should it come back.
+        """
         with self._changed:
             self._is_closed = True
-            while self._is_writing:
-                self._changed.wait()
-        self._file.close()
+            is_idle = self._changed.wait_for(lambda: not self._is_writing, timeout)
+            self._is_left_to_writer = not is_idle
+            self._changed.notify_all()  # those who wait to have theirs written, too
+        if is_idle:
+            self._file.close()
+        else:
+            log.error("The state file %s is still being written after %g s; nobody waits for that", self.path, timeout)
 
     def _write(self, state: DesiredState) -> None:
         if state == self._on_disk:

@@ -174,7 +174,7 @@ def until_stopped(pid: int, *, stopped: bool) -> None:
         (-15, "SIGTERM"),
         (-7, "SIGBUS (a mapped file shrank"),
         (-50, "signal 50"),
-            (-40, "it was told to end"),
+        (-40, "it was told to end"),
         (-1, "SIGHUP"),
     ],
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import linecache
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,3 +164,22 @@ def test_a_release_gives_the_descriptor_back() -> None:
     live.release()
     with pytest.raises(OSError, match="Bad file descriptor"):
         live.descriptors()
+
+
+def test_the_source_of_a_notebook_goes_along(copied: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that is in no file is shown in a worker's tracebacks, and found by what compiles source."""
+    name = "<ipython-input-7-snapshot>"
+    text = "def told(x):\n    return 1 / x  # told\n"
+    monkeypatch.setitem(linecache.cache, name, (len(text), None, text.splitlines(keepends=True), name))
+    module: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(text, name, "exec"), module)
+    fd = write_snapshot(module["told"], "it")
+    try:
+        monkeypatch.delitem(linecache.cache, name)
+        again = read_snapshot(fd)
+    finally:
+        os.close(fd)
+    assert inspect.getsource(again) == text
+    with pytest.raises(ZeroDivisionError) as raised:
+        again(0)
+    assert "return 1 / x  # told" in "".join(traceback.format_exception(raised.value))

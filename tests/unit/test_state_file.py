@@ -340,3 +340,25 @@ def test_nothing_is_written_after_closing() -> None:
     keeper.close()
     keeper.record(lambda: state("a"))
     assert disk.written == []
+
+
+def test_a_disk_that_hangs_holds_up_nobody_who_closes(caplog: pytest.LogCaptureFixture) -> None:
+    """It is waited for no longer than said; those who wait to have theirs written go on, and the file is let go of at last."""
+    closed = threading.Event()
+    disk = Disk()
+    disk.close = closed.set  # type: ignore[method-assign]
+    keeper = StateKeeper(disk)  # type: ignore[arg-type]
+    disk.may_end.clear()
+    threads = [threading.Thread(target=keeper.record, args=(lambda: state("a"),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert disk.begun.wait(20)
+    keeper.close(timeout=0.05)
+    assert "is still being written after 0.05 s" in caplog.text
+    assert not closed.is_set(), "its lock is still that of who writes"
+    threads[1].join(20)
+    assert not threads[1].is_alive()
+    disk.may_end.set()
+    threads[0].join(20)
+    assert closed.is_set()
+    assert len(disk.written) == 1

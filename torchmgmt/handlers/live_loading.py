@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import linecache
 import os
 import pickle
 import sys
@@ -75,6 +76,9 @@ def read_snapshot(fd: int) -> Any:
     """
     header: Header = pickle.loads(_read(fd, *PLACE.unpack(_read(fd, 0, PLACE.size))))
     sys.path[:] = header.sys_path
+    for name, text in header.sources.items():
+        # Without a time: then linecache does not look whether the file is still what it was, as there is none.
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     try:
         return _Unpickler(fd, header).load()
     except ModuleNotFoundError as error:

@@ -32,6 +32,7 @@ from torchmgmt.http.command_line import Action, CommandLine, parse_command_line
 from torchmgmt.http.console import STARTED, Console
 from torchmgmt.http.loader import Loader
 from torchmgmt.http.metrics_app import create_metrics_app
+from torchmgmt.http.orphans import OrphanReaper
 from torchmgmt.http.pid_file import PidFile
 from torchmgmt.http.server import Servers, start_servers
 from torchmgmt.http.systemd import notify_systemd
@@ -130,6 +131,8 @@ class Program:
         except (TorchmgmtError, OSError) as error:
             return self.console.fail(f"{error} (--state-dir names another folder, --ncs keeps no state)", 1)
         manager.warm()
+        if OrphanReaper.is_needed():
+            OrphanReaper().start()
         loader = Loader(
             manager,
             self.settings,

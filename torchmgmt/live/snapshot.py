@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import importlib
 import io
+import linecache
 import mmap
 import os
 import pickle
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -52,6 +53,8 @@ class Header:
     """Of the buffers that the pickle left out: place, length, and whether they may not be written to."""
     sys_path: Sequence[str] = field(factory=lambda: [entry or str(Path.cwd()) for entry in sys.path])
     """Where modules are found that the pickle names."""
+    sources: Mapping[str, str] = field(factory=dict)
+    """The source, by its file's name, of code that is in no file, such as a notebook's: for tracebacks, and for torch.jit."""
 
 
 def write_snapshot(target: object, shown: str) -> int:
@@ -69,7 +72,7 @@ def write_snapshot(target: object, shown: str) -> int:
         pickler.dump(target)
     except Exception as error:  # whatever a __reduce__ raises
         raise InvalidArgument("url", shown, why_not(target, error, dumps)) from error
-    return _write(file.getbuffer(), pickler.memory, pickler.buffers)
+    return _write(file.getbuffer(), pickler.memory, pickler.buffers, _sources_of(pickler.code_files))
 
 
 def dumps(target: object) -> None:
@@ -135,7 +138,18 @@ def _kinds(module: str, *names: str) -> tuple[type[Any], ...]:
     return tuple(each for each in found if isinstance(each, type))
 
 
-def _write(pickled: memoryview, memory: Sequence[memoryview], buffers: Sequence[pickle.PickleBuffer]) -> int:
+def _sources_of(files: Iterable[str]) -> Mapping[str, str]:
+    """Return the text of those that are no files: Python and IPython keep it by such a name."""
+    found = {name: "".join(linecache.getlines(name)) for name in files if not Path(name).is_file()}
+    return {name: text for name, text in found.items() if text}
+
+
+def _write(
+    pickled: memoryview,
+    memory: Sequence[memoryview],
+    buffers: Sequence[pickle.PickleBuffer],
+    sources: Mapping[str, str],
+) -> int:
     raw = [buffer.raw() for buffer in buffers]
     end = PLACE.size
     parts: list[tuple[int, memoryview]] = []
@@ -147,7 +161,7 @@ def _write(pickled: memoryview, memory: Sequence[memoryview], buffers: Sequence[
     places = [(start, each.nbytes) for start, each in parts]
     first_buffer = 1 + len(memory)
     kept = [(*place, view.readonly) for place, view in zip(places[first_buffer:], raw, strict=True)]
-    header = pickle.dumps(Header(places[0], places[1:first_buffer], kept))
+    header = pickle.dumps(Header(places[0], places[1:first_buffer], kept, sources=sources))
     parts += [(end, memoryview(header)), (0, memoryview(PLACE.pack(end, len(header))))]
     return _filled(parts, end + len(header))
 
