@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -25,6 +27,23 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if collection_path.suffix == ".py" and not collection_path.name.startswith("test_"):
         return True
     return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _records_without_frames() -> Iterator[None]:
+    """Have the errors in log records be text: pytest keeps the records, and an error's frames have what is to be gone."""
+    before = logging.getLogRecordFactory()
+    formatter = logging.Formatter()
+
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        if record.exc_info:
+            record.exc_text, record.exc_info = formatter.formatException(record.exc_info), None
+        return record
+
+    logging.setLogRecordFactory(make)
+    yield
+    logging.setLogRecordFactory(before)
 
 
 @pytest.fixture(scope="session")

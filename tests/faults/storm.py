@@ -8,20 +8,24 @@ and is begun at most once; the pools come to what was wanted; nothing is left.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from random import Random
 from typing import TypeAlias
+from unittest import mock
 
 import attrs
 import psutil
@@ -29,10 +33,12 @@ import psutil
 from tests.faults.storm_actors import Assassin, Caller, Client, Steward, World, write_models
 from tests.faults.storm_audit import Audit
 from tests.faults.storm_http import HTTPClient
+from tests.faults.storm_nuisances import Clumsy, Grumbler, Hasty, Interrupter, Switcher
 from tests.leaks import MARK, carries, our_descriptors
 from torchmgmt import ModelManager
 from torchmgmt.errors import TorchmgmtError
 from torchmgmt.http import serve
+from torchmgmt.http.asgi_server import no_work
 from torchmgmt.http.server import start_inference
 from torchmgmt.http.sockets import address_of, bind
 from torchmgmt.settings import Address
@@ -41,6 +47,7 @@ __all__ = ["DefectsLogged", "Look", "Remains", "Report", "storm"]
 
 CLIENTS = 6
 HTTP_CLIENTS = 3
+HASTY_ONES = 2
 REST_S = 60.0
 """How long the pools may take to come to what is wanted, once nobody disturbs them."""
 
@@ -159,7 +166,8 @@ def storm(
     try:
         with _marked() as run, _temporary_files_in(folder / "temporary"):
             before = Remains.now(run)
-            world = World(ModelManager(), write_models(folder), folder / "begun", run, peace_s)
+            manager = ModelManager(listeners=[Grumbler(Random(f"{seed} listener"))])
+            world = World(manager, write_models(folder), folder / "begun", run, peace_s)
             audit = Audit(world)
             wrong = _rage(world, audit, Watch(seconds, look, look_period_s), seed)
             after = _settled(run, before)
@@ -218,7 +226,11 @@ def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
     """Let everybody loose, then see whether all comes to rest; return what is wrong."""
     wrong: list[str] = []
     defects = DefectsLogged(wrong)
-    with defects.watched(), world.manager, serve(world.manager, port=0) as server, _inference(world, wrong) as address:
+    with defects.watched(), world.manager, serve(world.manager, port=0) as server, ExitStack() as stack:
+        # The server's loop has the dispatcher's work, or one of those that give it back all the time.
+        switchers = [Switcher(world, Random(f"{seed} switcher"))] if seed % 2 else []
+        with mock.patch.object(ModelManager, "run_on", _nobody) if switchers else nullcontext():
+            address = stack.enter_context(_inference(world, wrong))
         steward = Steward(world, Random(f"{seed} steward"))
         steward.begin()
         actors = [Client(world, Random(f"{seed} client {number}"), number) for number in range(CLIENTS)]
@@ -227,7 +239,14 @@ def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
             for number in range(HTTP_CLIENTS)
         ]
         caller = Caller(world, Random(f"{seed} caller"), server.url)
-        threads = [threading.Thread(target=actor.run) for actor in (*actors, *over_http, steward, caller)]
+        hasty = [Hasty(world, Random(f"{seed} hasty {number}")) for number in range(HASTY_ONES)]
+        nuisances = (
+            *hasty,
+            *switchers,
+            Interrupter(world, Random(f"{seed} interrupter"), hasty),
+            Clumsy(world, Random(f"{seed} clumsy")),
+        )
+        threads = [threading.Thread(target=actor.run) for actor in (*actors, *over_http, steward, caller, *nuisances)]
         assassin = threading.Thread(target=Assassin(world, Random(f"{seed} assassin")).run)
         for thread in (*threads, assassin):
             thread.start()
@@ -239,7 +258,8 @@ def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
         for thread in (assassin, *threads):
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                wrong.append("a call did not come back")
+                frame = sys._current_frames().get(thread.ident or 0)
+                wrong.append(f"a call did not come back:\n{''.join(traceback.format_stack(frame))}")
         wrong += world.wrong
         wrong += _restless(world)
         watch.look(world, 0.0)
@@ -247,6 +267,11 @@ def _rage(world: World, audit: Audit, watch: Watch, seed: int) -> list[str]:
         if report.failed_requests:
             wrong.append(f"closing found {report.failed_requests} requests that nobody waits for")
     return wrong
+
+
+def _nobody(_manager: ModelManager, loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
+    """Leave the dispatcher's work with its own thread."""
+    return no_work(loop)
 
 
 @contextmanager

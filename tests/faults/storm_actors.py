@@ -58,6 +58,7 @@ import os, time, zlib
 def handle(data, context):
     if data is None:
         return None
+    data = [row["body"] if isinstance(row.get("body"), dict) else row for row in data]
     fd = os.open({begun!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(fd, "".join(f"{{int(row['number'])}} {{time.monotonic()}}\\n" for row in data).encode())
     os.close(fd)

@@ -26,7 +26,7 @@ from torchmgmt.backends.forker import Forker, ForkListener
 from torchmgmt.backends.output import Output
 from torchmgmt.channel import Frame, Kind
 from torchmgmt.dispatcher import Dispatcher
-from torchmgmt.errors import ManagerClosed
+from torchmgmt.errors import ManagerClosed, TorchmgmtError
 from torchmgmt.interpreter import STARTED, interpreter, is_frozen
 from torchmgmt.records import TemplateJob, WorkerJob
 from torchmgmt.system_calls import open_pidfd
@@ -188,8 +188,13 @@ class ForkServer:
     # -- all below runs on the dispatcher's thread ---------------------------------------------------------------------
 
     def _warm(self) -> None:
-        with self._lock, contextlib.suppress(ManagerClosed):
-            self._ensure_running_locked()
+        try:
+            with self._lock:
+                self._ensure_running_locked()
+        except ManagerClosed:
+            pass
+        except (OSError, TorchmgmtError) as error:  # the first worker tries again, and tells who asked for it
+            self._dispatcher.log(log, logging.WARNING, "torch is not imported in advance: %s", str(error))
 
     def _on_message(self, server: _Server, frame: Frame) -> None:
         if frame.kind is Kind.READY:
