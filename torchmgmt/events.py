@@ -1,9 +1,13 @@
 """What a ModelManager tells whoever listens: frozen records, one class for each kind of event.
 
-A listener is any callable that takes one event. It is called after the fact, on the thread that caused it, with no lock
-of torchmgmt held. That thread may be the one that reads all answers: so a listener may call what does not block, such as
-``describe`` or ``submit``, but must not wait for anything that a worker does (``predict`` raises WouldWaitForever there).
-What it raises is logged and goes no further.
+A listener is any callable that takes one event. It is called after the fact, with no lock of torchmgmt held, one event at a
+time and in the order in which they happened; what happens meanwhile is told after it, also what the listener itself sets off.
+
+That is done by a thread of the library: by the one that reads all answers, or by one that makes a management call, which
+then ends only after it; where an event loop reads the answers (``run_on``), by that loop's. So a listener that is slow keeps
+answers and calls waiting. It may call what does not block, such as ``describe``, ``submit`` or ``scale(synchronous=False)``,
+but must not wait for anything that a worker does (``predict`` raises WouldWaitForever where answers are read).
+What it raises, be it SystemExit, is logged and goes no further.
 """
 
 from __future__ import annotations

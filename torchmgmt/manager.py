@@ -51,7 +51,7 @@ class ModelManager:
     4
 
     Thread-safe throughout. Making one starts nothing: the first worker starts one process that imports torch, from which
-    workers are forked, and two threads. Leaving ``with``, :meth:`close`, and the end of the program end all of that; so
+    workers are forked, and a few threads. Leaving ``with``, :meth:`close`, and the end of the program end all of that; so
     does dropping the last reference to the manager, its models and their futures. The library prints nothing, sets no
     signal handler, and needs no ``if __name__ == "__main__"``. A copy in a forked process raises ManagerClosed.
 
@@ -532,8 +532,9 @@ class ModelManager:
     ) -> AnswerFuture:
         """Queue one request and return the future of its answer. Does not block; any thread.
 
-        Callbacks of the future run on the thread that reads all answers, so they must not wait for another one:
-        ``predict`` and other calls that wait raise WouldWaitForever there. ``await`` takes the future, too.
+        Callbacks of the future run on the thread that reads all answers (of one that has ended, on the thread that adds
+        them), so they must not wait for another one: ``predict`` and other calls that wait raise WouldWaitForever there.
+        What they raise is logged. ``await`` takes the future, too.
 
         Args:
             name: the model.
@@ -595,8 +596,9 @@ class ModelManager:
     def close(self, timeout: float = 30) -> CloseReport:
         """End everything within about ``timeout`` seconds and return what had to be done for it. Blocks; idempotent.
 
-        In this order: refuse new requests, let accepted ones finish, tell the workers to end, kill those that do not,
-        remove what was unpacked. In a forked copy it does nothing.
+        In this order: refuse new requests, let accepted ones finish for which anybody waits, tell the workers to end, kill
+        those that do not, remove what was unpacked. A further call waits for the same end, and brings it forward if its own
+        ``timeout`` is over earlier. In a forked copy it does nothing.
         """
         check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
         if self._catalogue.is_inherited:
