@@ -98,7 +98,7 @@ class Announcer:
             try:
                 listener(event)
             except BaseException as error:  # sys.exit() in one of them must not keep the others from being told
-                self._relay.log(log, logging.ERROR, "A listener failed at %r", event, exc_info=error)
+                self._relay.log(log, logging.ERROR, "A listener failed at %s", repr(event), exc_info=error)
 
 
 def check_listeners(listeners: object) -> tuple[Listener, ...]:

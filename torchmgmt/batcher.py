@@ -200,7 +200,10 @@ class Batcher(Generic[T, R]):
             if admitted is Admitted.YES:
                 self._ask_for_look(entry)
         except BaseException:
-            self._ask_for_look(entry)
+            try:
+                self._ask_for_look(entry)
+            except (ManagerClosed, OSError):
+                pass  # what interrupted the caller is what it is told
             raise
         if admitted is not Admitted.YES:
             raise self._refused(admitted)

@@ -35,6 +35,7 @@ __all__ = [
     "TorchmgmtError",
     "WorkerDied",
     "WorkerStartFailed",
+    "WorkerTraceback",
     "WouldWaitForever",
     "WrongNumberOfAnswers",
 ]
@@ -341,7 +342,7 @@ class StateFileInUse(TorchmgmtError):
 class WouldWaitForever(TorchmgmtError):
     """A call that waits for a worker was made on the thread that hears from the workers: it would never end.
 
-    Callbacks of futures and listeners of events run on that thread.
+    Callbacks of futures run on that thread, and most calls of listeners do.
     """
 
     call: str

@@ -179,15 +179,15 @@ class Model:
         try:
             for item in items:
                 if len(waiting) >= window:
-                    yield waiting.popleft().result()
+                    yield _answer_of_first(waiting)
                 while (future := self._submit_if_room(item, timeout, must=not waiting)) is None:
-                    yield waiting.popleft().result()
+                    yield _answer_of_first(waiting)
                 waiting.append(future)
             while waiting:
-                yield waiting.popleft().result()
+                yield _answer_of_first(waiting)
         finally:
             for future in waiting:
-                future.cancel()
+                future.abandon()  # whoever iterated was interrupted, or has left
 
     def scale(
         self, min_worker: int = 1, max_worker: int | None = None, *, synchronous: bool = True, timeout: float = -1
@@ -227,3 +227,10 @@ class Model:
             if must:
                 raise
             return None
+
+
+def _answer_of_first(waiting: deque[AnswerFuture]) -> Any:
+    """Return the first answer once it is there. Until then the future stays where it is found by who is interrupted."""
+    answer = waiting[0].result()
+    waiting.popleft()
+    return answer

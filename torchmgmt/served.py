@@ -113,6 +113,11 @@ def new_served(
 ) -> ServedVersion:
     """Return what can serve a version, with no worker yet: it starts nothing."""
     key = spec.key
+
+    def on_expired(count: int) -> None:
+        announcer.tell_dropped(key, DeadlineExceeded.__name__, count)
+        pool.abandon_unwanted()  # nobody waits any more for those that run
+
     pool = WorkerPool(
         spec,
         backend=backend,
@@ -126,7 +131,7 @@ def new_served(
         name=f"model {key.name} version {key.version}",
         on_ready=pool.pump,
         dispatcher=backend.dispatcher,
-        on_expired=functools.partial(announcer.tell_dropped, key, DeadlineExceeded.__name__),
+        on_expired=on_expired,
     )
     pool.feed_from(batcher)
     return ServedVersion(spec, folder, batcher, pool, functools.partial(announcer.tell_dropped, key, "Cancelled"))

@@ -104,11 +104,15 @@ class AnswerStream:
         return self
 
     def __next__(self) -> Any:
-        """Return the next part; block until it is there."""
-        sleeper = _thread.allocate_lock()
-        sleeper.acquire()
-        if not self.when_due(sleeper.release):
+        """Return the next part; block until it is there. Who is interrupted meanwhile has closed it, as any iterator."""
+        try:
+            sleeper = _thread.allocate_lock()
             sleeper.acquire()
+            if not self.when_due(sleeper.release):
+                sleeper.acquire()
+        except BaseException:
+            self.close()
+            raise
         part = self._take()
         if part is None:
             raise StopIteration
