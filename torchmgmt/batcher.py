@@ -30,6 +30,7 @@ from torchmgmt.dispatcher import Alarm, Dispatcher
 from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError, copy_of
 from torchmgmt.owned_future import OwnedFuture
 from torchmgmt.runner import Runner
+from torchmgmt.seat import Seat
 
 __all__ = ["Batcher"]
 
@@ -104,6 +105,7 @@ class Batcher(Generic[T, R]):
         self._looks = 0  # that the owner has begun
         self._asked_after = -1  # so many of them somebody has asked for the next one
         self._owner: Dispatcher | None = dispatcher
+        self._seat: Seat | None = None
         self._runner: Runner | None = None
         self._on_ready: Callable[[], object]
         if function is not None:
@@ -177,11 +179,19 @@ class Batcher(Generic[T, R]):
         return future
 
     def queue(
-        self, item: T, promise: Promise[R], timeout: float | None, wait_timeout: float | None, priority: int
+        self,
+        item: T,
+        promise: Promise[R],
+        timeout: float | None,
+        wait_timeout: float | None,
+        priority: int,
+        *,
+        is_urgent: bool = False,
     ) -> None:
         """Queue ``item``, whose answer goes to ``promise``, which is pending; else as :meth:`submit`.
 
-        Who is interrupted in it does not know whether it is queued, and is to cancel the promise.
+        With ``is_urgent`` it may be with a worker at once, if it is alone; one that is cancelled a moment later runs all the
+        same. Who is interrupted in it does not know whether it is queued, and is to cancel the promise.
         """
         if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
             _check_wishes(timeout, wait_timeout, priority)
@@ -198,6 +208,9 @@ class Batcher(Generic[T, R]):
         try:
             admitted = self._admission.enter(entry)
             if admitted is Admitted.YES:
+                seat = self._seat
+                if is_urgent and seat is not None and self._admission.waiting == 1:
+                    seat.take(entry, item)
                 self._ask_for_look(entry)
         except BaseException:
             try:
@@ -274,6 +287,24 @@ class Batcher(Generic[T, R]):
             _, next_at = self._outlook_locked(now)
         self._set_alarm(next_at)
         return Batch(entries, self._ended, self._take_back) if entries else None
+
+    def offer(self, seat: Seat | None) -> None:
+        """Have who comes next take ``seat``, if nobody waits before it; None: there is none."""
+        self._seat = seat
+
+    @property
+    def is_immediate(self) -> bool:
+        """Whether an item that comes alone is a batch at once."""
+        return self.batch_size == 1 or self._delay_s == 0
+
+    def take_seated(self, entry: Waiting[T, R]) -> Batch[T, R]:
+        """Return the batch of an item that has taken a seat: it is with a worker already."""
+        with self._lock:
+            self._admit_locked()  # its time runs
+            entry.begin(self.clock())  # unless it was cancelled: its worker has it all the same
+            entry.leave()
+            self._running += 1
+        return Batch([entry], self._ended, self._take_back)
 
     def tick(self) -> None:
         """Do what is due by now: fail items past their deadline, announce a batch that is due."""

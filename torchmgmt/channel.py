@@ -36,6 +36,7 @@ __all__ = [
     "Kind",
     "decode",
     "encode",
+    "frame_parts",
     "send",
 ]
 
@@ -192,6 +193,11 @@ class FrameSender:
                 self._pending.append((parts, list(fds)))
                 if not waiting and not self._flush_locked():
                     self._watch_writable(True)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has nothing left to be sent, and may send."""
+        return not (self._pending or self._broken)
 
     def flush(self) -> None:
         """Send what is left. For the thread that was told that the socket can be written to."""
@@ -454,6 +460,17 @@ class Channel:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a small frame can be sent past this object: there is nothing to go before it, or along with it."""
+        sender = self._sender
+        return sender is not None and sender.is_idle and self._shared.is_unused
+
+    @property
+    def send_raw(self) -> Callable[[bytes, int], int]:
+        """What sends bytes past this object; for who sends a whole frame while nobody else sends."""
+        return self._sock.send
 
     def flush(self) -> None:
         """Send what a non-blocking socket did not take at once. For the thread that was told that it can be written to."""

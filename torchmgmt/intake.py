@@ -64,6 +64,8 @@ class Intake:
         timeout: float | None,
         wait_timeout: float | None,
         priority: int,
+        *,
+        is_urgent: bool = False,
     ) -> P:
         """Queue a request and return the future, or the stream, of its answer; see :meth:`torchmgmt.ModelManager.submit`.
 
@@ -82,7 +84,7 @@ class Intake:
         try:
             if self.tracing is not None:
                 self.tracing.begin(served.spec.key, request, promise)
-            served.submit(request, promise, timeout, wait_timeout, priority)
+            served.submit(request, promise, timeout, wait_timeout, priority, is_urgent=is_urgent)
         except TorchmgmtError as error:
             self._note_refused(served, request, error)
             if isinstance(error, (ManagerClosed, ModelNotFound)):

@@ -491,7 +491,9 @@ class ModelManager:
         """
         self._backends.check_may_wait("predict")
         request = self._intake.request(data, fields, headers)
-        future = self._intake.submit(AnswerFuture, self, name, version, request, timeout, wait_timeout, priority)
+        future = self._intake.submit(
+            AnswerFuture, self, name, version, request, timeout, wait_timeout, priority, is_urgent=True
+        )
         try:
             return future.result()
         except BaseException:

@@ -256,6 +256,11 @@ class SharedSegments:
         self._writer: SegmentWriter | None = None
         self._answered = False  # the other end has made its offer
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing has come this way, and there is nothing to be said about it."""
+        return self._reader is None and not self._offers
+
     # -- for the sender ------------------------------------------------------------------------------------------------
 
     def write(self, segments: Sequence[Buffer], lengths: Sequence[int]) -> int | None:

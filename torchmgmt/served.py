@@ -54,6 +54,8 @@ class ServedVersion:
         timeout: float | None,
         wait_timeout: float | None,
         priority: int,
+        *,
+        is_urgent: bool = False,
     ) -> None:
         """Queue a request whose answer goes to ``promise``; see :meth:`torchmgmt.ModelManager.submit`. Does not block."""
         spec = self.spec
@@ -65,7 +67,7 @@ class ServedVersion:
             check_number("timeout", timeout, minimum=0, unit="seconds", whole=False)
             request.deadline, request.limit_s = time.monotonic() + timeout, timeout
         self.pool.check_serving()
-        self.batcher.queue(request, promise, timeout, wait_timeout, priority)
+        self.batcher.queue(request, promise, timeout, wait_timeout, priority, is_urgent=is_urgent)
 
     def refuse(self) -> None:
         """Take no new request; what was accepted is still run."""
@@ -133,7 +135,7 @@ def new_served(
         dispatcher=backend.dispatcher,
         on_expired=on_expired,
     )
-    pool.feed_from(batcher)
+    pool.feed_from(batcher, batcher)
     return ServedVersion(spec, folder, batcher, pool, functools.partial(announcer.tell_dropped, key, "Cancelled"))
 
 

@@ -28,6 +28,7 @@ LAYERS: dict[int, frozenset[str]] = {
             "process_signals",
             "records",
             "redaction",
+            "seat",
             "signals_held",
             "system_calls",
             "thread_call",

@@ -14,6 +14,7 @@ from typing import Protocol
 from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.records import ModelSpec, RawMetric, Sharing, WorkerExit, WorkerFault
+from torchmgmt.seat import Seat
 
 __all__ = ["Backend", "ModelHost", "Outcome", "WorkerHandle", "WorkerListener"]
 
@@ -84,6 +85,15 @@ class WorkerHandle(Protocol):
         It may be handed more while it computes; it runs one after the other. What it does not begin, also because it was
         told to end before, is not answered: ``WorkerExit.last_started`` tells, which counts descriptions as well.
         """
+
+    def seat(self, number: int) -> Seat | None:
+        """Return a place beside it from which its next batch, with this ``number``, can be handed to it; None: there is none.
+
+        It is idle, and is told nothing else before the seat is closed.
+        """
+
+    def see_to_seat(self, seat: Seat) -> None:
+        """End it if what was to be handed to it from ``seat`` does not come: nobody knows what it has of that."""
 
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for this batch any more: a handler that sends parts can be stopped there."""

@@ -19,13 +19,15 @@ from torchmgmt.backends import Outcome, WorkerListener
 from torchmgmt.backends.child import Child, describe_exit
 from torchmgmt.backends.forker import FORK_LIMIT_S
 from torchmgmt.backends.output import Output
-from torchmgmt.channel import Buffer, Channel, Frame, Kind
+from torchmgmt.channel import Buffer, Channel, Frame, Kind, frame_parts
 from torchmgmt.dispatcher import Dispatcher, Timer
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import AnswerHead, Encoded, WorkerRequest
 from torchmgmt.page import PAGE_BYTES, Page
 from torchmgmt.process_signals import HURRY
 from torchmgmt.records import WorkerExit, WorkerFault, WorkerJob
+from torchmgmt.seat import Seat
+from torchmgmt.segments import size_of
 from torchmgmt.system_calls import fix_size, nameless_file
 
 __all__ = ["Parent", "ProcessWorker", "no_watch", "watch_exit"]
@@ -39,6 +41,11 @@ _REPORT_LIMIT_S = 2.0
 # After so long each side has seen what the other one wrote before: the worker that a batch is recalled, or we that it has
 # begun it. It takes microseconds.
 _SEEN_S = 0.002
+
+
+# What a caller sends itself is in its worker's socket by then, or never.
+_SENT_S = 0.1
+_MOST_AT_ONCE = 8 << 10
 
 
 class Parent(Protocol):
@@ -149,6 +156,20 @@ class ProcessWorker:
         head = [each.head() for each in requests]
         segments = [segment for request in requests for segment in request.row.segments]
         self._send(Frame(Kind.RUN, head, segments, number))
+
+    def seat(self, number: int) -> Seat | None:
+        """Return a place from which a batch can be sent to it, unless there is something to be sent along."""
+        if self._is_over or not self._channel.is_plain:
+            return None
+        return Seat(number, functools.partial(_written, number), self._channel.send_raw)
+
+    def see_to_seat(self, seat: Seat) -> None:
+        """Look a moment later whether all was sent."""
+        self._after(_SENT_S, functools.partial(self._check_sent, seat))
+
+    def _check_sent(self, seat: Seat) -> None:
+        if not (seat.was_sent() or self._is_over):
+            self._end("a request could be sent to it only in part")
 
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for a batch any more."""
@@ -430,6 +451,14 @@ def _shared_page() -> tuple[int, Page]:
     except BaseException:
         os.close(fd)
         raise
+
+
+def _written(number: int, request: WorkerRequest) -> bytes | None:
+    """Return the frame of a batch of one; None if it is too large to be sent at once."""
+    if sum(map(size_of, request.row.segments)) > _MOST_AT_ONCE:
+        return None
+    parts = frame_parts(Frame(Kind.RUN, [request.head()], request.row.segments, number))
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else None
 
 
 def _outcomes(head: Sequence[AnswerHead | WorkerFault], segments: Sequence[Buffer]) -> list[Outcome]:

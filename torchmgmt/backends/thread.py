@@ -29,6 +29,7 @@ from torchmgmt.dispatcher import Dispatcher
 from torchmgmt.errors import ManagerClosed
 from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.records import ModelSpec, Sharing, WorkerExit, WorkerFault
+from torchmgmt.seat import Seat
 
 if TYPE_CHECKING:
     from torchmgmt.worker.thread import ThreadModel
@@ -256,6 +257,12 @@ class ThreadWorker:
     def run(self, number: int, requests: Sequence[WorkerRequest]) -> None:
         """Give it a batch; see :class:`torchmgmt.backends.WorkerHandle`."""
         self._put(_Task(number, requests))
+
+    def seat(self, _number: int) -> None:
+        """There is none: to hand it a batch is no more than to wake it."""
+
+    def see_to_seat(self, _seat: Seat) -> None:
+        """Do nothing."""
 
     def abandon(self, number: int) -> None:
         """Let it know that nobody waits for a batch any more."""

@@ -15,11 +15,12 @@ from typing import TypeAlias
 from torchmgmt.errors import WorkerDied, WorkerStartFailed
 from torchmgmt.lifecycle import WorkerEvent, WorkerState
 from torchmgmt.pool.actions import Actions
-from torchmgmt.pool.jobs import Job, JobQueue
+from torchmgmt.pool.jobs import Job, JobQueue, Seating
 from torchmgmt.pool.results import Ran
 from torchmgmt.pool.supervisor import Supervisor
 from torchmgmt.pool.workers import LATE_S, PoolWorker, PoolWorkers
 from torchmgmt.records import ModelSpec
+from torchmgmt.seat import Seat
 
 __all__ = ["Assignment", "JobDispatch"]
 
@@ -54,6 +55,7 @@ class JobDispatch:
         self._actions = actions
         self._supervisor = supervisor
         self._numbers = itertools.count(1)
+        self._seat: tuple[PoolWorker, Seat] | None = None
 
     def assign(self) -> Assignment | None:
         """Assign the next batch to a worker; None if there is no such pair."""
@@ -69,12 +71,42 @@ class JobDispatch:
         if worker is None or job is None:
             return None
         number = next(self._numbers)
+        self._note_assigned(worker, number, job, now)
+        return worker, number, job
+
+    def offer_seat(self, seating: Seating) -> None:
+        """Have the next caller hand its request to an idle worker itself, if there is one, and nothing waits."""
+        if self._seat is not None or not seating.is_immediate or self._supervisor.is_ending:
+            return
+        worker = self._workers.take_idle()
+        if worker is None:
+            return
+        self._workers.note_idle(worker)
+        if worker.handle is not None and (seat := worker.handle.seat(next(self._numbers))) is not None:
+            self._seat = worker, seat
+            seating.offer(seat)
+
+    def close_seat(self, seating: Seating) -> None:
+        """Take the seat back that is offered; if it was taken, note what its worker has been handed."""
+        if self._seat is None:
+            return
+        worker, seat = self._seat
+        self._seat = None
+        seating.offer(None)
+        entry = seat.close()
+        if entry is None:
+            return
+        self._workers.forget_idle(worker)
+        self._note_assigned(worker, seat.number, seating.take_seated(entry), time.monotonic())
+        if not seat.was_sent() and worker.handle is not None:
+            worker.handle.see_to_seat(seat)
+
+    def _note_assigned(self, worker: PoolWorker, number: int, job: Job, now: float) -> None:
         worker.assign(number, job, now, self._spec.response_timeout_s)
         look_at = worker.overdue_at if len(worker.jobs) < 2 else min(worker.overdue_at, worker.began_at + LATE_S)
         if self._supervisor.is_flexible:
             look_at = min(look_at, now + _FIRST_LOOK_S)
         self._actions.look_by(look_at)
-        return worker, number, job
 
     def is_stuck(self) -> bool:
         """Return whether something waits, and nobody takes batches or will soon."""

@@ -7,13 +7,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import InvalidStateError
-from typing import Protocol
+from typing import Any, Protocol
 
 from torchmgmt.answer_future import AnswerFuture
 from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.records import ModelKey
+from torchmgmt.seat import Seat
 
-__all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "size_of"]
+__all__ = ["Job", "JobQueue", "JobSource", "OwnJob", "Seating", "size_of"]
 
 
 class Job(Protocol):
@@ -60,6 +61,20 @@ class JobSource(Protocol):
 
     def __len__(self) -> int:
         """The number of requests that wait."""
+
+
+class Seating(Protocol):
+    """A source whose callers can hand an idle worker their request themselves."""
+
+    @property
+    def is_immediate(self) -> bool:
+        """Whether a request that comes alone is a batch at once."""
+
+    def offer(self, seat: Seat | None) -> None:
+        """Have the next caller take ``seat``; None: there is none."""
+
+    def take_seated(self, entry: Any) -> Job:
+        """Return the batch of who has taken a seat."""
 
 
 class JobQueue:

@@ -37,7 +37,7 @@ from torchmgmt.exchange import Encoded, WorkerRequest
 from torchmgmt.lifecycle import VersionEvent, VersionState, WorkerEvent, WorkerState
 from torchmgmt.pool.actions import Actions
 from torchmgmt.pool.dispatch import JobDispatch
-from torchmgmt.pool.jobs import Job, JobQueue, JobSource, OwnJob
+from torchmgmt.pool.jobs import Job, JobQueue, JobSource, OwnJob, Seating
 from torchmgmt.pool.results import Ran, Results, error_of_death
 from torchmgmt.pool.starter import FIRST_WORKER_ID, WorkerStarter
 from torchmgmt.pool.supervisor import Supervisor
@@ -111,6 +111,7 @@ class WorkerPool:
         # Changed on the dispatcher's thread alone.
         self._workers = workers_ = PoolWorkers()
         self._queue = queue = JobQueue()
+        self._seating: Seating | None = None
         self._actions = actions = Actions(
             spec.key, self._dispatcher, listener, on_look=self._look, on_closed=self._lose_backend
         )
@@ -172,12 +173,15 @@ class WorkerPool:
         """Return what is known of each worker, oldest first. Does not block."""
         return tuple([worker.info() for worker in self._workers])
 
-    def feed_from(self, source: JobSource) -> None:
+    def feed_from(self, source: JobSource, seating: Seating | None = None) -> None:
         """Have idle workers take batches from ``source``, after what was submitted. To be called before :meth:`scale`.
+
+        ``seating``: the same, if its callers can hand requests over themselves.
 
         Whoever owns the source calls :meth:`pump` when it has a batch.
         """
         self._queue.source = source
+        self._seating = seating
 
     def scale(self, wanted: Scale, *, timeout: float = -1) -> None:
         """Set how many workers shall be; return at once. Asking again makes a pool that had given up try again.
@@ -344,6 +348,7 @@ class WorkerPool:
 
     def pump(self) -> None:
         """Hand waiting batches to workers. On the dispatcher's thread, when there may be one."""
+        self._close_seat()
         if self._is_pumping:
             self._is_to_pump_again = True
             return
@@ -362,9 +367,21 @@ class WorkerPool:
         finally:
             self._is_pumping = False
         self._actions.run()
+        self._offer_seat()
+
+    def _offer_seat(self) -> None:
+        """Have the next caller hand its request to an idle worker itself. Last, when all else is as it shall be."""
+        if self._seating is not None and not self._queue.may_have_some():
+            self._dispatch.offer_seat(self._seating)
+
+    def _close_seat(self) -> None:
+        """Note what came of that. First, before anything is decided or changed."""
+        if self._seating is not None:
+            self._dispatch.close_seat(self._seating)
 
     def dispatcher_ended(self) -> None:
         """Fail all that is asked of the pool: nobody will hear of its workers any more. As its thread ends."""
+        self._close_seat()
         for worker in self._workers:
             worker.is_unwanted = True
             if worker.handle is not None:
@@ -374,6 +391,7 @@ class WorkerPool:
 
     def abandon_unwanted(self) -> None:
         """Let workers know for whose batch nobody waits any more."""
+        self._close_seat()
         unwanted = self._workers.unwanted_batches()
         # The first one that is with a worker is what it computes, and it keeps one number in mind: so that comes last.
         for handle, number in reversed(unwanted):
@@ -383,6 +401,7 @@ class WorkerPool:
         self._check_watchers()
 
     def _scale(self, wanted: Scale, timeout: float) -> None:
+        self._close_seat()
         if self._version.is_over:
             raise self._closed_error()
         self._supervisor.want(wanted, NEVER if timeout < 0 else time.monotonic() + timeout)
@@ -390,6 +409,7 @@ class WorkerPool:
         self.pump()
 
     def _retire(self) -> None:
+        self._close_seat()
         if not self._version.is_over:
             self._stopped = 0  # what closing does is reported, not what was before
             self._supervisor.killed.clear()
@@ -398,17 +418,20 @@ class WorkerPool:
         self.pump()
 
     def _end(self, deadline: float) -> None:
+        self._close_seat()
         self._lost += self._supervisor.stop_all(deadline)
         self._lost += self._fail_waiting(self._closed_error())
         self._note_change()
 
     def _vanish(self) -> None:
+        self._close_seat()
         if self.state is VersionState.RETIRING:
             self._version.advance(VersionEvent.VANISH)
         self._note_change()
 
     def _give_up_workers(self, reason: str) -> None:
         """Go on without workers that the system does not end, or whose end nobody would hear of."""
+        self._close_seat()
         for worker in self._workers:
             self._on_exited(worker, WorkerExit(0, None, reason, is_final=True))
 
@@ -467,12 +490,14 @@ class WorkerPool:
 
     def _look(self) -> None:
         """Deal with every worker whose time is over, then with what is wanted."""
+        self._close_seat()
         now = time.monotonic()
         self._supervisor.look(now)
         self._dispatch.recall_late(now)
         self._reconcile()
 
     def _watch(self, watcher: _Watcher) -> None:
+        self._close_seat()
         if not watcher.check():
             self._watchers.append(watcher)
 
@@ -483,6 +508,7 @@ class WorkerPool:
     # -- what workers tell ---------------------------------------------------------------------------------------------
 
     def _on_ready(self, worker: PoolWorker) -> None:
+        self._close_seat()
         if worker.state is not WorkerState.LOADING:
             return  # it was told to go while it loaded
         worker.note_ready()
@@ -495,6 +521,7 @@ class WorkerPool:
         self.pump()
 
     def _on_done(self, worker: PoolWorker, number: int, outcomes: Sequence[Outcome], handler_s: float | None) -> None:
+        self._close_seat()
         finished = self._dispatch.finish(worker, number, handler_s)
         if finished is None:
             return
@@ -519,8 +546,10 @@ class WorkerPool:
             self._results.answer(worker, job, outcomes, ran)  # last, so that the worker computes meanwhile
         self._check_watchers()
         self._actions.run()
+        self._offer_seat()
 
     def _on_skipped(self, worker: PoolWorker, number: int) -> None:
+        self._close_seat()
         lost = self._dispatch.take_back(worker, number)
         if lost is not None:
             self._results.drop([lost], self._closed_error())
@@ -528,6 +557,7 @@ class WorkerPool:
         self.pump()
 
     def _on_refused(self, worker: PoolWorker, number: int, fault: WorkerFault) -> None:
+        self._close_seat()
         job = self._dispatch.take_off(worker, number)
         if job is None:
             return
@@ -540,6 +570,7 @@ class WorkerPool:
         self.pump()
 
     def _on_part(self, worker: PoolWorker, number: int, index: int, part: Encoded) -> None:
+        self._close_seat()
         job = worker.prolong(number, time.monotonic() + self.spec.response_timeout_s)
         if job is None:
             return
@@ -555,6 +586,7 @@ class WorkerPool:
             self._actions.run()
 
     def _on_exited(self, worker: PoolWorker, exit: WorkerExit) -> None:
+        self._close_seat()
         if worker.state is WorkerState.EXITED:
             return  # it was given up before
         supervisor = self._supervisor

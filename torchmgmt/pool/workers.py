@@ -191,6 +191,10 @@ class PoolWorkers:
         """Note that one is ready and has nothing to do."""
         self._idle[worker.id] = worker
 
+    def forget_idle(self, worker: PoolWorker) -> None:
+        """Note that one has something to do."""
+        self._idle.pop(worker.id, None)
+
     def note_run(self, seconds: float) -> None:
         """Note how long a batch has taken."""
         self._run_s += _NEW_SHARE * (seconds - self._run_s) if self._run_s else seconds
