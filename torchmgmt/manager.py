@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["ModelManager"]
 
 T = TypeVar("T")
+
+CLOSE_TIMEOUT_S = 30.0
+"""So long requests may take that run or wait when a manager is closed, or the program ends."""
 
 
 class ModelManager:
@@ -595,7 +599,7 @@ class ModelManager:
         """Call ``listener`` no more, but for the events that are being told at this moment. Any thread; idempotent."""
         self._announcer.remove(listener)
 
-    def close(self, timeout: float = 30) -> CloseReport:
+    def close(self, timeout: float = CLOSE_TIMEOUT_S) -> CloseReport:
         """End everything within about ``timeout`` seconds and return what had to be done for it. Blocks; idempotent.
 
         In this order: refuse new requests, let accepted ones finish for which anybody waits, tell the workers to end, kill
@@ -659,9 +663,11 @@ _ABANDONED_S = 10.0
 def _close_open_managers() -> None:
     """Leaving the program closes what is open: requests finish, workers end in good order."""
     failure: BaseException | None = None
+    # Whom Ctrl-C has ended does not wait for the answers any more that it did wait for.
+    was_interrupted = issubclass(getattr(sys, "last_type", None) or object, KeyboardInterrupt)
     for manager in list(_open_managers):
         try:
-            manager.close()
+            manager.close(0 if was_interrupted else CLOSE_TIMEOUT_S)
         except BaseException as error:  # the others are closed all the same
             failure = failure or error
     for closing in list(_abandoned):  # or the files of its models were left behind

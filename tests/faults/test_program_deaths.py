@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,44 @@ with ModelManager() as manager:
     command: list[Any] = [sys.executable, "-c", source, folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert done.stdout.splitlines() == ["WorkerStartFailed True", "served", "2"], done.stderr
+
+
+LONG_WAIT = """
+import sys
+from torchmgmt import ModelManager
+
+manager = ModelManager()
+model = manager.register(sys.argv[1], model_name="slow", handler="handler.py")
+asks = {
+    "predict": lambda: model.predict(),
+    "result": lambda: model.submit().result(),
+    "map": lambda: list(model.map([1, 2])),
+    "stream": lambda: list(model.stream()),
+}
+asks[sys.argv[2]]()
+"""
+LONG = """
+import pathlib, time
+def handle(data, context):
+    if data:
+        pathlib.Path({begun!r}).touch()
+        time.sleep(60)
+    return data and ["x" for _ in data]
+"""
+
+
+@pytest.mark.parametrize("call", ["predict", "result", "map", "stream"])
+def test_ctrl_c_ends_a_program_that_waits_for_a_long_request(call: str, tmp_path: Path) -> None:
+    """Nobody waits for what was asked: the program does not, either."""
+    begun = tmp_path / "begun"
+    (tmp_path / "handler.py").write_text(LONG.format(begun=str(begun)))
+    command = [sys.executable, "-c", LONG_WAIT, str(tmp_path), call]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        until(begun.exists, "the request was begun")
+        began = time.monotonic()
+        program.send_signal(signal.SIGINT)
+        said = program.stderr.read()
+        assert program.wait(20) == -signal.SIGINT
+    assert "KeyboardInterrupt" in said
+    assert time.monotonic() - began < 15, "of the 30 s that closing waits, and the 60 s that the request takes"
