@@ -190,8 +190,9 @@ class OwnedFuture(Future[T]):
             try:
                 owner.call_soon(self._tell)
                 return
-            except (ManagerClosed, OSError):
-                pass  # it is gone; so nobody else is in the midst of telling
+            except (ManagerClosed, OSError) as error:  # it is gone; so nobody else is in the midst of telling
+                if isinstance(error, OSError) and error.errno is None:
+                    raise  # not the system's: it is what has interrupted the caller, such as a TimeoutError
         self._tell()
 
     def _tell(self) -> None:

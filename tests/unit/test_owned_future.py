@@ -501,6 +501,23 @@ def test_an_interrupted_caller_keeps_the_owner_from_nothing(name: str, begun: bo
 
 
 @unraisable
+@pytest.mark.parametrize("name", ["cancel", "abandon", "add_done_callback"])
+def test_an_interruption_that_is_an_error_of_the_system_comes_out(name: str) -> None:
+    """TimeoutError, which signal handlers like to raise, is one to Python: nobody takes it for an owner that is gone."""
+    for interruption in interruptions(error=TimeoutError):
+        hand = Hand()
+        future, called = Kept(), []
+        future.owner = hand
+        future.add_done_callback(called.append)
+        was_interrupted = interruption.of(lambda: CALLS[name](future))  # noqa: B023
+        assert was_interrupted == bool(interruption.where), interruption.where
+        assert called == [], interruption.where
+        future.cancel()
+        hand.work()
+        assert called == [future], interruption.where
+
+
+@unraisable
 @pytest.mark.parametrize("name", CALLS)
 def test_an_interrupted_caller_of_one_that_has_ended_changes_nothing(name: str) -> None:
     """Whoever asks next is answered."""
