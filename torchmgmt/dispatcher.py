@@ -591,8 +591,8 @@ def _is_closed_elsewhere(selector: selectors.BaseSelector) -> bool:
     """Whether somebody has closed what it waits with, such as a program that closes all descriptors that it does not know."""
     try:
         selector.select(0)
-    except OSError:
-        return True
+    except Exception as error:
+        return isinstance(error, OSError)
     return False
 
 
