@@ -29,7 +29,7 @@ __all__ = ["AnswerStream"]
 
 MOST_WAITING_BYTES = 64 << 20
 """So much of one answer may wait to be read, or one part that is larger."""
-_PART_BYTES = 512  # that a part takes beside its content
+_PART_BYTES = 640  # that a part takes beside its content
 
 _WAITING = "waiting"
 _RUNNING = "running"

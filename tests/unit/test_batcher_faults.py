@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import pytest
 
+from tests.forks import in_child
 from tests.handlers import until
 from tests.interruptions import interruptions
 from torchmgmt import Batcher
@@ -160,30 +158,6 @@ def test_what_has_no_places_is_no_list_of_answers(name: str) -> None:
 
 
 # -- a forked copy -----------------------------------------------------------------------------------------------------
-
-
-def in_child(act: Callable[[], object]) -> str:
-    """Return what happened in a forked child: what was raised, or returned; it has 5 seconds."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are threads
-        child = os.fork()
-    if child == 0:  # pragma: no cover
-        import signal
-
-        signal.alarm(5)
-        try:
-            said = repr(act())
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        with contextlib.suppress(BaseException):
-            os.write(writer, said.encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        said = file.read()
-    _, status = os.waitpid(child, 0)
-    return said if status == 0 else f"ended with status {status}"
 
 
 @pytest.mark.parametrize("used", [False, True])
