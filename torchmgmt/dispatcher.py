@@ -207,6 +207,11 @@ class Dispatcher:
         """Forget ``source``, then call ``then`` on the dispatcher's thread: the place to close it without a race."""
         self.call_soon(lambda: self._unwatch(source, then))
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its thread has ended, in which way ever: nothing that it is asked for is done any more."""
+        return self._has_ended
+
     def on_thread(self) -> bool:
         """Return whether the caller runs on the dispatcher's thread, or on that of the loop that has its rounds."""
         return self.owner.is_here()

@@ -10,13 +10,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.handlers import ECHO, EVAL, PATIENCE_S, Deployer, Gate, run_program, until, write_folder
+from tests.interruptions import Nuisance
 from torchmgmt import Model, ModelManager, ProcessBackend
 from torchmgmt.errors import ModelNotFound, TorchmgmtError
 from torchmgmt.events import (
@@ -401,3 +402,27 @@ def test_a_name_that_is_gone_is_not_found_from_a_handler(deploy: Deployer) -> No
         until(lambda: raised)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_ctrl_c_while_the_standard_library_waits(deploy: Deployer) -> None:
+    """Who is interrupted in wait() or as_completed() may leave their locks held; answers to all others go on."""
+    model = deploy(ECHO)
+
+    def cell() -> None:
+        while True:
+            wait([model.submit(number) for number in range(10)], PATIENCE_S)
+            for future in as_completed([model.submit(number) for number in range(10)], PATIENCE_S):
+                future.result()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Nuisance(signal.SIGINT, seed=16) as nuisance:
+            for _ in range(150):
+                # Where it was interrupted just before it took its lock again, the standard library lets go of one too many.
+                with pytest.raises((KeyboardInterrupt, RuntimeError)):  # noqa: PT012
+                    nuisance.again()
+                    cell()
+                assert model.submit("next").result(PATIENCE_S) == "next"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    until(lambda: model.describe().queue_length == 0)

@@ -383,7 +383,7 @@ class WorkerPool:
         self._check_watchers()
 
     def _scale(self, wanted: Scale, timeout: float) -> None:
-        if self._version.is_over:
+        if self._version.is_over or self._dispatcher.has_ended:  # nobody would hear of a worker that is started now
             raise self._closed_error()
         self._supervisor.want(wanted, NEVER if timeout < 0 else time.monotonic() + timeout)
         self._note_change()
