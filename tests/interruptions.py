@@ -37,8 +37,12 @@ class Interruption:
     def of(self, call: Callable[[], object]) -> bool:
         """Run ``call``; return whether it was interrupted, and the interruption has come out of it."""
         before = sys.gettrace()
-        sys.settrace(self._trace)
-        sys.setprofile(self._profile)
+        trace, profile = (
+            self._trace,
+            self._profile,
+        )  # kept: they are unset as they run, and Python 3.11 does not keep them
+        sys.settrace(trace)
+        sys.setprofile(profile)
         try:
             call()
         except self._error:

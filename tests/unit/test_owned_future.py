@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import gc
@@ -473,26 +474,28 @@ def test_an_interrupted_caller_keeps_the_owner_from_nothing(name: str, begun: bo
         future.add_done_callback(called.append)
         if begun:
             future.set_running_or_notify_cancel()
+        sleeper = _thread.allocate_lock()  # as of another thread that waits
+        sleeper.acquire()
+        future._sleepers = (sleeper, None)
 
         def call(future: Kept = future) -> None:
             with contextlib.suppress(FutureTimeout, CancelledError):
                 CALLS[name](future)
 
-        with running(future.exception) as came:
-            until(lambda: future._sleepers is not None)  # noqa: B023
-            interruption.of(call)
+        interruption.of(call)
 
-            def settle(future: Kept = future, hand: Hand = hand) -> None:
-                with contextlib.suppress(InvalidStateError):
-                    future.set_result(Encoded(()))
-                hand.work()
+        def settle(future: Kept = future, hand: Hand = hand) -> None:
+            with contextlib.suppress(InvalidStateError):
+                future.set_result(Encoded(()))
+            hand.work()
 
-            assert in_time(settle) is None, interruption.where
-        assert future.done()
+        assert in_time(settle) is None, interruption.where
+        assert sleeper.acquire(blocking=False), interruption.where
+        came = in_time(lambda: future.exception(0))  # noqa: B023
         assert called == [future], interruption.where
-        assert came[0] is None or isinstance(came[0], CancelledError)
+        assert came is None or isinstance(came, CancelledError)
         assert future.place is None, interruption.where
-        if name in {"cancel", "abandon"} and isinstance(came[0], CancelledError):
+        if name in {"cancel", "abandon"} and isinstance(came, CancelledError):
             assert place.left, interruption.where
             stopped = ["stopped"] if begun else []
             assert future.taken_back == ["taken back", *stopped], interruption.where
