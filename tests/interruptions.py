@@ -25,22 +25,27 @@ _MISSES = 3  # the number of points differs from run to run
 
 
 class Interruption:
-    """Raises KeyboardInterrupt once, at the point with a number, in what :meth:`of` calls."""
+    """Raises KeyboardInterrupt, or another error, once, at the point with a number, in what :meth:`of` calls."""
 
-    def __init__(self, point: int) -> None:
+    def __init__(self, point: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         self.where = ""
         """Where that was: the last calls, the innermost first; empty: there are not so many points."""
         self._left = point
+        self._error = error
         self._last_opcode: dict[FrameType, int] = {}
 
     def of(self, call: Callable[[], object]) -> bool:
         """Run ``call``; return whether it was interrupted, and the interruption has come out of it."""
         before = sys.gettrace()
-        sys.settrace(self._trace)
-        sys.setprofile(self._profile)
+        trace, profile = (
+            self._trace,
+            self._profile,
+        )  # kept: they are unset as they run, and Python 3.11 does not keep them
+        sys.settrace(trace)
+        sys.setprofile(profile)
         try:
             call()
-        except KeyboardInterrupt:
+        except self._error:
             return True
         finally:
             sys.setprofile(None)
@@ -78,17 +83,17 @@ class Interruption:
             calls.append(f"{inner.f_code.co_filename.rpartition('/')[2]}:{inner.f_lineno} {inner.f_code.co_name}")
             inner = inner.f_back
         self.where = f"{how}: {' < '.join(calls)}"
-        raise KeyboardInterrupt
+        raise self._error
 
 
-def interruptions(step: int = 1) -> Iterator[Interruption]:
+def interruptions(step: int = 1, error: type[BaseException] = KeyboardInterrupt) -> Iterator[Interruption]:
     """Give an interruption at the first point, at the second, and so on, until what is called has no more of them.
 
     ``step``: leave points out between, where there is no time for all.
     """
     misses = 0
     for point in itertools.count(1, step):
-        interruption = Interruption(point)
+        interruption = Interruption(point, error)
         yield interruption
         misses = 0 if interruption.where else misses + 1
         if misses == _MISSES:

@@ -106,14 +106,16 @@ class Batcher(Generic[T, R]):
         self._asked_after = -1  # so many of them somebody has asked for the next one
         self._owner: Dispatcher | None = dispatcher
         self._seat: Seat | None = None
+        self._teller: Dispatcher  # who tells of a future that was taken back, which a caller may be interrupted in
         self._runner: Runner | None = None
         self._on_ready: Callable[[], object]
         if function is not None:
             self._runner = Runner(functools.partial(self._run_next, function), self._next_due, clock)
-            self._timekeeper = Dispatcher("torchmgmt-batcher-limits", clock)
+            self._timekeeper = self._teller = Dispatcher("torchmgmt-batcher-limits", clock)
             self._alarm = Alarm(self._timekeeper, self._keep_limits)
             self._on_ready = self._runner.wake
         elif on_ready is not None and dispatcher is not None:
+            self._teller = dispatcher
             self._alarm = Alarm(dispatcher, self._look)
             self._on_ready = on_ready
         else:
@@ -201,7 +203,7 @@ class Batcher(Generic[T, R]):
         rank = now - priority * _PRIORITY_IS_WORTH_S
         entry = Waiting(item, promise, now, rank, self._admission, timeout, wait_timeout)
         if is_placed(promise):
-            promise.place, promise.owner = entry, self._owner
+            promise.place, promise.owner = entry, self._teller
         else:
             promise.add_done_callback(entry.leave)
         admitted = Admitted.YES

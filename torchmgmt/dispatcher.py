@@ -48,6 +48,8 @@ _FEW_TIMERS = 64
 """So many cancelled timers may lie in the heap, however few others there are."""
 _MOST_BAD_ROUNDS = 3
 """So many rounds in a row may fail as a whole."""
+_left_open: list[selectors.BaseSelector] = []
+"""What was closed by somebody else is not closed again, with its object: its number may be another file's by now."""
 _ONE = (1).to_bytes(8, sys.byteorder)
 
 
@@ -204,6 +206,11 @@ class Dispatcher:
     def unwatch(self, source: HasFileno, then: Callback | None = None) -> None:
         """Forget ``source``, then call ``then`` on the dispatcher's thread: the place to close it without a race."""
         self.call_soon(lambda: self._unwatch(source, then))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its thread has ended, in which way ever: nothing that it is asked for is done any more."""
+        return self._has_ended
 
     def on_thread(self) -> bool:
         """Return whether the caller runs on the dispatcher's thread, or on that of the loop that has its rounds."""
@@ -379,7 +386,12 @@ class Dispatcher:
 
     def _begin_anew(self) -> None:
         """Wait for all that is watched in a new selector. What that refuses hears that it can be read, and sees why not."""
-        keys = list(self._selector.get_map().values()) if self._selector is not None else []
+        broken, wake_up = self._selector, self._wake_up
+        keys = list(broken.get_map().values()) if broken is not None else []
+        if broken is not None and _is_closed_elsewhere(broken):
+            _left_open.append(broken)
+            if wake_up is not None:
+                wake_up.leave_open()
         self._selector, self._wake_up = selectors.DefaultSelector(), _WakeUp(_event_fds())
         self._selector.register(self._wake_up, selectors.EVENT_READ)
         for key in keys:
@@ -539,6 +551,7 @@ class _WakeUp:
 
     def __init__(self, fds: tuple[int, int]) -> None:
         self._reader, self._writer = fds
+        self._is_ours = True
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -558,8 +571,12 @@ class _WakeUp:
         except BlockingIOError:
             pass  # it was read with what was sent before
 
+    def leave_open(self) -> None:
+        """Close nothing: its numbers may be another file's."""
+        self._is_ours = False
+
     def __del__(self) -> None:
-        for fd in {self._reader, self._writer}:
+        for fd in {self._reader, self._writer} if self._is_ours else ():
             os.close(fd)
 
 
@@ -573,6 +590,15 @@ def _event_fds() -> tuple[int, int]:
         os.set_blocking(writer, False)
         return reader, writer
     return fd, fd
+
+
+def _is_closed_elsewhere(selector: selectors.BaseSelector) -> bool:
+    """Whether somebody has closed what it waits with, such as a program that closes all descriptors that it does not know."""
+    try:
+        selector.select(0)
+    except Exception as error:
+        return isinstance(error, OSError)
+    return False
 
 
 def _nothing() -> None:

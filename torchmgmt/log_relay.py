@@ -5,11 +5,13 @@ The threads that read answers and output must go on whatever a log handler does.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -36,7 +38,8 @@ class LogRelay:
         self._name = name
         self._records: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._dropped: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._starting = threading.Lock()  # held by who starts the thread; nobody waits for it
+        self._gate = threading.Lock()  # nothing is called while it is held, so that nothing interrupts who holds it
+        self._is_starting = False  # whether somebody starts the thread
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
@@ -59,29 +62,40 @@ class LogRelay:
     def close(self) -> None:
         """Log what waits, and end the thread. Blocks for at most a second: a handler that hangs is left behind."""
         self._is_closed = True
-        thread = self._thread
         self._records.put(None)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_END_TIMEOUT_S)
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        while self._is_starting and time.monotonic() < deadline:
+            time.sleep(0.001)
+        thread = self._thread
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _ensure_running(self) -> None:
         # Who finds that another one starts it leaves it to that one, also where that is the same thread, interrupted.
-        if self._thread is None and self._starting.acquire(blocking=False):
-            try:
-                if self._thread is None:
-                    self._start()
-            finally:
-                self._starting.release()
+        is_mine = False
+        try:
+            with self._gate:
+                is_mine = self._thread is None and not self._is_starting
+                if is_mine:
+                    self._is_starting = True
+            if is_mine:
+                _thread.start_new_thread(self._start, ())
+        except BaseException as error:
+            if is_mine:
+                self._is_starting = False  # if it is started all the same, there may be one more for a while
+            if not isinstance(error, RuntimeError):
+                raise
+            # No thread is left in the system: what waits is logged with what comes later, or dropped.
 
     def _start(self) -> None:
+        """Start the thread. On another one than a caller's, which may be interrupted."""
         self._thread = thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no thread is left in the system: what waits is logged with what comes later, or dropped
+        except RuntimeError:
             self._thread = None
-        except BaseException:  # interrupted: if it runs all the same, there is one more for a while
-            self._thread = None
-            raise
+        finally:
+            self._is_starting = False
 
     def _run(self) -> None:
         while (record := self._next()) is not None:

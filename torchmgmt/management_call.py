@@ -98,7 +98,11 @@ class ManagementThreads:
         try:
             try:
                 self._give(call)
-            except OSError:
+            except OSError as error:
+                if (
+                    error.errno is None
+                ):  # not the system's: it is what has interrupted the caller, such as a TimeoutError
+                    raise
                 call.run()
             return call.result()
         except BaseException:
@@ -118,7 +122,9 @@ class ManagementThreads:
         call = _Call(act, None)
         try:
             self._give(call)
-        except OSError:
+        except OSError as error:
+            if error.errno is None:
+                raise
             call.run()
 
     def _give(self, call: _Call[Any]) -> None:

@@ -8,8 +8,11 @@ lock only while it calls nothing, so nothing interrupts it meanwhile; what it be
 from __future__ import annotations
 
 import _thread
+import contextlib
 import logging
+import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -187,8 +190,9 @@ class OwnedFuture(Future[T]):
             try:
                 owner.call_soon(self._tell)
                 return
-            except (ManagerClosed, OSError):
-                pass  # it is gone; so nobody else is in the midst of telling
+            except (ManagerClosed, OSError) as error:  # it is gone; so nobody else is in the midst of telling
+                if isinstance(error, OSError) and error.errno is None:
+                    raise  # not the system's: it is what has interrupted the caller, such as a TimeoutError
         self._tell()
 
     def _tell(self) -> None:
@@ -203,7 +207,7 @@ class OwnedFuture(Future[T]):
             sleeper, sleepers = sleepers
             sleeper.release()
         if self._standard is not None:
-            self._standard.tell()
+            self._standard.tell(self)
         if callbacks is not None:
             for callback in _oldest_first(callbacks):
                 self._call(callback)
@@ -284,20 +288,21 @@ class _StandardSide:
     """A future's Condition and its list of waiters, as functions of the standard library use them.
 
     Who holds the Condition sees the future as it was when it was acquired, so that what ends meanwhile is told to a waiter
-    that is installed then; and nobody who settles the future needs it.
+    that is installed then; and nobody who settles the future needs it. It does not keep alive the future, which has it: an
+    answer is to go with its last reference.
     """
 
     def __init__(self, future: OwnedFuture[Any]) -> None:
-        self._future = future
+        self._future = weakref.ref(future)
         self._lock = threading.RLock()
         self._holder = 0
         self._seen = PENDING
-        self._waiters: dict[Any, bool] = {}
+        self._waiters: dict[Any, _Teller] = {}
 
     def acquire(self) -> bool:
         """Hold the Condition."""
         self._lock.acquire()
-        self._seen = self._future._phase
+        self._seen = self._phase_now()
         self._holder = threading.get_ident()
         return True
 
@@ -313,30 +318,80 @@ class _StandardSide:
 
     def phase(self) -> str:
         """Return the state that the caller is to see."""
-        return self._seen if self._holder == threading.get_ident() else self._future._phase
+        return self._seen if self._holder == threading.get_ident() else self._phase_now()
 
     def append(self, waiter: Any) -> None:
         """Install a waiter."""
         if self.phase() not in _OVER:
-            self._waiters[waiter] = True
-            if self._future._is_told:
-                self.tell()
+            self._waiters[waiter] = _teller_of(waiter)
+            future = self._future()
+            if future is not None and future._is_told:
+                self.tell(future)
 
     def remove(self, waiter: Any) -> None:
         """Remove a waiter."""
         self._waiters.pop(waiter, None)
 
-    def tell(self) -> None:
-        """Tell those who wait, each once."""
-        future = self._future
+    def tell(self, future: OwnedFuture[Any]) -> None:
+        """Have those told who wait for ``future``, each once. Does not block."""
         for waiter in list(self._waiters):
-            if self._waiters.pop(waiter, False):
-                if future.cancelled():
-                    waiter.add_cancelled(future)
-                elif future._exception is not None:
-                    waiter.add_exception(future)
-                else:
-                    waiter.add_result(future)
+            teller = self._waiters.pop(waiter, None)
+            if teller is not None:
+                teller.tell(future)
+
+    def _phase_now(self) -> str:
+        future = self._future()
+        return FINISHED if future is None else future._phase
+
+
+class _Teller:
+    """Tells one waiter of the standard library which futures have ended, in their order, on a thread of its own.
+
+    A waiter has locks, which a caller that is interrupted in there may leave held for ever. Whoever settles futures must not
+    meet them: it would serve nobody any more.
+    """
+
+    def __init__(self, waiter: Any) -> None:
+        self._waiter = weakref.ref(waiter)  # which has this
+        self._ended: queue.SimpleQueue[OwnedFuture[Any]] = queue.SimpleQueue()
+        self._telling = threading.Lock()  # held by who tells; nobody waits for it
+
+    def tell(self, future: OwnedFuture[Any]) -> None:
+        """Have it told that ``future`` has ended. Does not block."""
+        self._ended.put(future)
+        if not self._telling.locked():  # else who tells looks again after it has let go
+            try:
+                _thread.start_new_thread(self._tell_all, ())
+            except RuntimeError:  # the system has no more threads
+                self._tell_all()
+
+    def _tell_all(self) -> None:
+        while not self._ended.empty() and self._telling.acquire(blocking=False):
+            try:
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        self._tell_one(self._ended.get_nowait())
+            finally:
+                self._telling.release()
+
+    def _tell_one(self, future: OwnedFuture[Any]) -> None:
+        waiter = self._waiter()
+        if waiter is None:
+            return
+        if future.cancelled():
+            waiter.add_cancelled(future)
+        elif future._exception is not None:
+            waiter.add_exception(future)
+        else:
+            waiter.add_result(future)
+
+
+def _teller_of(waiter: Any) -> _Teller:
+    """Return the one that a waiter has, which waits for several futures."""
+    teller = getattr(waiter, "torchmgmt_teller", None)
+    if teller is None:
+        waiter.torchmgmt_teller = teller = _Teller(waiter)
+    return teller
 
 
 def _oldest_first(chain: Chain) -> list[Any]:

@@ -29,7 +29,7 @@ __all__ = ["AnswerStream"]
 
 MOST_WAITING_BYTES = 64 << 20
 """So much of one answer may wait to be read, or one part that is larger."""
-_PART_BYTES = 512  # that a part takes beside its content
+_PART_BYTES = 640  # that a part takes beside its content
 
 _WAITING = "waiting"
 _RUNNING = "running"
@@ -308,8 +308,9 @@ class AnswerStream:
             try:
                 owner.call_soon(self._tell)
                 return
-            except (ManagerClosed, OSError):
-                pass  # it is gone; so nobody else is in the midst of telling
+            except (ManagerClosed, OSError) as error:  # it is gone; so nobody else is in the midst of telling
+                if isinstance(error, OSError) and error.errno is None:
+                    raise  # not the system's: it is what has interrupted the caller, such as a TimeoutError
         self._tell()
 
     def _tell(self) -> None:

@@ -23,6 +23,8 @@ class FakeClock:
 class FakeTimers:
     """A dispatcher on a FakeClock, whose thread is the caller's: timers go off in :meth:`advance`, each at its own time."""
 
+    has_ended = False
+
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
         self.armed_in_all = 0

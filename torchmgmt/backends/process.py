@@ -32,6 +32,9 @@ worker_log = logging.getLogger("torchmgmt.workers")
 _LOOK_PERIOD_S = 0.5
 _SETTLED_S = 1.0  # after its start, the memory of a process is worth knowing
 _SAMPLE_PERIOD_S = 5.0
+# A template that is to go is given up after so long, or once nobody would hear of its end, which is looked at so often.
+_GONE_LIMIT_S = 30.0
+_GONE_LOOK_S = 0.1
 _SAMPLING_S = 0.01  # at one look: it takes milliseconds for each process, of which there may be hundreds
 
 
@@ -158,10 +161,11 @@ class ProcessBackend:
             processes = list(self._processes)
         if not processes:
             return
+        for process in processes:
+            process.child.send(signal.SIGKILL)  # what had outlived an earlier one did not end with this one
         told = threading.Event()
         try:
             for process in processes:
-                process.child.send(signal.SIGKILL)  # what had outlived an earlier one did not end with this one
                 self.dispatcher.call_soon(functools.partial(process.process_exited, None))
             self.dispatcher.call_soon(told.set)
         except ManagerClosed:
@@ -219,9 +223,14 @@ class ProcessHost:
             templates = list(self._templates)
         for template in templates:
             template.end()
+        deadline = time.monotonic() + _GONE_LIMIT_S
         with self._changed:
-            # No time limit: it is killed, and the backend reports every end, its own included.
-            self._changed.wait_for(lambda: not self._templates)
+            # It is killed, and the backend reports every end, its own included; unless the thread has ended that would.
+            while self._templates and not self.dispatcher.has_ended and time.monotonic() < deadline:
+                self._changed.wait(_GONE_LOOK_S)
+            left = list(self._templates)
+        for template in left:
+            template.child.send(signal.SIGKILL)
 
     # -- for its workers -----------------------------------------------------------------------------------------------
 
