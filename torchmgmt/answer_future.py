@@ -105,10 +105,11 @@ class AnswerFuture(OwnedFuture[Any]):
             raise
 
     def _told(self) -> None:
+        is_with_worker = self._was_running or (self.cancelled() and self.place is not None and self.place.is_seated)
         super()._told()
         if (self._was_running or self.cancelled()) and self._on_cancelled is not None:
             self._on_cancelled()
-        if self._was_running and self._on_abandon is not None:
+        if is_with_worker and self._on_abandon is not None:
             self._on_abandon()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

@@ -84,8 +84,17 @@ class Waiting(Generic[T, R]):
     """For how long it may wait to be started, whatever else it has time for."""
     start_by: float | None = None
     """When it is too late to start it."""
+    ask: Callable[[], object] = bool
+    """Has the owner look at it."""
+    is_seated: bool = False
+    """Whether it may be with a worker, and the owner not have seen it yet."""
     next: Waiting[T, R] | None = None
     is_counted: bool = False
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether its time is limited."""
+        return self.timeout_s is not None or self.wait_s is not None
 
     def leave(self, _future: object = None) -> None:
         """Take no room in the queue any more. Any thread; idempotent."""

@@ -28,7 +28,7 @@ from torchmgmt.checks import check_number
 from torchmgmt.deadlines import Deadlines
 from torchmgmt.dispatcher import Alarm, Dispatcher
 from torchmgmt.errors import DeadlineExceeded, InvalidArgument, ManagerClosed, QueueFull, TorchmgmtError, copy_of
-from torchmgmt.owned_future import OwnedFuture
+from torchmgmt.owned_future import SEATED_S, OwnedFuture
 from torchmgmt.runner import Runner
 from torchmgmt.seat import Seat
 
@@ -106,6 +106,7 @@ class Batcher(Generic[T, R]):
         self._asked_after = -1  # so many of them somebody has asked for the next one
         self._owner: Dispatcher | None = dispatcher
         self._seat: Seat | None = None
+        self._ask_from = 1.0
         self._teller: Dispatcher  # who tells of a future that was taken back, which a caller may be interrupted in
         self._runner: Runner | None = None
         self._on_ready: Callable[[], object]
@@ -193,7 +194,9 @@ class Batcher(Generic[T, R]):
         """Queue ``item``, whose answer goes to ``promise``, which is pending; else as :meth:`submit`.
 
         With ``is_urgent`` it may be with a worker at once, if it is alone; one that is cancelled a moment later runs all the
-        same. Who is interrupted in it does not know whether it is queued, and is to cancel the promise.
+        same, and whoever queued it is to wait for the promise, which sees to it that the owner looks.
+
+        Who is interrupted in it does not know whether it is queued, and is to cancel the promise.
         """
         if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
             _check_wishes(timeout, wait_timeout, priority)
@@ -206,13 +209,13 @@ class Batcher(Generic[T, R]):
             promise.place, promise.owner = entry, self._teller
         else:
             promise.add_done_callback(entry.leave)
+        seat = self._seat
+        if is_urgent and seat is not None and self._admission.waiting == 0 and self._is_seated(entry, seat):
+            return
         admitted = Admitted.YES
         try:
             admitted = self._admission.enter(entry)
             if admitted is Admitted.YES:
-                seat = self._seat
-                if is_urgent and seat is not None and self._admission.waiting == 1:
-                    seat.take(entry, item)
                 self._ask_for_look(entry)
         except BaseException:
             try:
@@ -222,6 +225,23 @@ class Batcher(Generic[T, R]):
             raise
         if admitted is not Admitted.YES:
             raise self._refused(admitted)
+
+    def _is_seated(self, entry: Waiting[T, R], seat: Seat) -> bool:
+        """Take ``seat`` for ``entry``, which does not wait then; return whether."""
+        entry.is_seated, entry.ask = True, self._ask_owner  # first: who is interrupted in this does not know
+        is_seated = seat.take(entry, entry.item)
+        if is_seated:
+            entry.begin(entry.since)  # while its worker computes; or its owner does it
+            if seat.has_spare_core or (entry.timeout_s is not None and entry.timeout_s < 10 * SEATED_S):
+                self._ask_owner()
+        else:
+            entry.is_seated = False
+        return is_seated
+
+    def _ask_owner(self) -> None:
+        """Have the owner see who has taken a seat. Any thread."""
+        if self._owner is not None:
+            self._owner.call_soon(self._on_ready)
 
     def may_have_some(self) -> bool:
         """Whether something may wait, cancelled or not: a quick look that takes no lock."""
@@ -294,6 +314,10 @@ class Batcher(Generic[T, R]):
         """Have who comes next take ``seat``, if nobody waits before it; None: there is none."""
         self._seat = seat
 
+    def need_not_ask(self, below: float) -> None:
+        """Have nobody ask for a look while fewer than ``below`` items wait: whoever takes batches will come by itself."""
+        self._ask_from = below
+
     @property
     def is_immediate(self) -> bool:
         """Whether an item that comes alone is a batch at once."""
@@ -301,11 +325,15 @@ class Batcher(Generic[T, R]):
 
     def take_seated(self, entry: Waiting[T, R]) -> Batch[T, R]:
         """Return the batch of an item that has taken a seat: it is with a worker already."""
+        entry.is_seated = False
+        if not entry.future.running():
+            entry.begin(entry.since)  # unless it was cancelled: its worker has it all the same
         with self._lock:
-            self._admit_locked()  # its time runs
-            entry.begin(self.clock())  # unless it was cancelled: its worker has it all the same
-            entry.leave()
             self._running += 1
+            if entry.timeout_s is not None:
+                self._deadlines.add(entry.future, entry.since, entry.timeout_s, None)
+        if entry.timeout_s is not None:
+            self._alarm.set(min(self._alarm.when, entry.since + entry.timeout_s))
         return Batch([entry], self._ended, self._take_back)
 
     def tick(self) -> None:
@@ -326,9 +354,14 @@ class Batcher(Generic[T, R]):
     def _look(self) -> None:
         """See to what has come, and to what is due."""
         self._looks += 1  # first: who asks from now on asks for another one
-        self.expire()
         with self._lock:
-            is_ready, next_at = self._outlook_locked(self.clock())
+            self._admit_locked()
+            now = self.clock()
+            is_ready, next_at = self._outlook_locked(now)
+        if next_at <= now:  # a limit that is over
+            self.expire()
+            with self._lock:
+                is_ready, next_at = self._outlook_locked(self.clock())
         self._set_alarm(next_at)
         if is_ready:
             self._on_ready()
@@ -341,9 +374,11 @@ class Batcher(Generic[T, R]):
         """Have the owner see to what has come, such as ``entry``. Any thread."""
         dispatcher = self._owner
         if dispatcher is None:
-            if entry is not None and (entry.timeout_s is not None or entry.wait_s is not None):
+            if entry is not None and entry.has_limit:
                 self._timekeeper.call_soon(self._keep_limits)
             self._on_ready()
+        elif entry is not None and self._admission.waiting < self._ask_from and not entry.has_limit:
+            pass  # there is no worker for it
         elif dispatcher.on_thread():
             dispatcher.act_here(self._look)
         else:
@@ -376,7 +411,7 @@ class Batcher(Generic[T, R]):
             self._sort_in_locked(entry)
             if self._arrivals is not None:
                 self._arrivals.came(entry.since, len(self._queue) + self._running)
-            if entry.timeout_s is not None or entry.wait_s is not None:
+            if entry.has_limit:
                 entry.start_by = self._deadlines.add(entry.future, entry.since, entry.timeout_s, entry.wait_s)
 
     def _sort_in_locked(self, entry: Waiting[T, R]) -> None:

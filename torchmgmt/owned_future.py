@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from torchmgmt.errors import ManagerClosed, copy_of
 from torchmgmt.log_relay import AnyLogger, log_guarded
 
-__all__ = ["OwnedFuture", "Owner", "Waits"]
+__all__ = ["SEATED_S", "OwnedFuture", "Owner", "Waits"]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ T = TypeVar("T")
 Chain: TypeAlias = "tuple[Any, Chain] | None"
 """The last one and those before it: one more is put in front without a call."""
 
+SEATED_S = 0.002
+"""So long who waits for a request that went to a worker at once does so before its owner is told of it."""
 _OVER = frozenset({CANCELLED_AND_NOTIFIED, FINISHED})
 
 
@@ -52,6 +54,12 @@ class Owner(Protocol):
 
 class Waits(Protocol):
     """The place of a request in a queue."""
+
+    is_seated: bool
+    """Whether it may be with a worker, and the owner not have seen it yet."""
+
+    def ask(self) -> object:
+        """Have the owner look at it. Any thread."""
 
     def leave(self) -> None:
         """Give it up, if it has not been given up. Any thread."""
@@ -239,6 +247,12 @@ class OwnedFuture(Future[T]):
                 self._sleepers = (sleeper, self._sleepers)
         if is_told:
             return True
+        place = self.place
+        if place is not None and place.is_seated and (timeout is None or timeout > SEATED_S):
+            # Mostly the answer is there before: then the owner has seen to all at once, and was woken once.
+            if sleeper.acquire(timeout=SEATED_S):
+                return True
+            place.ask()
         if timeout is None:
             return sleeper.acquire()
         is_over = sleeper.acquire(timeout=min(max(0.0, timeout), threading.TIMEOUT_MAX))

@@ -8,6 +8,7 @@ together or not at all. All else is left to the owner, who looks at what happene
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,12 @@ class Seat:
         send: a socket's method, which sends without blocking what is small.
     """
 
+    __slots__ = ("_free", "_send", "_sent", "_taken_by", "_written", "has_spare_core", "number")
+
     def __init__(self, number: int, written: Callable[[Any], bytes | None], send: Callable[[bytes, int], int]) -> None:
         self.number = number
+        self.has_spare_core = _cores() > 1
+        """Whether its owner can look at what happened while the worker computes; else that would hold up the worker."""
         self._written = written
         self._send = send
         self._free = [_FREE]
@@ -37,17 +42,17 @@ class Seat:
 
     # -- for callers, on any thread --------------------------------------------------------------------------------------
 
-    def take(self, entry: object, item: object) -> None:
-        """Take it for ``entry`` and send ``item``, if it is free, and that can be. Does not block.
+    def take(self, entry: object, item: object) -> bool:
+        """Take it for ``entry`` and send ``item``, if it is free, and that can be; return whether. Does not block.
 
         What cannot be written down does not take it: who has it go the usual way hears why.
         """
         try:
             data = self._written(item)
         except Exception:
-            return
+            return False
         if data is None:
-            return
+            return False
         steps = zip(
             map(self._free.remove, (_FREE,)),
             map(self._taken_by.append, (entry,)),
@@ -58,7 +63,8 @@ class Seat:
         try:
             self._sent.extend(steps)
         except (ValueError, OSError):
-            pass  # another one has it; or its worker is gone, which whoever has the seat to give finds out, too
+            return False  # another one has it; or its worker is gone, which whoever has the seat to give finds out, too
+        return True
 
     # -- for its owner -----------------------------------------------------------------------------------------------------
 
@@ -73,3 +79,11 @@ class Seat:
     def was_sent(self) -> bool:
         """Whether the request of who has taken it was sent, all of it. That may be so a moment after it was taken."""
         return bool(self._sent) and self._sent[0][2] == self._sent[0][3]
+
+
+def _cores() -> int:
+    """Return how many cores this program may use now."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # another system
+        return os.cpu_count() or 1

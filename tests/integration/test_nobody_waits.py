@@ -74,6 +74,8 @@ def test_never_means_that_others_wait(deploy: Deployer, gate: Gate) -> None:
 def test_one_of_a_batch_that_still_waits_keeps_the_worker(deploy: Deployer, gate: Gate, policy: str) -> None:
     """Nobody is ended in whose batch there is anybody left."""
     model = deploy(EVAL, batch_size=2, max_batch_delay=1000, cancel_running=policy)
+    before = model.submit("time.sleep(0.2)")
+    until(before.running, "the worker has something to do, so that the next two are a batch")
     first, second = model.submit(gate.expression), model.submit(PID)
     until(gate.reached, "they run")
     first.abandon()

@@ -63,8 +63,13 @@ class Hand:
 class Place:
     """A place in a queue, which notes how often it was given up."""
 
+    is_seated = False
+
     def __init__(self) -> None:
         self.left = 0
+
+    def ask(self) -> None:
+        """Nobody does so: it has no seat."""
 
     def leave(self) -> None:
         self.left += 1
@@ -319,7 +324,8 @@ def test_what_a_callback_raises_is_logged_and_the_others_are_called(
     future.add_done_callback(lambda _: called.append(4))
     assert called[3:] == [4]
     records = [each for each in caplog.records if each.name == "torchmgmt.owned_future"]
-    assert [each.exc_info and each.exc_info[1] for each in records] == [error] * 3
+    assert all(type(error).__name__ in (each.exc_text or "") for each in records)
+    assert len(records) == 3
     assert {each.levelno for each in records} == {logging.ERROR}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -56,6 +57,8 @@ class JobDispatch:
         self._supervisor = supervisor
         self._numbers = itertools.count(1)
         self._seat: tuple[PoolWorker, Seat] | None = None
+        self.asked_from: float = 1
+        """So many requests must wait for another look at them to be worth it, until one of the workers is heard of."""
 
     def assign(self) -> Assignment | None:
         """Assign the next batch to a worker; None if there is no such pair."""
@@ -65,9 +68,14 @@ class JobDispatch:
             job = self._queue.take()
             if job is None:
                 self._workers.note_idle(worker)
+            self.asked_from = 1 if job is None or self._workers.any_idle() else self._spec.batch_size
         else:
             worker = self._workers.busy_with_room(self._spec.batches_in_flight, now)
             job = self._queue.take(full=True) if worker is not None else None
+            if worker is not None:
+                self.asked_from = self._spec.batch_size
+            else:
+                self.asked_from = math.inf if self._workers.any_busy() else 1
         if worker is None or job is None:
             return None
         number = next(self._numbers)
@@ -97,7 +105,8 @@ class JobDispatch:
         if entry is None:
             return
         self._workers.forget_idle(worker)
-        self._note_assigned(worker, seat.number, seating.take_seated(entry), time.monotonic())
+        job = seating.take_seated(entry)
+        self._note_assigned(worker, seat.number, job, job.arrived[0])
         if not seat.was_sent() and worker.handle is not None:
             worker.handle.see_to_seat(seat)
 

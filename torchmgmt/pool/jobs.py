@@ -73,6 +73,9 @@ class Seating(Protocol):
     def offer(self, seat: Seat | None) -> None:
         """Have the next caller take ``seat``; None: there is none."""
 
+    def need_not_ask(self, below: float) -> None:
+        """Have callers not ask for a look while fewer than ``below`` requests wait."""
+
     def take_seated(self, entry: Any) -> Job:
         """Return the batch of who has taken a seat."""
 

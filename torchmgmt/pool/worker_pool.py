@@ -367,16 +367,19 @@ class WorkerPool:
         finally:
             self._is_pumping = False
         self._actions.run()
+        if self._seating is not None:
+            self._seating.need_not_ask(below=self._dispatch.asked_from)
         self._offer_seat()
 
     def _offer_seat(self) -> None:
         """Have the next caller hand its request to an idle worker itself. Last, when all else is as it shall be."""
-        if self._seating is not None and not self._queue.may_have_some():
+        if self._seating is not None and not (self._version.is_over or self._queue.may_have_some()):
             self._dispatch.offer_seat(self._seating)
 
     def _close_seat(self) -> None:
         """Note what came of that. First, before anything is decided or changed."""
         if self._seating is not None:
+            self._seating.need_not_ask(below=1)
             self._dispatch.close_seat(self._seating)
 
     def dispatcher_ended(self) -> None:

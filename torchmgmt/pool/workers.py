@@ -239,6 +239,10 @@ class PoolWorkers:
             if worker.handle is not None and job.is_over()
         ]
 
+    def any_busy(self) -> bool:
+        """Return whether one computes that takes further batches."""
+        return any(worker.state is WorkerState.BUSY for worker in self._by_id.values())
+
     def any_idle(self) -> bool:
         """Return whether one has nothing to do."""
         return any(worker.state is WorkerState.READY for worker in self._idle.values())
