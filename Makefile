@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 # pytest runs last and nothing is printed after it: its summary closes the output. Side by side, as most of the time is
 # spent in waiting for processes; not by more than 4, each of which has a torch-only process of 200 MB.
 test: lint $(VENV)/.models
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(RUN) -m pytest -n 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .

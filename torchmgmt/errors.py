@@ -35,7 +35,6 @@ __all__ = [
     "TorchmgmtError",
     "WorkerDied",
     "WorkerStartFailed",
-    "WorkerTraceback",
     "WouldWaitForever",
     "WrongNumberOfAnswers",
 ]

@@ -405,8 +405,10 @@ class WorkerPool:
 
     def _scale(self, wanted: Scale, timeout: float) -> None:
         self._close_seat()
-        if self._version.is_over or self._dispatcher.has_ended:  # nobody would hear of a worker that is started now
+        if self._version.is_over:
             raise self._closed_error()
+        if self._dispatcher.has_ended:  # nobody would hear of a worker that is started now
+            raise self._supervisor.no_worker_error() or self._closed_error()
         self._supervisor.want(wanted, NEVER if timeout < 0 else time.monotonic() + timeout)
         self._note_change()
         self.pump()
