@@ -84,6 +84,8 @@ class Waiting(Generic[T, R]):
     """For how long it may wait to be started, whatever else it has time for."""
     start_by: float | None = None
     """When it is too late to start it."""
+    has_limit: bool = False
+    """Whether its time is limited."""
     ask: Callable[[], object] = bool
     """Has the owner look at it."""
     is_seated: bool = False
@@ -91,14 +93,10 @@ class Waiting(Generic[T, R]):
     next: Waiting[T, R] | None = None
     is_counted: bool = False
 
-    @property
-    def has_limit(self) -> bool:
-        """Whether its time is limited."""
-        return self.timeout_s is not None or self.wait_s is not None
-
     def leave(self, _future: object = None) -> None:
         """Take no room in the queue any more. Any thread; idempotent."""
-        self.admission.leave(self)
+        if self.is_counted:
+            self.admission.leave(self)
 
     def begin(self, now: float) -> bool:
         """Mark it as running; False if it has ended, or it is too late."""

@@ -198,13 +198,14 @@ class Batcher(Generic[T, R]):
 
         Who is interrupted in it does not know whether it is queued, and is to cancel the promise.
         """
-        if timeout is not None or wait_timeout is not None or priority != 0 or priority is False:
+        has_limit = timeout is not None or wait_timeout is not None
+        if has_limit or priority != 0 or priority is False:
             _check_wishes(timeout, wait_timeout, priority)
         if forks.depth() != self._depth:
             raise ManagerClosed(self.name, "belongs to the process that this one was forked from")
         now = self.clock()
         rank = now - priority * _PRIORITY_IS_WORTH_S
-        entry = Waiting(item, promise, now, rank, self._admission, timeout, wait_timeout)
+        entry = Waiting(item, promise, now, rank, self._admission, timeout, wait_timeout, has_limit=has_limit)
         if is_placed(promise):
             promise.place, promise.owner = entry, self._teller
         else:
@@ -367,7 +368,7 @@ class Batcher(Generic[T, R]):
             self._on_ready()
 
     def _set_alarm(self, next_at: float) -> None:
-        if self._runner is None:
+        if self._runner is None and next_at != self._alarm.when:
             self._alarm.set(next_at)
 
     def _ask_for_look(self, entry: Waiting[T, R] | None = None) -> None:

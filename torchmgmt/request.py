@@ -31,7 +31,8 @@ def new_request(
         raise InvalidArgument("fields", fields, "a mapping of names to values, or None")
     if headers is not None and not _are_headers(headers):
         raise InvalidArgument("headers", headers, "a mapping of text to text, or None")
-    request_id = plain(request_id)
+    if type(request_id) is not str:
+        request_id = plain(request_id)
     own_headers = _plain_headers(headers) if headers else None
     if type(data) is HttpBody and fields is None:
         return WorkerRequest(Encoded([data.content]), request_id, own_headers, body=data.head())

@@ -94,8 +94,13 @@ class JobDispatch:
             self._seat = worker, seat
             seating.offer(seat)
 
+    @property
+    def has_seat(self) -> bool:
+        """Whether a seat is offered."""
+        return self._seat is not None
+
     def close_seat(self, seating: Seating) -> None:
-        """Take the seat back that is offered; if it was taken, note what its worker has been handed."""
+        """Take the seat back, if one is offered; if it was taken, note what its worker has been handed."""
         if self._seat is None:
             return
         worker, seat = self._seat

@@ -349,38 +349,50 @@ class WorkerPool:
     def pump(self) -> None:
         """Hand waiting batches to workers. On the dispatcher's thread, when there may be one."""
         self._close_seat()
+        self._pump()
+        self._actions.run()
+
+    def _pump(self) -> None:
         if self._is_pumping:
             self._is_to_pump_again = True
             return
         self._is_pumping = True
+        dispatch, queue = self._dispatch, self._queue
         try:
             while True:
                 self._is_to_pump_again = False
-                while (assigned := self._dispatch.assign()) is not None:
+                while (assigned := dispatch.assign()) is not None:
                     self._send(*assigned)
-                    if not self._queue.may_have_some():
+                    if not queue.may_have_some():
                         break
-                if self._queue.may_have_some() and self._dispatch.is_stuck():
+                # Else there is one that computes, and comes back for what waits.
+                if dispatch.asked_from == 1 and queue.may_have_some() and dispatch.is_stuck():
                     self._see_to_stuck()
                 if not self._is_to_pump_again:
                     break
         finally:
             self._is_pumping = False
-        self._actions.run()
         if self._seating is not None:
-            self._seating.need_not_ask(below=self._dispatch.asked_from)
+            self._seating.need_not_ask(below=dispatch.asked_from)
         self._offer_seat()
 
     def _offer_seat(self) -> None:
         """Have the next caller hand its request to an idle worker itself. Last, when all else is as it shall be."""
-        if self._seating is not None and not (self._version.is_over or self._queue.may_have_some()):
+        if self._seating is None or self._dispatch.asked_from != 1:
+            return
+        if not (self._version.is_over or self._queue.may_have_some()):
             self._dispatch.offer_seat(self._seating)
 
     def _close_seat(self) -> None:
         """Note what came of that. First, before anything is decided or changed."""
-        if self._seating is not None:
-            self._seating.need_not_ask(below=1)
-            self._dispatch.close_seat(self._seating)
+        seating, dispatch = self._seating, self._dispatch
+        if seating is None:
+            return
+        if dispatch.asked_from != 1:
+            dispatch.asked_from = 1
+            seating.need_not_ask(below=1)
+        if dispatch.has_seat:
+            dispatch.close_seat(seating)
 
     def dispatcher_ended(self) -> None:
         """Fail all that is asked of the pool: nobody will hear of its workers any more. As its thread ends."""
@@ -546,12 +558,14 @@ class WorkerPool:
         if is_worn:
             self._reconcile()
         if may_wait:
-            self.pump()
+            self._pump()
         if not is_idle:
             self._results.answer(worker, job, outcomes, ran)  # last, so that the worker computes meanwhile
-        self._check_watchers()
+        if self._watchers:
+            self._check_watchers()
         self._actions.run()
-        self._offer_seat()
+        if not may_wait:
+            self._offer_seat()
 
     def _on_skipped(self, worker: PoolWorker, number: int) -> None:
         self._close_seat()

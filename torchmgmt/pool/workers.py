@@ -241,7 +241,10 @@ class PoolWorkers:
 
     def any_busy(self) -> bool:
         """Return whether one computes that takes further batches."""
-        return any(worker.state is WorkerState.BUSY for worker in self._by_id.values())
+        for worker in self._by_id.values():  # noqa: SIM110 - half as long as any(), and done for every batch
+            if worker.state is WorkerState.BUSY:
+                return True
+        return False
 
     def any_idle(self) -> bool:
         """Return whether one has nothing to do."""
