@@ -5,11 +5,14 @@ from __future__ import annotations
 import _thread
 import errno
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 __all__ = ["ThreadCall", "on_new_thread"]
 
 T = TypeVar("T")
+
+_BEGUN_S = 1.0
+"""A thread that has not begun by then may never do so."""
 
 
 class ThreadCall(Generic[T]):
@@ -37,9 +40,21 @@ class ThreadCall(Generic[T]):
             self._error = error
         self._is_over.release()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether somebody makes the call, or has made it."""
+        return self._act is None
+
     def result(self) -> T:
         """Return what the function returned, or raise what it raised. Blocks until then; for one thread."""
         self._is_over.acquire()
+        return self._outcome()
+
+    def result_within(self, seconds: float) -> tuple[T] | None:
+        """The same, but None if it took longer than ``seconds``."""
+        return (self._outcome(),) if self._is_over.acquire(timeout=seconds) else None
+
+    def _outcome(self) -> T:
         if self._error is not None:
             try:
                 raise self._error
@@ -57,8 +72,17 @@ def on_new_thread(act: Callable[[], T]) -> T:
         OSError: the system gives us no more threads.
     """
     call = ThreadCall(act)
+    _start(call)
+    while (result := call.result_within(_BEGUN_S)) is None:
+        # An exception that another thread sets in the caller may hit the new one instead, before its first line: for a
+        # moment CPython knows both by the same number.
+        if not call.has_begun:
+            _start(call)
+    return result[0]
+
+
+def _start(call: ThreadCall[Any]) -> None:
     try:
         _thread.start_new_thread(call.run, ())
     except RuntimeError as error:
         raise OSError(errno.EAGAIN, str(error)) from error
-    return call.result()

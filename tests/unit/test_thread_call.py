@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import gc
@@ -9,11 +10,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.handlers import until
 from tests.interruptions import interruptions
+from torchmgmt import thread_call
 from torchmgmt.thread_call import ThreadCall, on_new_thread
 
 
@@ -115,3 +118,25 @@ def test_one_that_was_made_can_still_be_asked_for() -> None:
         asked: Callable[[], object] = call.result
         with contextlib.suppress(ZeroDivisionError):
             assert asked() == 1
+
+
+def test_a_thread_that_dies_before_its_first_line_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does where the exception hits it that another thread has set in the caller."""
+    monkeypatch.setattr(thread_call, "_BEGUN_S", 0.05)
+    start, started = _thread.start_new_thread, []
+
+    def stillborn(function: Any, args: tuple[Any, ...]) -> int:
+        started.append(function)
+        return start(bool, ()) if len(started) < 3 else start(function, args)
+
+    monkeypatch.setattr(_thread, "start_new_thread", stillborn)
+    assert on_new_thread(lambda: 5) == 5
+    assert len(started) == 3
+
+
+def test_a_call_that_takes_long_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes after it has begun."""
+    monkeypatch.setattr(thread_call, "_BEGUN_S", 0.01)
+    calls: list[int] = []
+    on_new_thread(lambda: (calls.append(1), time.sleep(0.2)))
+    assert calls == [1]
