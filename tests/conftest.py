@@ -35,10 +35,15 @@ def _records_without_frames() -> Iterator[None]:
     before = logging.getLogRecordFactory()
     formatter = logging.Formatter()
 
+    def args_of(record: logging.LogRecord) -> Any:
+        return record.args if isinstance(record.args, tuple) else ()
+
     def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = before(*args, **kwargs)
         if record.exc_info:
             record.exc_text, record.exc_info = formatter.formatException(record.exc_info), None
+        if any(isinstance(each, BaseException) for each in args_of(record)):
+            record.msg, record.args = record.getMessage(), ()
         return record
 
     logging.setLogRecordFactory(make)

@@ -198,6 +198,8 @@ def test_a_done_callback_that_raises_costs_its_batch_nothing(
         raise error("no")
 
     for bodies in (["1", "2", "3", "4"], ["1", "2", "3", "1 / 0"], ["os._exit(1)", "2", "3", "4"]):
+        before = model.submit("time.sleep(0.1)")
+        until(before.running, "the worker has something to do, so that the next four are a batch")
         futures = [model.submit(body) for body in bodies]
         called.clear()
         for number, future in enumerate(futures):
