@@ -45,12 +45,9 @@ class Seat:
     def take(self, entry: object, item: object) -> bool:
         """Take it for ``entry`` and send ``item``, if it is free, and that can be; return whether. Does not block.
 
-        What cannot be written down does not take it: who has it go the usual way hears why.
+        Raises what interrupts the caller, whatever class that is of.
         """
-        try:
-            data = self._written(item)
-        except Exception:
-            return False
+        data = self._written(item)
         if data is None:
             return False
         steps = zip(
@@ -62,8 +59,14 @@ class Seat:
         )
         try:
             self._sent.extend(steps)
-        except (ValueError, OSError):
-            return False  # another one has it; or its worker is gone, which whoever has the seat to give finds out, too
+        except ValueError:
+            if self._free or entry in self._taken_by:
+                raise  # nothing of this: it interrupts the caller
+            return False  # another one has it
+        except OSError as error:
+            if error.errno is None:
+                raise  # not the system's: it interrupts the caller, such as a TimeoutError
+            return False  # its worker is gone, which whoever has the seat to give finds out, too
         return True
 
     # -- for its owner -----------------------------------------------------------------------------------------------------

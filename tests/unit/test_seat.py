@@ -54,11 +54,10 @@ def test_a_seat_that_is_closed_is_taken_by_nobody(pair: tuple[socket.socket, soc
     assert received(pair[1]) == b""
 
 
-@pytest.mark.parametrize("item", ["large", type("Unwritable", (), {"__str__": lambda self: 1 / 0})()])
-def test_what_cannot_be_sent_at_once_takes_none(pair: tuple[socket.socket, socket.socket], item: object) -> None:
+def test_what_cannot_be_sent_at_once_takes_none(pair: tuple[socket.socket, socket.socket]) -> None:
     """It goes the usual way, and the seat is there for others."""
     seat = seat_of(pair[0])
-    seat.take(object(), item)
+    seat.take(object(), "large")
     other = object()
     seat.take(other, "other")
     assert seat.close() is other
@@ -83,11 +82,13 @@ def test_of_many_threads_one_has_it(pair: tuple[socket.socket, socket.socket]) -
         assert received(pair[1]) == str(seat.close()).encode()
 
 
-def test_it_is_taken_and_sent_or_neither(pair: tuple[socket.socket, socket.socket]) -> None:
-    """Wherever who takes it is interrupted."""
-    for interruption in interruptions():
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError, ValueError])
+def test_it_is_taken_and_sent_or_neither(pair: tuple[socket.socket, socket.socket], error: type[BaseException]) -> None:
+    """Wherever who takes it is interrupted, and by whatever: that always comes out."""
+    for interruption in interruptions(error=error):
         seat = seat_of(pair[0])
-        interruption.of(lambda seat=seat: seat.take("me", "request"))  # type: ignore[misc]
+        was_interrupted = interruption.of(lambda seat=seat: seat.take("me", "request"))  # type: ignore[misc]
+        assert was_interrupted == bool(interruption.where), interruption.where
         assert (seat.close(), received(pair[1]), seat.was_sent()) in {
             ("me", b"request", True),
             (None, b"", False),
